@@ -1,0 +1,40 @@
+"""The clock: an ONNX file in, seconds out. One file for each engine, one protocol for all."""
+
+from .base import (
+    EngineCrashed,
+    EngineHung,
+    Environment,
+    LayerTime,
+    ModelRefused,
+    Runtime,
+    RuntimeFailure,
+    RuntimeUnavailable,
+    Session,
+)
+from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
+from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
+from .measurement import Measurement, measure_interleaved, ratio_confidence
+from .registry import RUNTIMES, UnknownRuntime, open_runtime
+
+__all__ = [
+    "DEEPSPARSE_LICENCE_NOTE",
+    "RUNTIMES",
+    "EngineCrashed",
+    "EngineHung",
+    "Environment",
+    "LayerTime",
+    "Measurement",
+    "ModelRefused",
+    "Runtime",
+    "RuntimeFailure",
+    "RuntimeUnavailable",
+    "Session",
+    "UnknownRuntime",
+    "allowed_cpus",
+    "cpu_model",
+    "instruction_set",
+    "measure_interleaved",
+    "open_runtime",
+    "physical_cores",
+    "ratio_confidence",
+]

@@ -1,0 +1,215 @@
+"""What every runtime promises: its errors, the values it returns, and the two protocols."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class RuntimeFailure(RuntimeError):  # noqa: N818
+    """An engine did not do what it was asked to do. One line: what, with which value, what to do.
+
+    RuntimeFailure
+    |- RuntimeUnavailable   the engine can't be used on this machine
+    |- ModelRefused         the engine (or we, on its behalf) won't take this model
+    |- EngineCrashed        the engine's process died
+    `- EngineHung           the engine's process gave no answer in time
+    """
+
+
+class RuntimeUnavailable(RuntimeFailure):
+    """The engine can't be used here; the message says what is missing and what to do."""
+
+
+class ModelRefused(RuntimeFailure):
+    """The engine won't take the model; the message is its reason in one line."""
+
+
+class EngineCrashed(RuntimeFailure):
+    """The engine's process died; the message has its exit code or signal and its last words."""
+
+
+class EngineHung(RuntimeFailure):
+    """The engine's process gave no answer in the time allowed and was killed."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a measurement depends on. Two measurements compare only if all but `host` agree."""
+
+    runtime: str
+    version: str
+    precision: str  # "fp32", "bf16", "int8", ...; "formula" for the test double
+    cpu: str
+    instruction_set: str  # the one that the engine uses, such as "avx512_vnni"
+    cores: int  # physical cores that the process may use
+    threads: int
+    batch: int
+    host: str
+    options: tuple[tuple[str, str], ...] = ()  # whatever else changes the speed, such as NM_ARCH
+
+    def to_json(self) -> dict[str, Any]:
+        """This environment as a dict that `json.dumps` accepts."""
+        return dataclasses.asdict(self) | {"options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Environment:
+        """The environment that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing or unknown; the message names it.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if wrong := known ^ set(document):
+            raise ValueError(f"an environment with missing or unknown fields {sorted(wrong)}; measure again")
+        options = tuple((str(key), str(value)) for key, value in document["options"].items())
+        return cls(**{**document, "options": options})
+
+    def mismatch(self, other: Environment) -> list[str]:
+        """Names of the fields that make measurements of the two environments incomparable."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "host")
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One row of an engine's own profile of one network.
+
+    `outputs` are the ONNX output tensors that the row covers: one for a single layer, several where
+    the engine merged layers, none for what belongs to no tensor (copies, layouts, fallback). The
+    seconds of all rows of a profile add up to the engine's own time for the whole network.
+    """
+
+    outputs: tuple[str, ...]
+    kernel: str  # the engine's name for it
+    seconds: float  # mean over the profiled iterations
+    sparse: bool  # a sparse kernel; False where the engine doesn't tell (merged rows)
+    kernel_sparsity: float | None  # fraction of zeros that the engine saw; None where it doesn't tell
+
+
+class Session(Protocol):
+    """One network, compiled for one batch and one number of threads; a context manager."""
+
+    @property
+    def environment(self) -> Environment:
+        """What the times of this session depend on."""
+        ...
+
+    @property
+    def fallback(self) -> str | None:
+        """None when everything runs optimised, otherwise which part does not, and why, in one line."""
+        ...
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Outputs by name. `inputs` has every graph input, each with the session's batch.
+
+        Raises:
+            ValueError: an input is missing, unknown, or of another shape or type.
+        """
+        ...
+
+    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
+        """(iterations,) wall seconds of single runs on fixed inputs, timed inside the engine's process."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine's memory. May be called twice."""
+        ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """An engine that runs ONNX files and tells how long it takes; a context manager.
+
+    Making one does nothing: the engine is imported, or its process started, at the first call.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which it is registered."""
+        ...
+
+    @property
+    def sparse(self) -> bool:
+        """It has kernels for unstructured sparsity. Where False, zeros can't make it faster."""
+        ...
+
+    def check(self) -> str:
+        """The engine's version.
+
+        Raises:
+            RuntimeUnavailable: it can't be used here; the message says what to do.
+        """
+        ...
+
+    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> Session:
+        """Compile an ONNX file for one batch.
+
+        Args:
+            model: the file; a dynamic first axis of its inputs is fixed to `batch` in a copy.
+            batch: samples a run.
+            threads: None takes the physical cores that this process may use.
+            inputs: samples to time with (first axis = samples), for some or all inputs. Needed where
+                another axis than the first is dynamic. Otherwise fixed random values are used.
+        Raises:
+            ModelRefused: the file is missing or broken, has another fixed batch, or the engine won't take it.
+            RuntimeUnavailable: the engine can't be used here.
+        """
+        ...
+
+    def layer_seconds(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        iterations: int,
+        warmup: int,
+        inputs: Arrays | None = None,
+    ) -> list[LayerTime]:
+        """One profile of an ONNX file by the engine's own profiler; arguments and errors as in `open`."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine's processes; sessions of this runtime end. May be called twice."""
+        ...
+
+    def __enter__(self) -> Runtime: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Closing:
+    """`with` for a class that has `close`."""
+
+    def close(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no close()")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` with all white space collapsed, cut to `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."

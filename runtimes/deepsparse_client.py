@@ -1,0 +1,282 @@
+"""DeepSparse, the engine with kernels for unstructured sparsity, in a worker process of its own."""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import host
+from .attribution import covered_outputs
+from .base import (
+    Arrays,
+    Closing,
+    EngineCrashed,
+    EngineHung,
+    Environment,
+    LayerTime,
+    ModelRefused,
+    RuntimeUnavailable,
+)
+from .deepsparse_log import fallback_reasons
+from .model_file import FixedModel, check_inputs, fix_model
+from .opset import lower_versions
+from .worker_process import WorkerProcess, decode_array, encode_array
+
+LICENCE_NOTE = (
+    "DeepSparse 1.8.0 is licensed for evaluation in development and test only (no production use, no "
+    "redistribution) and is no longer developed."
+)
+PYTHON_VARIABLE = "ONNX_SPDY_DEEPSPARSE_PYTHON"
+WORKER = Path(__file__).with_name("deepsparse_worker.py")
+MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
+MAX_OPSET, MAX_IR_VERSION = 19, 9
+COPY_ROWS = 2  # of the inputs and outputs: the only "Naive Subgraph" rows of a fully optimised network
+
+_SOURCE_LOCATION = re.compile(r"(NM: error: )|(/\S+\.(cc|cpp|h|hpp):\d+ .*\) )|(\bwas false\. )")
+_ORDINAL = re.compile(r"[_ ]\d+$")
+
+
+class DeepSparse(Closing):
+    """DeepSparse 1.8.0 in a worker that `uv` gives its own Python 3.11 and dependencies.
+
+    Args:
+        python: an interpreter that has deepsparse, instead of uv; default: ONNX_SPDY_DEEPSPARSE_PYTHON.
+        command: the whole command line of the worker, instead of either.
+        start_seconds: allowed for the worker's start, a first download of the engine included.
+        request_seconds: allowed for each answer after that.
+    """
+
+    name = "deepsparse"
+    sparse = True
+
+    def __init__(
+        self,
+        *,
+        python: str | None = None,
+        command: Sequence[str] | None = None,
+        start_seconds: float = 900.0,
+        request_seconds: float = 600.0,
+    ) -> None:
+        self._python = python or os.environ.get(PYTHON_VARIABLE)
+        self._command = command
+        self._start_seconds = start_seconds
+        self._request_seconds = request_seconds
+        self._process: WorkerProcess | None = None
+        self._hello: dict[str, Any] = {}
+
+    def check(self) -> str:
+        """The engine's version; starts the worker, which takes a second or two once it is installed."""
+        self.worker()
+        return str(self._hello["version"])
+
+    def open(
+        self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None
+    ) -> DeepSparseSession:
+        """See `Runtime.open`."""
+        fixed = _engine_copy(Path(model), batch, inputs)
+        worker = self.worker()
+        request = self._model_request(fixed, batch, threads)
+        opened = self.ask(worker, "open", **request)
+        if opened["inputs"] != list(fixed.inputs):
+            raise ModelRefused(f"deepsparse takes inputs {opened['inputs']}, the graph has {list(fixed.inputs)}")
+        environment = Environment(
+            runtime=self.name,
+            version=self._hello["version"],
+            precision=fixed.precision,
+            cpu=self._hello["cpu"],
+            instruction_set=self._hello["instruction_set"],
+            cores=self._hello["cores"],
+            threads=opened["threads"],
+            batch=batch,
+            host=self._hello["host"],
+            options=tuple(sorted(self._hello["options"].items())),
+        )
+        fallback = None if opened["supported"] >= 1 else self._explain(opened["supported"], request)
+        return DeepSparseSession(self, worker, opened, environment, fixed, fallback)
+
+    def layer_seconds(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        iterations: int,
+        warmup: int,
+        inputs: Arrays | None = None,
+        fused: bool = False,
+    ) -> list[LayerTime]:
+        """See `Runtime.layer_seconds`. The engine rounds each run's times to microseconds.
+
+        Args:
+            fused: False gives a row for each layer. True is what the user runs: the engine merges layers
+                into rows whose kernels it doesn't tell (sparse=False, kernel_sparsity=None).
+        """
+        if iterations < 1:
+            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        fixed = _engine_copy(Path(model), batch, inputs)
+        request = self._model_request(fixed, batch, threads)
+        answer = self.ask(
+            self.worker(), "layers", **request, iterations=iterations, warmup=warmup, optimization_level=int(fused)
+        )
+        return _layer_times(fixed, answer["rows"])
+
+    def close(self) -> None:
+        """End the worker, and every session with it."""
+        if self._process:
+            self._process.close()
+        self._process = None
+
+    def worker(self) -> WorkerProcess:
+        """The running worker; starts one if there is none, or if the last one died."""
+        if self._process and self._process.alive:
+            return self._process
+        self.close()
+        self._process, self._hello = self._start([])
+        return self._process
+
+    def ask(self, worker: WorkerProcess, op: str, **fields: Any) -> dict[str, Any]:
+        """A request with this runtime's time limit; the engine's reasons without its source locations."""
+        try:
+            return worker.request(op, timeout_seconds=self._request_seconds, **fields)
+        except ModelRefused as exc:
+            raise ModelRefused(_SOURCE_LOCATION.sub("", str(exc))) from exc
+
+    def _start(self, arguments: list[str]) -> tuple[WorkerProcess, dict[str, Any]]:
+        worker = WorkerProcess(self.name, [*self._command_line(), *arguments], _worker_environment())
+        try:
+            return worker, worker.request("hello", timeout_seconds=self._start_seconds)
+        except (EngineCrashed, EngineHung) as exc:
+            raise RuntimeUnavailable(
+                f"deepsparse's worker did not start: {str(exc).rstrip('.')}. It needs Python 3.11 and "
+                f"deepsparse==1.8.0, which uv downloads once; or name an interpreter that has them in {PYTHON_VARIABLE}"
+            ) from exc
+        except BaseException:  # an interrupted download, too, must not go on without us
+            worker.close()
+            raise
+
+    def _command_line(self) -> list[str]:
+        if self._command:
+            return list(self._command)
+        check_machine()
+        if self._python:
+            return [self._python, str(WORKER)]
+        try:
+            from uv import find_uv_bin
+
+            return [os.fsdecode(find_uv_bin()), "run", "--quiet", "--script", str(WORKER)]
+        except (ImportError, FileNotFoundError) as exc:
+            raise RuntimeUnavailable(
+                f"deepsparse needs uv to get its own Python 3.11; install uv, or name an interpreter that has "
+                f"deepsparse==1.8.0 in {PYTHON_VARIABLE}"
+            ) from exc
+
+    def _model_request(self, fixed: FixedModel, batch: int, threads: int | None) -> dict[str, Any]:
+        host.threads_or_cores(threads)  # None stays None: the worker counts the cores of its own machine
+        return {
+            "model": base64.b64encode(fixed.to_bytes()).decode("ascii"),
+            "batch": batch,
+            "threads": threads,
+            "inputs": [encode_array(array) for array in fixed.inputs.values()],
+        }
+
+    def _explain(self, supported: float, request: dict[str, Any]) -> str:
+        """Open the model once more in a worker that logs its reasons: the level is read at import only."""
+        worker, _ = self._start(["--diagnose"])
+        with worker:
+            self.ask(worker, "open", **request)
+        reasons = "; ".join(fallback_reasons(worker.stderr_lines)) or "the engine gives no reason"
+        return f"only {supported:.0%} of the operators run optimised, ONNX Runtime runs the rest: {reasons}"
+
+
+class DeepSparseSession(Closing):
+    """One network in the worker."""
+
+    def __init__(
+        self,
+        runtime: DeepSparse,
+        worker: WorkerProcess,
+        opened: dict[str, Any],
+        environment: Environment,
+        fixed: FixedModel,
+        fallback: str | None,
+    ) -> None:
+        self.environment = environment
+        self.fallback = fallback
+        self._runtime = runtime
+        self._worker = worker
+        self._session: int | None = opened["session"]
+        self._inputs = fixed.inputs
+        self._outputs = opened["outputs"]
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """See `Session.run`."""
+        check_inputs(inputs, self._inputs)
+        arrays = [encode_array(inputs[name]) for name in self._inputs]
+        answer = self._ask("run", inputs=arrays)
+        return {name: decode_array(array) for name, array in zip(self._outputs, answer["outputs"], strict=True)}
+
+    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
+        """See `Session.seconds`."""
+        return list(self._ask("seconds", iterations=iterations, warmup=warmup)["seconds"])
+
+    def close(self) -> None:
+        """Release the network in the worker."""
+        if self._session is not None and self._worker.alive:
+            self._ask("close")
+        self._session = None
+
+    def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        if self._session is None:
+            raise ValueError("this session is closed; open the model again")
+        return self._runtime.ask(self._worker, op, session=self._session, **fields)
+
+
+def check_machine() -> None:
+    """Raise RuntimeUnavailable where DeepSparse can't run, without starting anything."""
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in MACHINES:
+        raise RuntimeUnavailable(
+            f"deepsparse runs on x86-64 and aarch64 Linux, this is {system} on {machine}; measure on another machine"
+        )
+    found = host.instruction_set()
+    if machine in ("x86_64", "AMD64") and not found.startswith(("avx512", "avx2")):
+        raise RuntimeUnavailable(f"deepsparse needs a CPU with AVX2, this one has {found}; measure on another machine")
+
+
+def _engine_copy(path: Path, batch: int, inputs: Arrays | None) -> FixedModel:
+    fixed = fix_model(path, batch, inputs)
+    lower_versions(fixed.proto, opset=MAX_OPSET, ir_version=MAX_IR_VERSION, engine="deepsparse")
+    return fixed
+
+
+def _worker_environment() -> dict[str, str]:
+    """Ours, without what would lead another Python to our modules."""
+    ours = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    # PYTHONSAFEPATH: the files beside the worker must not shadow the modules that the engine imports.
+    return ours | {"PYTHONSAFEPATH": "1", "NM_DISABLE_ANALYTICS": "1"}
+
+
+def _layer_times(fixed: FixedModel, rows: list[dict[str, Any]]) -> list[LayerTime]:
+    known = {output for node in fixed.proto.graph.node for output in node.output}
+    anchors = [tuple(name for name in row["canonical_name"].split(",") if name in known) for row in rows]
+    outputs = anchors
+    if sum(row["name"].startswith("Naive Subgraph") for row in rows) <= COPY_ROWS:
+        # With more of them a part fell back, and layers in it belong to no other row.
+        outputs = covered_outputs(fixed.proto.graph, anchors)
+    return [
+        LayerTime(
+            outputs=covered,
+            kernel=_ORDINAL.sub("", row["name"]),
+            seconds=row["average_run_time_in_ms"] / 1000,
+            sparse=row["name"].startswith("ks_"),
+            kernel_sparsity=float(row["kernel_sparsity"]) if row["kernel_dims"] else None,
+        )
+        for row, covered in zip(rows, outputs, strict=True)
+    ]

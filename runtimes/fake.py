@@ -1,0 +1,181 @@
+"""A runtime whose times are a formula of the non-zeros: a test double with the shape of a sparse engine.
+
+For a Conv, Gemm or MatMul with a constant weight, M multiply-accumulates in a run and sparsity s:
+
+    seconds = layer_overhead_seconds + seconds_per_mac * M * min(1, (1 - s) / (1 - break_even))
+
+that is a dense kernel up to the break-even sparsity, and above it a sparse one, which is slower for each non-zero
+and skips the zeros. Every other node costs `node_seconds`. The numbers come from ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper, shape_inference
+
+from . import host
+from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, one_line
+from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
+from .ort import create_session, run_session, session_options
+
+VERSION = "1"
+
+
+@dataclass
+class FakeRuntime(Closing):
+    """Deterministic seconds without a clock, for tests and dry runs; threads make no difference."""
+
+    layer_overhead_seconds: float = 20e-6
+    seconds_per_mac: float = 10e-12
+    node_seconds: float = 1e-6
+    break_even: float = 0.4  # sparsity in [0, 1)
+    noise: float = 0.0  # standard deviation of the log of a random factor on every time
+    seed: int = 0  # of that noise
+    _random: np.random.Generator = field(init=False, repr=False)
+
+    name = "fake"
+    sparse = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.break_even < 1:
+            raise ValueError(f"break_even {self.break_even} is not a sparsity in [0, 1)")
+        self._random = np.random.default_rng(self.seed)
+
+    def check(self) -> str:
+        """The version of the formula; it works everywhere."""
+        return VERSION
+
+    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> FakeSession:
+        """See `Runtime.open`."""
+        fixed = fix_model(Path(model), batch, inputs)
+        environment = Environment(
+            runtime=self.name,
+            version=VERSION,
+            precision="formula",
+            cpu="formula",
+            instruction_set="formula",
+            cores=host.physical_cores(),
+            threads=host.threads_or_cores(threads),
+            batch=batch,
+            host=host.host_name(),
+            options=tuple((key, repr(value)) for key, value in sorted(vars(self).items()) if key != "_random"),
+        )
+        total = sum(row.seconds for row in self._rows(fixed))
+        return FakeSession(environment, fixed, total, self.noise, self._random)
+
+    def layer_seconds(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        iterations: int,
+        warmup: int,
+        inputs: Arrays | None = None,
+    ) -> list[LayerTime]:
+        """See `Runtime.layer_seconds`: the formula's terms, each with noise of its own, whatever the iterations."""
+        rows = self._rows(fix_model(Path(model), batch, inputs))
+        factors = np.exp(self.noise * self._random.standard_normal(len(rows)))
+        return [replace(row, seconds=float(row.seconds * factor)) for row, factor in zip(rows, factors, strict=True)]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _rows(self, fixed: FixedModel) -> list[LayerTime]:
+        try:
+            shaped = shape_inference.infer_shapes(fixed.to_bytes(), strict_mode=True, data_prop=True)
+        except shape_inference.InferenceError as exc:
+            raise ModelRefused(f"fake can't infer the model's shapes: {one_line(str(exc))}") from exc
+        weights = _weights(shaped.graph)
+        shapes = _shapes(shaped.graph)
+        return [self._row(node, weights, shapes) for node in shaped.graph.node if node.op_type != "Constant"]
+
+    def _row(self, node: onnx.NodeProto, weights: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LayerTime:
+        outputs = tuple(node.output)
+        weight = weights.get(node.input[1]) if node.op_type in LAYER_OPS else None
+        if weight is None or weight.ndim < 2:
+            return LayerTime(outputs, node.op_type, self.node_seconds, sparse=False, kernel_sparsity=None)
+        if not all(shapes.get(outputs[0], (0,))):
+            raise ModelRefused(f"fake can't infer the shape of {outputs[0]!r}, made by {node.op_type} {node.name!r}")
+        macs = _multiply_accumulates(node, weight, shapes[outputs[0]])
+        sparsity = 1 - np.count_nonzero(weight) / weight.size
+        sparse = bool(sparsity > self.break_even)
+        work = (1 - sparsity) / (1 - self.break_even) if sparse else 1.0
+        seconds = self.layer_overhead_seconds + self.seconds_per_mac * macs * work
+        return LayerTime(outputs, "fake_sparse" if sparse else "fake_dense", float(seconds), sparse, float(sparsity))
+
+
+class FakeSession(Closing):
+    """One network and its formula."""
+
+    fallback = None
+
+    def __init__(
+        self,
+        environment: Environment,
+        fixed: FixedModel,
+        total_seconds: float,
+        noise: float,
+        random: np.random.Generator,
+    ) -> None:
+        self.environment = environment
+        self._fixed = fixed
+        self._total_seconds = total_seconds
+        self._noise = noise
+        self._random = random
+        self._numbers: Any = None  # an ONNX Runtime session, made when it is needed
+        self._closed = False
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """See `Session.run`."""
+        self._check_open()
+        check_inputs(inputs, self._fixed.inputs)
+        if self._numbers is None:
+            self._numbers = create_session(self._fixed.to_bytes(), session_options(self.environment.threads))
+        return dict(zip(self._fixed.outputs, run_session(self._numbers, inputs), strict=True))
+
+    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
+        """(iterations,) the formula's total, each with its own noise. Nothing is timed."""
+        self._check_open()
+        factors = np.exp(self._noise * self._random.standard_normal(warmup + iterations))
+        return [float(self._total_seconds * factor) for factor in factors[warmup:]]
+
+    def close(self) -> None:
+        """Drop the network."""
+        self._numbers, self._closed = None, True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this session is closed; open the model again")
+
+
+def _weights(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """Constant tensors by name: initializers and the values of Constant nodes."""
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            values = [numpy_helper.to_array(item.t) for item in node.attribute if item.name == "value"]
+            found |= dict(zip(node.output, values, strict=False))  # none where the value isn't a tensor
+    return found
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that nodes make; 0 for a size that isn't known."""
+    values = (*graph.value_info, *graph.output)
+    return {value.name: tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim) for value in values}
+
+
+def _multiply_accumulates(node: onnx.NodeProto, weight: np.ndarray, output: tuple[int, ...]) -> float:
+    """Each output element takes as many as a column of the weight has elements."""
+    if node.op_type == "Conv":
+        column = weight[0].size  # of (out, in / groups, *kernel)
+    elif node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute):
+        column = weight.shape[1]  # of (out, in)
+    else:
+        column = weight.shape[-2]  # of (..., in, out)
+    return float(np.prod(output)) * column

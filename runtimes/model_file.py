@@ -1,0 +1,191 @@
+"""An ONNX file as the engines get it: a copy in memory with the batch fixed, and inputs that fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper
+
+from .base import Arrays, ModelRefused, one_line
+
+PROTOBUF_LIMIT_BYTES = 2**31 - 1
+LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul"})
+INPUT_SEED = 0
+
+_QUANTIZED = ("Integer", "QuantizeLinear", "QLinear")
+_FLOATS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+@dataclass(frozen=True)
+class FixedModel:
+    """A private copy of a model with every input shape known."""
+
+    proto: onnx.ModelProto
+    inputs: dict[str, np.ndarray]  # one batch, to time with
+    outputs: tuple[str, ...]
+    precision: str  # "fp32", "fp16", "bf16" or "int8": what the file's weights are computed in
+
+    def to_bytes(self) -> bytes:
+        """The copy as one ONNX file.
+
+        Raises:
+            ModelRefused: it does not fit into one protobuf message.
+        """
+        if (size := self.proto.ByteSize()) > PROTOBUF_LIMIT_BYTES:
+            raise ModelRefused(f"the model is {size} bytes with its weights; engines take up to {PROTOBUF_LIMIT_BYTES}")
+        return self.proto.SerializeToString()
+
+
+def fix_model(path: Path, batch: int, inputs: Arrays | None = None) -> FixedModel:
+    """Read a model and fix its input shapes: the first axis to `batch`, others as in `inputs`.
+
+    Raises:
+        ModelRefused: the file is missing or broken, has another fixed batch, or an axis that `inputs`
+            doesn't tell.
+        ValueError: `inputs` don't fit the graph, or `batch` is less than 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch {batch}; a run takes at least 1 sample")
+    proto = read_model(path)
+    given = dict(inputs or {})
+    graph_inputs = runtime_inputs(proto.graph)
+    if unknown := set(given) - {value.name for value in graph_inputs}:
+        names = [value.name for value in graph_inputs]
+        raise ValueError(f"inputs {sorted(unknown)} are not in the graph, whose inputs are {names}")
+    _check_batch(graph_inputs, batch)
+
+    sizes: dict[str, int] = {}  # of the named dynamic axes
+    examples: dict[str, np.ndarray] = {}
+    random = np.random.default_rng(INPUT_SEED)
+    for value in graph_inputs:
+        sample = given.get(value.name)
+        shape = _fixed_shape(value, batch, sample, sizes)
+        examples[value.name] = _fill(value, shape, sample, random)
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in sizes:
+                axis.dim_value = sizes[axis.dim_param]  # also clears the name
+    return FixedModel(proto, examples, tuple(value.name for value in proto.graph.output), _precision(proto))
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Load a model with its weights.
+
+    Raises:
+        ModelRefused: no such file, or not an ONNX model; one line.
+    """
+    if not path.is_file():
+        raise ModelRefused(f"no such file: {path}")
+    try:
+        model = onnx.load(path)
+    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as exc:
+        raise ModelRefused(f"{path} can't be read as an ONNX model: {one_line(str(exc))}") from exc
+    if not model.graph.node:
+        raise ModelRefused(f"{path} is not an ONNX model, or one without a single node; export it again")
+    return model
+
+
+def runtime_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Inputs that a caller has to give: old files list their weights as inputs too."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def walk_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and every graph inside it (bodies of If, Loop and Scan)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from walk_graphs(inner)
+
+
+def check_inputs(given: Arrays, expected: Mapping[str, np.ndarray]) -> None:
+    """Compare the inputs of a run with those that the session was made for.
+
+    Raises:
+        ValueError: one is missing, unknown, or of another shape or type.
+    """
+    if wrong := set(given) ^ set(expected):
+        raise ValueError(f"inputs {sorted(wrong)} are missing or unknown; the graph takes {list(expected)}")
+    for name, array in given.items():
+        if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
+            wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
+            raise ValueError(f"input {name!r} is {array.dtype}{list(array.shape)}; this session takes {wanted}")
+
+
+def _check_batch(inputs: list[onnx.ValueInfoProto], batch: int) -> None:
+    """A file whose inputs are all fixed runs one batch only; one dynamic input makes the batch free."""
+    first_axes = [value.type.tensor_type.shape.dim[0] for value in inputs if value.type.tensor_type.shape.dim]
+    if first_axes and all(axis.dim_value > 0 for axis in first_axes) and first_axes[0].dim_value != batch:
+        fixed = first_axes[0].dim_value
+        raise ModelRefused(f"the model has a fixed batch of {fixed}, not {batch}; use {fixed} or export a dynamic one")
+
+
+def _fixed_shape(
+    value: onnx.ValueInfoProto, batch: int, sample: np.ndarray | None, sizes: dict[str, int]
+) -> tuple[int, ...]:
+    """Write the input's sizes into `value`, and the named ones into `sizes`."""
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        raise ModelRefused(f"input {value.name!r} is not a tensor of known rank; export it with a shape")
+    if sample is not None and sample.ndim != len(tensor.shape.dim):
+        raise ValueError(f"input {value.name!r} has {len(tensor.shape.dim)} axes, the array for it {sample.ndim}")
+    for number, axis in enumerate(tensor.shape.dim):
+        if axis.dim_value > 0:
+            continue
+        if number == 0:
+            size = batch
+        elif sample is not None:
+            size = sample.shape[number]
+        elif axis.dim_param in sizes:
+            size = sizes[axis.dim_param]
+        else:
+            label = f" ({axis.dim_param!r})" if axis.dim_param else ""
+            raise ModelRefused(
+                f"axis {number}{label} of input {value.name!r} is dynamic; give an example of that input"
+            )
+        if axis.dim_param and sizes.setdefault(axis.dim_param, size) != size:
+            raise ValueError(
+                f"axis {number} of input {value.name!r} is {size}, but {axis.dim_param!r} is {sizes[axis.dim_param]}"
+            )
+        axis.dim_value = size
+    return tuple(axis.dim_value for axis in tensor.shape.dim)
+
+
+def _fill(
+    value: onnx.ValueInfoProto, shape: tuple[int, ...], sample: np.ndarray | None, random: np.random.Generator
+) -> np.ndarray:
+    """One batch for an input: the samples, repeated to fill it, or random values."""
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    except KeyError as exc:
+        raise ModelRefused(
+            f"input {value.name!r} has ONNX type {value.type.tensor_type.elem_type}, unknown here"
+        ) from exc
+    if sample is None:
+        # Zeros and ones are valid as tokens, masks and flags alike; floats look like normalised data.
+        if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
+            return random.integers(0, 2, shape).astype(dtype)
+        return random.standard_normal(shape).astype(dtype)
+    if sample.dtype != dtype:
+        raise ValueError(f"the array for input {value.name!r} is {sample.dtype}; the graph takes {dtype}")
+    if sample.ndim and sample.shape[0] == 0:
+        raise ValueError(f"the array for input {value.name!r} has 0 samples; give at least one")
+    filled = sample.take(np.arange(shape[0]), axis=0, mode="wrap") if sample.ndim else sample
+    if filled.shape != shape:
+        raise ValueError(f"the array for input {value.name!r} is {list(sample.shape)}; the graph takes {list(shape)}")
+    return np.ascontiguousarray(filled)
+
+
+def _precision(model: onnx.ModelProto) -> str:
+    if any(part in node.op_type for node in model.graph.node for part in _QUANTIZED):
+        return "int8"
+    widths = [tensor.data_type for tensor in model.graph.initializer if tensor.data_type in _FLOATS and tensor.dims]
+    widths += [value.type.tensor_type.elem_type for value in model.graph.output]
+    return _FLOATS.get(widths[0], "fp32") if widths else "fp32"

@@ -1,0 +1,206 @@
+"""ONNX Runtime on the CPU: the dense baseline and the numerical oracle. It has no sparse kernels."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx
+
+from . import host
+from .attribution import covered_outputs
+from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
+from .model_file import FixedModel, check_inputs, fix_model
+
+PROVIDERS = ["CPUExecutionProvider"]
+LOG_ERRORS_ONLY = 3
+LAYOUT_SUFFIX = "_nchwc"  # ONNX Runtime names a node in its blocked layout after the tensor it makes, plus this
+REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
+OUTSIDE = "outside the nodes"
+
+
+class OnnxRuntime(Closing):
+    """ONNX Runtime's CPU provider in this process."""
+
+    name = "onnxruntime"
+    sparse = False
+
+    def check(self) -> str:
+        """The version of ONNX Runtime; raises RuntimeUnavailable where it can't be imported."""
+        return str(_import_engine().__version__)
+
+    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> OrtSession:
+        """See `Runtime.open`."""
+        engine = _import_engine()
+        threads = host.threads_or_cores(threads)
+        fixed = fix_model(Path(model), batch, inputs)
+        session = create_session(fixed.to_bytes(), session_options(threads))
+        environment = Environment(
+            runtime=self.name,
+            version=engine.__version__,
+            precision=fixed.precision,
+            cpu=host.cpu_model(),
+            instruction_set=host.instruction_set(),
+            cores=host.physical_cores(),
+            threads=threads,
+            batch=batch,
+            host=host.host_name(),
+        )
+        return OrtSession(session, environment, fixed)
+
+    def layer_seconds(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        iterations: int,
+        warmup: int,
+        inputs: Arrays | None = None,
+    ) -> list[LayerTime]:
+        """See `Runtime.layer_seconds`."""
+        if iterations < 1:
+            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        fixed = fix_model(Path(model), batch, inputs)
+        for number, node in enumerate(fixed.proto.graph.node):
+            node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
+        with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+            options = session_options(host.threads_or_cores(threads))
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            session = create_session(fixed.to_bytes(), options)
+            for _ in range(warmup + iterations):
+                run_session(session, fixed.inputs)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        return _rows(events, warmup, fixed.proto.graph, optimized.graph)
+
+    def close(self) -> None:
+        """Nothing to release: sessions own what they use."""
+
+
+class OrtSession(Closing):
+    """One network in ONNX Runtime."""
+
+    fallback = None
+
+    def __init__(self, session: Any, environment: Environment, fixed: FixedModel) -> None:
+        self.environment = environment
+        self._session = session
+        self._inputs = fixed.inputs
+        self._outputs = fixed.outputs
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """See `Session.run`."""
+        check_inputs(inputs, self._inputs)
+        return dict(zip(self._outputs, run_session(self._open(), inputs), strict=True))
+
+    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
+        """See `Session.seconds`."""
+        session, measured = self._open(), []
+        for number in range(warmup + iterations):
+            started = perf_counter()
+            run_session(session, self._inputs)
+            if number >= warmup:
+                measured.append(perf_counter() - started)
+        return measured
+
+    def close(self) -> None:
+        """Drop the compiled network."""
+        self._session = None
+
+    def _open(self) -> Any:
+        if self._session is None:
+            raise ValueError("this session is closed; open the model again")
+        return self._session
+
+
+def session_options(threads: int) -> Any:
+    """Options for `threads` threads, each on a core of its own where there are enough cores."""
+    options = _import_engine().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = LOG_ERRORS_ONLY
+    # Otherwise the threads of an idle session keep spinning and slow the session that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    cores = host.core_cpus()
+    if 1 < threads <= len(cores):
+        # The calling thread is the first of the `threads`; ONNX Runtime pins the others, counting CPUs from 1.
+        pinned = ";".join(str(cpu + 1) for cpu in cores[1:threads])
+        options.add_session_config_entry("session.intra_op_thread_affinities", pinned)
+    return options
+
+
+def create_session(model: bytes, options: Any) -> Any:
+    """An `onnxruntime.InferenceSession`; the engine's own exceptions become ModelRefused."""
+    engine = _import_engine()
+    try:
+        return engine.InferenceSession(model, options, providers=PROVIDERS)
+    except _engine_errors() as exc:
+        raise ModelRefused(f"onnxruntime refuses the model: {one_line(str(exc))}") from exc
+
+
+def run_session(session: Any, inputs: Arrays) -> list[np.ndarray]:
+    """All outputs of one run; a model that fails at inputs of its own shape becomes ModelRefused."""
+    try:
+        return session.run(None, inputs)
+    except _engine_errors() as exc:
+        raise ModelRefused(f"onnxruntime can't run the model: {one_line(str(exc))}") from exc
+
+
+def _engine_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exceptions, which have no base class of their own."""
+    state = _import_engine().capi.onnxruntime_pybind11_state
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def _import_engine() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise RuntimeUnavailable(f"onnxruntime can't be imported ({one_line(str(exc))}); install onnxruntime") from exc
+    return onnxruntime
+
+
+def _rows(
+    events: list[dict[str, Any]], warmup: int, graph: onnx.GraphProto, optimized: onnx.GraphProto
+) -> list[LayerTime]:
+    """Mean seconds of each node of the optimized graph over the runs after `warmup`, and the remainder."""
+    microseconds: dict[str, float] = defaultdict(float)
+    total, runs = 0.0, 0
+    current: dict[str, float] = defaultdict(float)
+    for event in events:  # the nodes of a run come before its "model_run"
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            current[event["name"].removesuffix("_kernel_time")] += event["dur"]
+        elif event["name"] == "model_run":
+            runs += 1
+            if runs > warmup:
+                total += event["dur"]
+                for name, duration in current.items():
+                    microseconds[name] += duration
+            current.clear()
+    scale = 1e-6 / (runs - warmup)
+    known = {output for node in graph.node for output in node.output}
+    nodes = [node for node in optimized.node if node.name in microseconds]
+    anchors = [tuple(name for name in _made_by(node) if name in known) for node in nodes]
+    rows = [
+        LayerTime(outputs, node.op_type, microseconds[node.name] * scale, sparse=False, kernel_sparsity=None)
+        for node, outputs in zip(nodes, covered_outputs(graph, anchors), strict=True)
+    ]
+    rest = total * scale - sum(row.seconds for row in rows)
+    return [*rows, LayerTime((), OUTSIDE, max(rest, 0.0), sparse=False, kernel_sparsity=None)]
+
+
+def _made_by(node: onnx.NodeProto) -> list[str]:
+    """Names of the tensors that a node of the optimized graph makes, some of them unknown to the original."""
+    if node.op_type in REORDERS:
+        return []  # a copy of a tensor that another node made
+    if node.name.endswith(LAYOUT_SUFFIX):
+        return [node.name.removesuffix(LAYOUT_SUFFIX)]
+    return list(node.output)

@@ -1,0 +1,99 @@
+"""Small networks, and a stand-in for the deepsparse package to test the worker without the engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
+
+ENGINE_PARTS = {
+    "__init__.py": """
+import os
+__version__ = "stub, analytics disabled: " + os.environ.get("NM_DISABLE_ANALYTICS", "unset at import")
+os.write(1, b"native noise on file descriptor 1\\n")
+""",
+    "cpu.py": """
+class Architecture(dict):
+    num_available_physical_cores = 3
+def cpu_architecture():
+    return Architecture(isa="avx512", vnni=True, vendor_model="stub CPU")
+""",
+    "engine.py": """
+import os, sys, time
+import numpy
+class Engine:
+    input_names, output_names = ["x"], ["y"]
+    def __init__(self, path, batch_size, num_cores):
+        self.model = open(path, "rb").read()
+        if b"refuse me" in self.model:
+            raise RuntimeError("NM: error: Failed: /build/x/model.cc:149 ns::Model(const T&) Unsupported\\nthing 7\\n")
+        self.num_cores = num_cores or 3
+        self.fraction_of_supported_ops = 0.25 if b"fall back" in self.model else 1.0
+        if os.environ.get("NM_LOGGING_LEVEL") == "diagnose":
+            print("Message: Pad is not constant", file=sys.stderr, flush=True)
+    def run(self, inputs):
+        if b"be slow" in self.model:
+            print("last words", file=sys.stderr, flush=True)
+            time.sleep(60)
+        return [numpy.ascontiguousarray(inputs[0].sum(axis=(1, 2, 3)))]
+""",
+}
+
+
+@pytest.fixture
+def conv_net(tmp_path: Path) -> Callable[..., Path]:
+    """A writer of x -> Conv -> Relu -> Conv -> GlobalAveragePool -> Flatten -> Gemm -> y; returns the path."""
+
+    def write(*, batch: str | int = "batch", sparsity: float = 0.0, note: str = "", opset: int = 17) -> Path:
+        random = np.random.default_rng(1)
+        shapes = {"w0": (16, 8, 3, 3), "w1": (24, 16, 3, 3), "w2": (10, 24)}
+        weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for weight in weights.values():
+            weight[np.abs(weight) < np.quantile(np.abs(weight), sparsity)] = 0
+        nodes = [
+            helper.make_node("Conv", ["x", "w0"], ["a"], name="first", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["a"], ["b"], name="act"),
+            helper.make_node("Conv", ["b", "w1"], ["c"], name="second"),
+            helper.make_node("GlobalAveragePool", ["c"], ["d"], name="pool"),
+            helper.make_node("Flatten", ["d"], ["e"], name="flat"),
+            helper.make_node("Gemm", ["e", "w2"], ["y"], name="classify", transB=1),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "net",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 8, 12, 12])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])],
+            [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
+            doc_string=note,
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        path = tmp_path / f"net_{batch}_{sparsity}_{note.replace(' ', '_')}_{opset}.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stub_runtime(tmp_path: Path):
+    """A maker of DeepSparse runtimes whose worker is the real one, and whose engine is ENGINE_PARTS."""
+    package = tmp_path / "stub" / "deepsparse"
+    package.mkdir(parents=True)
+    for name, text in ENGINE_PARTS.items():
+        (package / name).write_text(text)
+    command = ["env", "-u", "NM_DISABLE_ANALYTICS", f"PYTHONPATH={package.parent}", sys.executable, str(WORKER)]
+    made = []
+
+    def make(**options) -> DeepSparse:
+        made.append(DeepSparse(command=command, **options))
+        return made[-1]
+
+    yield make
+    for runtime in made:
+        runtime.close()

@@ -1,0 +1,156 @@
+"""What every runtime promises, checked for all that work here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_spdy.runtimes import (
+    RUNTIMES,
+    Environment,
+    ModelRefused,
+    RuntimeFailure,
+    RuntimeUnavailable,
+    UnknownRuntime,
+    measure_interleaved,
+    open_runtime,
+)
+
+BATCH = 3
+LAYER_OUTPUTS = {"a", "c", "y"}
+NAMES = [pytest.param(name, marks=pytest.mark.engine if name == "deepsparse" else ()) for name in sorted(RUNTIMES)]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def runtime(request):
+    with open_runtime(request.param) as opened:
+        try:
+            opened.check()
+        except RuntimeUnavailable as exc:
+            pytest.skip(str(exc))
+        yield opened
+
+
+@pytest.fixture
+def session(runtime, conv_net):
+    with runtime.open(conv_net(), batch=BATCH, threads=1) as opened:
+        yield opened
+
+
+def test_outputs_agree_with_onnx_runtime(session, conv_net):
+    x = np.random.default_rng(0).standard_normal((BATCH, 8, 12, 12)).astype(np.float32)
+    reference = onnxruntime.InferenceSession(conv_net(), providers=["CPUExecutionProvider"])
+    outputs = session.run({"x": x})
+    assert list(outputs) == ["y"]
+    np.testing.assert_allclose(outputs["y"], reference.run(None, {"x": x})[0], rtol=1e-4, atol=1e-4)
+
+
+def test_times_are_positive_and_as_many_as_asked(session):
+    seconds = session.seconds(4, warmup=2)
+    assert len(seconds) == 4
+    assert min(seconds) > 0
+
+
+def test_rows_cover_every_layer_once_and_have_a_kernel(runtime, conv_net):
+    rows = runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=3, warmup=1)
+    covered = [name for row in rows for name in row.outputs]
+    assert sorted(LAYER_OUTPUTS.intersection(covered)) == sorted(name for name in covered if name in LAYER_OUTPUTS)
+    assert set(covered) >= LAYER_OUTPUTS
+    assert all(row.kernel and row.seconds >= 0 for row in rows)
+    assert sum(row.seconds for row in rows) > 0
+
+
+def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_net):
+    rows = runtime.layer_seconds(conv_net(sparsity=0.95), batch=BATCH, threads=1, iterations=2, warmup=1)
+    assert any(row.sparse for row in rows) == runtime.sparse
+    for row in rows:
+        if row.sparse:
+            assert row.kernel_sparsity == pytest.approx(0.95, abs=0.01)
+
+
+def test_environment_is_complete_and_survives_json(runtime, session):
+    environment = session.environment
+    assert (environment.runtime, environment.version) == (runtime.name, runtime.check())
+    assert (environment.batch, environment.threads) == (BATCH, 1)
+    assert all((environment.precision, environment.cpu, environment.instruction_set, environment.cores))
+    again = Environment.from_json(json.loads(json.dumps(environment.to_json())))
+    assert again == environment
+    assert session.fallback is None
+
+
+def test_batch_is_fixed(session):
+    with pytest.raises(ValueError, match=r"float32\[3, 8, 12, 12\]"):
+        session.run({"x": np.zeros((BATCH + 1, 8, 12, 12), np.float32)})
+    with pytest.raises(ValueError, match="missing or unknown"):
+        session.run({})
+
+
+def test_another_fixed_batch_is_refused(runtime, conv_net):
+    with pytest.raises(ModelRefused, match="fixed batch of 2, not 3"):
+        runtime.open(conv_net(batch=2), batch=3)
+    runtime.open(conv_net(batch=2), batch=2).close()
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_impossible_threads_are_an_error(runtime, conv_net, threads):
+    with pytest.raises(ValueError, match=f"{threads} threads"):
+        runtime.open(conv_net(), batch=1, threads=threads)
+
+
+def test_a_batch_written_into_the_graph_is_refused_in_one_line(runtime, tmp_path):
+    """An exporter that traced with batch 2 may leave Reshape(2, 16) behind a dynamic input."""
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        "frozen",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array([2, 16]), "shape")],
+    )
+    path = tmp_path / "frozen.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    with pytest.raises(RuntimeFailure) as caught, runtime.open(path, batch=3) as session:
+        session.run({"x": np.zeros((3, 4, 4), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_closed_session_says_so_and_closes_again(runtime, conv_net):
+    session = runtime.open(conv_net(), batch=1)
+    session.close()
+    session.close()
+    with pytest.raises(ValueError, match="closed"):
+        session.seconds(1)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"this is not a model\n"])
+def test_a_bad_file_is_refused_in_one_line(runtime, tmp_path: Path, content):
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelRefused) as caught:
+        runtime.open(path, batch=1)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_sessions_are_timed_interleaved(runtime, conv_net):
+    with runtime.open(conv_net(), batch=1) as dense, runtime.open(conv_net(sparsity=0.9), batch=1) as pruned:
+        measured = measure_interleaved({"dense": dense, "pruned": pruned}, rounds=6, warmup=2)
+    assert {name: len(value.seconds) for name, value in measured.items()} == {"dense": 6, "pruned": 6}
+
+
+def test_importing_the_runtimes_imports_no_engine():
+    code = "import sys, onnx_spdy.runtimes; print({'onnxruntime', 'deepsparse', 'torch', 'uv'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_an_unknown_runtime_lists_the_known_ones():
+    with pytest.raises(UnknownRuntime, match=r"'abacus'.*deepsparse, fake, onnxruntime"):
+        open_runtime("abacus")
