@@ -1,0 +1,42 @@
+"""The network: read an ONNX graph, run it in PyTorch, find its prunable layers, write weights back."""
+
+from onnx_spdy.models.export import export_module
+from onnx_spdy.models.graph import (
+    ModelError,
+    UnsupportedOperator,
+    input_dtypes,
+    input_shapes,
+    load_model,
+    model_sha256,
+    node_names,
+    save_model,
+    with_batch,
+)
+from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
+from onnx_spdy.models.patches import InputPatches
+from onnx_spdy.models.prepare import prepare
+from onnx_spdy.models.torch_graph import TorchGraph
+from onnx_spdy.models.write_back import changed_initializers, differences, write_weights
+
+__all__ = [
+    "InputPatches",
+    "Layer",
+    "ModelError",
+    "TorchGraph",
+    "UnsupportedOperator",
+    "changed_initializers",
+    "differences",
+    "export_module",
+    "find_layers",
+    "from_canonical",
+    "input_dtypes",
+    "input_shapes",
+    "load_model",
+    "model_sha256",
+    "node_names",
+    "prepare",
+    "save_model",
+    "to_canonical",
+    "with_batch",
+    "write_weights",
+]

@@ -1,0 +1,13 @@
+"""THE METHOD: one file for each stage, in the order in which they run.
+
+level, mask           what a layer may become
+data, network, loss   samples in, network, loss out
+latency               seconds of every layer at every level, measured in the runtime
+hessian, pruners,     weights of every layer at every level
+  database
+solve, searches       which level for each layer
+stitch, correct       the network at those levels, its statistics repaired
+deploy                the pruned ONNX file
+validate, report      the speedup and the metric, measured
+run                   all of it
+"""

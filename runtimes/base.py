@@ -14,7 +14,7 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 
 
-class RuntimeFailure(RuntimeError):  # noqa: N818
+class RuntimeFailure(RuntimeError):
     """An engine did not do what it was asked to do. One line: what, with which value, what to do.
 
     RuntimeFailure

@@ -17,7 +17,7 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
 }
 
 
-class UnknownRuntime(ValueError):  # noqa: N818
+class UnknownRuntime(ValueError):
     """No runtime has that name; the message lists those there are."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
 from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
 
 ENGINE_PARTS = {

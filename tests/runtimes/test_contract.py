@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
 from onnx_spdy.runtimes import (
     RUNTIMES,
     Environment,

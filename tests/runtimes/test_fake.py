@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from onnx_spdy.runtimes import open_runtime
 
 CONSTANTS = {"layer_overhead_seconds": 1e-3, "seconds_per_mac": 1e-8, "node_seconds": 1e-4, "break_even": 0.4}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from onnx_spdy.runtimes import allowed_cpus, host, physical_cores
 
 CPUINFO = """processor\t: 0

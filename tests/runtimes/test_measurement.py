@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from onnx_spdy.runtimes import Environment, Measurement, measure_interleaved, ratio_confidence
 from onnx_spdy.runtimes.measurement import median_bounds
 

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+
 from onnx_spdy.runtimes import ModelRefused
 from onnx_spdy.runtimes.attribution import covered_outputs
 from onnx_spdy.runtimes.model_file import fix_model

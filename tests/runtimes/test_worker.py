@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from onnx_spdy.runtimes import EngineCrashed, EngineHung, ModelRefused, RuntimeUnavailable, open_runtime
 from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
 from onnx_spdy.runtimes.deepsparse_log import fallback_reasons

@@ -1,0 +1,319 @@
+"""An ONNX graph as a value: read and checked, asked for its inputs, hashed, written.
+
+Errors:
+
+    ModelError(ValueError)            everything that is wrong with a model that a user gave
+    └── UnsupportedOperator           TorchGraph has no function for an operator
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, TensorProto, numpy_helper
+
+# A protobuf message can't be larger than 2 GiB; weights of larger models go to a second file.
+LARGEST_PROTOBUF_BYTES = 2**31 - 1
+# Shape inference reads small tensors (shapes, axes), so only larger ones are ever set aside.
+LARGE_TENSOR_BYTES = 1024
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+# An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
+PARAMETRIC = frozenset(
+    {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization", "InstanceNormalization"}
+)
+
+
+class ModelError(ValueError):
+    """Something is wrong with a model; the message is one line that says what, and what to do."""
+
+
+class UnsupportedOperator(ModelError):
+    """TorchGraph has no function for an operator, or not for the form in which the graph uses it."""
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read an ONNX file, with all its data in memory, and check it.
+
+    Raises:
+        ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
+            outside the model's folder, a model that `onnx.checker` refuses, or NaN or infinite weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no such model file: {path}")
+    try:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except (DecodeError, OSError) as exc:
+        raise ModelError(f"{path} is not a readable ONNX file (damaged, truncated or of another kind): {exc}") from exc
+    if not model.graph.node:
+        raise ModelError(f"{path} holds no graph with nodes: it is not an ONNX model, or an empty one")
+    if model.graph.sparse_initializer:
+        raise ModelError(f"{path} holds sparse initializers, which runtimes turn into dense ones: store them dense")
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _read_external(tensor, path)
+    check_model(model, str(path))
+    _check_finite(model, str(path))
+    return model
+
+
+def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write `model` to `path` in one step: a reader sees the old file or the new one, never half of it.
+
+    The bytes depend on the model alone. Above 2 GiB the weights go to `<name>.data` in the same folder, which is
+    replaced just before the model itself.
+
+    Raises:
+        ModelError: the folder doesn't exist or can't be written.
+    """
+    path = Path(path)
+    try:
+        if data_bytes(model) <= LARGEST_PROTOBUF_BYTES:
+            _write(path, [model.SerializeToString(deterministic=True)])
+            return
+        outline, payloads = _set_data_aside(model, f"{path.name}.data")
+        _write(path.with_name(f"{path.name}.data"), payloads)
+        _write(path, [outline.SerializeToString(deterministic=True)])
+    except OSError as exc:
+        raise ModelError(f"cannot write the model to {path}: {exc.strerror or exc}") from exc
+
+
+def model_sha256(model: onnx.ModelProto) -> str:
+    """Hexadecimal sha256 of everything in the model, whatever its size and wherever it was stored."""
+    outline, payloads = _set_data_aside(model, "data")
+    digest = hashlib.sha256(outline.SerializeToString(deterministic=True))
+    for payload in payloads:
+        digest.update(payload)
+    return digest.hexdigest()
+
+
+def outline_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which large initializers have a shape but no data: cheap, and enough to infer shapes."""
+    return _set_data_aside(model, "data")[0]
+
+
+def data_bytes(model: onnx.ModelProto) -> int:
+    """About the size of the model as one protobuf message: its tensors, and an allowance for each node."""
+    return sum(len(tensor.raw_data) for tensor in _tensors(model)) + 1024 * len(model.graph.node)
+
+
+def check_model(model: onnx.ModelProto, name: str) -> None:
+    """Let `onnx.checker` look at the model; `name` stands for it in the message of the ModelError."""
+    # Above 2 GiB the checker can't be given the data; what it has to say about the structure stays the same.
+    subject = model if data_bytes(model) <= LARGEST_PROTOBUF_BYTES else _without_large_data(model)
+    try:
+        onnx.checker.check_model(subject)
+    except onnx.checker.ValidationError as exc:
+        raise ModelError(f"{name} is not a valid ONNX model: {one_line(str(exc))}") from exc
+
+
+def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a caller has to give: graph inputs that are no initializers."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in stored]
+
+
+def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Shape of each input, None for a dimension that is open."""
+    return {value.name: tuple(_size(dim) for dim in _dimensions(value)) for value in graph_inputs(model)}
+
+
+def input_dtypes(model: onnx.ModelProto) -> dict[str, np.dtype]:
+    """Element type of each input."""
+    return {
+        value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        for value in graph_inputs(model)
+    }
+
+
+def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """A copy whose inputs have `batch` samples on their first axis.
+
+    Raises:
+        ModelError: the batch isn't positive, or the graph was exported with another fixed one.
+    """
+    if batch < 1:
+        raise ModelError(f"a batch has at least one sample, not {batch}")
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    symbols = set()
+    for value in graph_inputs(fixed):
+        if not _dimensions(value):
+            continue
+        first = _dimensions(value)[0]
+        if _size(first) not in (None, batch):
+            raise ModelError(
+                f"input '{value.name}' has a fixed batch of {first.dim_value}, not {batch}: "
+                f"ask for batch {first.dim_value}, or export the model with an open (dynamic) first axis"
+            )
+        symbols.add(first.dim_param)
+        first.dim_value = batch
+    for value in (*fixed.graph.output, *fixed.graph.value_info, *graph_inputs(fixed)):
+        for dim in _dimensions(value):
+            if dim.dim_param and dim.dim_param in symbols:
+                dim.dim_value = batch
+    return fixed
+
+
+def node_names(graph: onnx.GraphProto) -> list[str]:
+    """A unique name for each node: its own, or one made from its operator and first output.
+
+    The names don't depend on a node's position, so they stay when other parts of the graph change.
+    """
+    taken = {node.name for node in graph.node}
+    used: set[str] = set()
+    names = []
+    for node in graph.node:
+        name = node.name or f"{node.op_type}_{next(iter(node.output), '')}"
+        if name in used or (not node.name and name in taken):
+            count = 2
+            while f"{name}_{count}" in taken or f"{name}_{count}" in used:
+                count += 1
+            name = f"{name}_{count}"
+        used.add(name)
+        names.append(name)
+    return names
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """`text` with its line breaks and runs of blanks replaced by single blanks, cut at `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _dimensions(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
+    return list(value.type.tensor_type.shape.dim)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:
+    # Some exporters write 0 or -1 for an open dimension.
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of the model: initializers and attributes, in subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: onnx.NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+        for graph in (*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs):
+            yield from _graph_tensors(graph)
+
+
+def _read_external(tensor: TensorProto, path: Path) -> None:
+    """Replace a reference to a file in the model's folder by the bytes that it stands for."""
+    entry = {item.key: item.value for item in tensor.external_data}
+    location, offset, length = entry.get("location", ""), entry.get("offset", "0"), entry.get("length", "")
+    folder = path.parent.resolve()
+    file = (folder / location).resolve()
+    if not location or not file.is_relative_to(folder):
+        raise ModelError(f"{path}: tensor '{tensor.name}' refers to '{location}', outside the model's folder; refused")
+    if not file.is_file():
+        raise ModelError(f"{path}: the file '{location}' with the data of '{tensor.name}' is missing beside the model")
+    if not offset.isdecimal() or not (length.isdecimal() or not length):
+        raise ModelError(f"{path}: tensor '{tensor.name}' has offset '{offset}' and length '{length}' in '{location}'")
+    try:
+        with file.open("rb") as stream:
+            stream.seek(int(offset))
+            data = stream.read(int(length) if length else -1)
+    except OSError as exc:
+        raise ModelError(f"{path}: cannot read '{location}': {exc.strerror or exc}") from exc
+    if length and len(data) != int(length):
+        raise ModelError(f"{path}: '{location}' is cut off: '{tensor.name}' needs {length} bytes at {offset}")
+    tensor.raw_data = data
+    # Cleared, not set to the default: the model is then the same bytes as one that never had external data.
+    tensor.ClearField("data_location")
+    tensor.ClearField("external_data")
+
+
+def _check_finite(model: onnx.ModelProto, name: str) -> None:
+    parameters = {key for node in model.graph.node if node.op_type in PARAMETRIC for key in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in FLOATS:
+            continue
+        values = numpy_helper.to_array(tensor).astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4")
+        bad = np.isnan(values) if tensor.name not in parameters else ~np.isfinite(values)
+        if bad.any():
+            raise ModelError(
+                f"{name}: {np.count_nonzero(bad)} of {values.size} values of '{tensor.name}' are NaN or infinite; "
+                "a network with such weights can't be pruned: export a sound checkpoint"
+            )
+
+
+def _set_data_aside(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[bytes]]:
+    """The model with its large initializers as external data at `location`, and that file's parts in order."""
+    outline = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(outline, field, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(outline.graph, field, value)
+    payloads: list[bytes] = []
+    offset = 0
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < LARGE_TENSOR_BYTES:
+            outline.graph.initializer.add().CopyFrom(tensor)
+            continue
+        reference = outline.graph.initializer.add()
+        for field, value in tensor.ListFields():
+            if field.name != "raw_data":
+                _copy_field(reference, field, value)
+        reference.data_location = TensorProto.EXTERNAL
+        for key, text in (("location", location), ("offset", str(offset)), ("length", str(len(tensor.raw_data)))):
+            reference.external_data.add(key=key, value=text)
+        payloads.append(tensor.raw_data)
+        offset += len(tensor.raw_data)
+    return outline, payloads
+
+
+def _without_large_data(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The outline with its large initializers as graph inputs, so that nothing refers to a file."""
+    outline = outline_of(model)
+    kept = [tensor for tensor in outline.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
+    known = {value.name for value in outline.graph.input}
+    for tensor in outline.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in known:
+            outline.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del outline.graph.initializer[:]
+    outline.graph.initializer.extend(kept)
+    return outline
+
+
+def _copy_field(target, field, value) -> None:
+    if hasattr(value, "CopyFrom"):
+        getattr(target, field.name).CopyFrom(value)
+    elif hasattr(value, "extend"):
+        getattr(target, field.name).extend(value)
+    else:
+        setattr(target, field.name, value)
+
+
+def _write(path: Path, parts: list[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.writelines(parts)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

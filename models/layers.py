@@ -1,0 +1,164 @@
+"""The layers of a graph that can be pruned, and why the others can't."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeVar
+
+import onnx
+from onnx import AttributeProto, TensorProto
+
+from onnx_spdy.models.graph import FLOATS, node_names
+
+Array = TypeVar("Array", bound=Any)  # a NumPy array or a PyTorch tensor
+
+# Too small to gain anything: a sparse kernel's bookkeeping costs more than so few multiplications.
+MINIMUM_WEIGHTS = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that multiplies its input by a weight.
+
+    Attributes:
+        name: the node's name.
+        op: Conv, Gemm, MatMul or ConvTranspose.
+        weight: name of the weight initializer.
+        bias: name of the initializer that is added for each output channel and used nowhere else, or None.
+        output: name of the node's output tensor (before a separate Add of the bias).
+        shape: (out, in, *kernel); () where the weight isn't stored in the graph.
+        transposed: the weight is stored as (in, out).
+        skip: why the layer can't be pruned, in words; None if it can.
+    """
+
+    name: str
+    op: str
+    weight: str
+    bias: str | None
+    output: str
+    shape: tuple[int, ...]
+    transposed: bool
+    skip: str | None
+
+    @property
+    def prunable(self) -> bool:
+        return self.skip is None
+
+
+def find_layers(model: onnx.ModelProto, *, minimum_weights: int = MINIMUM_WEIGHTS) -> list[Layer]:
+    """Every Conv, ConvTranspose, Gemm and MatMul, in graph order; those that can't be pruned say why.
+
+    Args:
+        model: any graph; names are those of `node_names`.
+        minimum_weights: layers with fewer weights are skipped.
+    """
+    usage = _Usage(model)
+    return [
+        _layer(node, name, usage, minimum_weights)
+        for node, name in zip(model.graph.node, node_names(model.graph), strict=True)
+        if node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    ]
+
+
+def to_canonical(layer: Layer, array: Array) -> Array:
+    """The stored weight as (out, in, *kernel), for NumPy arrays and PyTorch tensors; a view where it is transposed."""
+    return array.T if layer.transposed else array
+
+
+def from_canonical(layer: Layer, array: Array) -> Array:
+    """The exact inverse of `to_canonical`: (out, in, *kernel) -> the stored order."""
+    return array.T if layer.transposed else array
+
+
+class _Usage:
+    """Who stores and who reads each tensor of a graph."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.stored: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.reads: Counter[str] = Counter()
+        self.readers: dict[str, onnx.NodeProto] = {}  # the last one, so meaningful where there is one read
+        _count_reads(graph, self.reads)
+        for node in graph.node:
+            self.readers.update(dict.fromkeys(node.input, node))
+        self.interface = {value.name for value in (*graph.input, *graph.output)}
+
+
+def _count_reads(graph: onnx.GraphProto, reads: Counter[str]) -> None:
+    for node in graph.node:
+        reads.update(node.input)
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _count_reads(attribute.g, reads)
+                reads.update(value.name for value in attribute.g.output)
+
+
+def _layer(node: onnx.NodeProto, name: str, usage: _Usage, minimum_weights: int) -> Layer:
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    position = _weight_position(node, usage.stored)
+    weight = node.input[position]
+    stored = usage.stored.get(weight)
+    transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes.get("transB", 0))
+    shape = tuple(stored.dims) if stored is not None else ()
+    if node.op_type == "ConvTranspose":
+        shape = (*shape[1::-1], *shape[2:])  # stored as (in, out, *kernel)
+    elif transposed:
+        shape = shape[::-1] if len(shape) == 2 else shape
+    transposed = transposed and len(shape) == 2
+    skip = _reason_to_skip(node, position, attributes, usage, minimum_weights)
+    bias = _bias(node, shape, usage)
+    return Layer(name, node.op_type, weight, bias, node.output[0], shape, transposed, skip)
+
+
+def _weight_position(node: onnx.NodeProto, stored: Mapping[str, TensorProto]) -> int:
+    left = node.op_type in ("MatMul", "Gemm") and node.input[0] in stored and node.input[1] not in stored
+    return 0 if left else 1
+
+
+def _reason_to_skip(
+    node: onnx.NodeProto, position: int, attributes: Mapping[str, Any], usage: _Usage, minimum_weights: int
+) -> str | None:
+    weight = node.input[position]
+    stored = usage.stored.get(weight)
+    if node.op_type == "ConvTranspose":
+        return "transposed convolutions aren't pruned"
+    if stored is None:
+        return f"its weight '{weight}' is computed, not stored in the graph"
+    if weight in usage.interface:
+        return f"its weight '{weight}' is also an input or output of the graph"
+    if stored.data_type not in FLOATS:
+        return f"its weight has element type {TensorProto.DataType.Name(stored.data_type)}, not a floating one"
+    if position == 0:
+        return f"its constant '{weight}' is the left operand"
+    if node.op_type == "MatMul" and len(stored.dims) != 2:
+        return f"its weight has {len(stored.dims)} dimensions, not 2"
+    if node.op_type == "Gemm" and attributes.get("transA", 0):
+        return "its input is transposed (transA=1)"
+    if usage.reads[weight] > 1:
+        return f"its weight '{weight}' is shared by {usage.reads[weight]} uses"
+    groups = attributes.get("group", 1)
+    if groups > 1:
+        kind = "depthwise" if stored.dims[1] == 1 else "grouped"
+        return f"{kind} convolution ({groups} groups)"
+    if prod(stored.dims) < minimum_weights:
+        return f"only {prod(stored.dims)} weights (fewer than {minimum_weights})"
+    return None
+
+
+def _bias(node: onnx.NodeProto, shape: tuple[int, ...], usage: _Usage) -> str | None:
+    """The initializer of one value for each output that this layer alone adds to its result."""
+    output = node.output[0]
+    if node.op_type != "MatMul":
+        name = node.input[2] if len(node.input) > 2 else ""
+    elif usage.reads[output] == 1 and output not in usage.interface and usage.readers[output].op_type == "Add":
+        add = usage.readers[output]
+        name = add.input[1] if add.input[0] == output else add.input[0]
+    else:
+        return None
+    stored = usage.stored.get(name)
+    if stored is None or usage.reads[name] != 1 or name in usage.interface:
+        return None
+    return name if tuple(stored.dims) == shape[:1] else None

@@ -1,0 +1,89 @@
+"""Input patches: what a layer's flattened weights are multiplied with, for each position of its output."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import prod
+
+import onnx
+import torch
+from torch.nn import functional
+
+from onnx_spdy.models.graph import node_names
+from onnx_spdy.models.layers import Layer
+
+
+class InputPatches:
+    """From a prunable layer's input to the patches that its weights see.
+
+    With P = patches(x) and w = weight.movedim(1, -1).flatten(1): `P @ w.T` is the layer's output without bias,
+    (n, out) for n = samples x output positions. Input channels come last in a patch because they
+    are neighbours in memory (channels_last), which makes copying patches several times faster;
+    `canonical` puts a matrix over patches into the order of `weight.flatten(1)`.
+
+    Args:
+        model: the model that the layer is from.
+        layer: a prunable layer.
+    """
+
+    def __init__(self, model: onnx.ModelProto, layer: Layer) -> None:
+        names = node_names(model.graph)
+        node = model.graph.node[names.index(layer.name)]
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        self._kernel = layer.shape[2:] if layer.op == "Conv" else ()
+        self._channels = layer.shape[1]
+        rank = len(self._kernel)
+        self._strides: Sequence[int] = attributes.get("strides", [1] * rank)
+        self._dilations: Sequence[int] = attributes.get("dilations", [1] * rank)
+        self._pads: Sequence[int] = attributes.get("pads", [0] * (2 * rank))
+        self._auto_pad: str = attributes.get("auto_pad", b"NOTSET").decode()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, prod(kernel) * in) patches of the layer's input x."""
+        if not self._kernel:
+            return x.reshape(-1, x.shape[-1])
+        spans = [(k - 1) * d + 1 for k, d in zip(self._kernel, self._dilations, strict=True)]
+        padded = self._padded(x, spans).movedim(1, -1)  # (samples, *sizes, in)
+        if prod(self._kernel) == 1:
+            return padded[(slice(None), *(slice(None, None, step) for step in self._strides))].flatten(0, -2)
+        sizes = [(n - s) // stride + 1 for n, s, stride in zip(padded.shape[1:-1], spans, self._strides, strict=True)]
+        unfolded = x.new_empty(x.shape[0], *sizes, prod(self._kernel), self._channels)
+        for number, offset in enumerate(itertools.product(*map(range, self._kernel))):
+            window = [
+                slice(o * d, o * d + (n - 1) * stride + 1, stride)
+                for o, d, n, stride in zip(offset, self._dilations, sizes, self._strides, strict=True)
+            ]
+            unfolded[..., number, :] = padded[(slice(None), *window)]
+        return unfolded.view(-1, prod(self._kernel) * self._channels)
+
+    def canonical(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(d, d) over patches -> (d, d) over `weight.flatten(1)`, that is (in, *kernel)."""
+        positions = prod(self._kernel)
+        if positions == 1:
+            return matrix
+        order = torch.arange(len(matrix)).view(positions, self._channels).T.flatten()
+        return matrix[order][:, order]
+
+    def _padded(self, x: torch.Tensor, spans: Sequence[int]) -> torch.Tensor:
+        begin, end = self._pads[: len(spans)], self._pads[len(spans) :]
+        if self._auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            begin, end = _same_pads(x.shape[2:], spans, self._strides, lower=self._auto_pad == "SAME_LOWER")
+        elif self._auto_pad == "VALID":
+            begin, end = [0] * len(spans), [0] * len(spans)
+        if not any((*begin, *end)):
+            return x
+        # torch counts from the last axis backwards, as (begin, end) pairs
+        return functional.pad(x, [pad for pair in zip(begin[::-1], end[::-1], strict=True) for pad in pair])
+
+
+def _same_pads(
+    sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], *, lower: bool
+) -> tuple[list[int], list[int]]:
+    """ONNX auto_pad: output size = ceil(input size / stride); the odd pixel goes to the end, or to the beginning."""
+    totals = [
+        max(0, (-(-size // stride) - 1) * stride + span - size)
+        for size, span, stride in zip(sizes, spans, strides, strict=True)
+    ]
+    small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
+    return (large, small) if lower else (small, large)

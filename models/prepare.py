@@ -1,0 +1,109 @@
+"""Bring a graph into the form that engines run fast, and prove that it still computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import onnx
+
+from onnx_spdy.models.agreement import check_same_results
+from onnx_spdy.models.graph import LARGEST_PROTOBUF_BYTES, ModelError, check_model, data_bytes, graph_inputs, one_line
+from onnx_spdy.models.rewrites import name_nodes, pool_instead_of_mean, restore_names
+
+# weight_tying merges equal small tensors, so that biases of different layers (all zero, say) become one, which
+# can't be corrected for one of them any more.
+SKIPPED_OPTIMISATIONS = ["weight_tying"]
+# These put a transposed or scaled copy under a new name in the place of a weight of the user's network.
+SKIPPED_FUSIONS = ["FusionGemm", "FusionGemmMul", "FusionGemmAdd"]
+# A pass may open the way for another one; real networks settle after two.
+LARGEST_ROUNDS = 6
+
+
+def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold constants, clean up, and rewrite what engines don't like; the model given stays as it is.
+
+    Weights and nodes keep their names; where a BatchNormalization is folded into a convolution the result has the
+    names of the convolution. Inputs and outputs stay, with their open dimensions. A prepared model stays the same
+    when it is prepared again.
+
+    Source: constant folding and clean-up by onnxslim (https://github.com/inisis/OnnxSlim).
+
+    Raises:
+        ModelError: the model is larger than 2 GiB, ONNX Runtime can't run it, onnxslim can't read it, or the result
+            is invalid or computes something else (see `check_same_results` for how that is judged).
+    """
+    if data_bytes(model) > LARGEST_PROTOBUF_BYTES:
+        raise ModelError(f"a model of {data_bytes(model) / 2**30:.1f} GiB can't be prepared: the limit is 2 GiB")
+    named = _copy(model)
+    name_nodes(named)  # first: ONNX Runtime, which compares below, refuses two nodes of one name
+    original = _inlined(named)
+    original.ir_version = max(original.ir_version, 4)  # before 4 every initializer had to be an input too
+    prepared = original
+    for _ in range(LARGEST_ROUNDS):
+        before = prepared.SerializeToString(deterministic=True)
+        prepared = _one_round(prepared, original)
+        if prepared.SerializeToString(deterministic=True) == before:
+            break
+    check_model(prepared, "the prepared model")
+    check_same_results(named, prepared)
+    return prepared
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without functions of its own: their nodes take the place of the calls, and get unique names."""
+    if not model.functions:
+        return _copy(model)
+    from onnx import inliner
+
+    inlined = inliner.inline_local_functions(model)
+    name_nodes(inlined)
+    return inlined
+
+
+def _one_round(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    slimmed = _slim(_copy(model))
+    restore_names(slimmed, model)
+    pool_instead_of_mean(slimmed)
+    name_nodes(slimmed)
+    _restore_frame(slimmed, original)
+    return slimmed
+
+
+def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxslim
+
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return onnxslim.slim(model, skip_optimizations=SKIPPED_OPTIMISATIONS, skip_fusion_patterns=SKIPPED_FUSIONS)
+        except Exception as exc:  # anything may come out of a graph that it didn't foresee
+            raise ModelError(f"onnxslim can't simplify this graph: {one_line(f'{type(exc).__name__}: {exc}')}") from exc
+
+
+def _restore_frame(slimmed: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    """What surrounds the nodes stays the user's: inputs (an unused one too), outputs, versions, documentation."""
+    inputs, outputs = graph_inputs(original), list(original.graph.output)
+    if [value.name for value in slimmed.graph.output] != [value.name for value in outputs]:
+        raise ModelError("onnxslim changed the graph's outputs; please report this network")
+    # Inferred shapes of intermediate values are hints that depend on what was inferred last: left out.
+    for field, values in (("input", inputs), ("output", outputs), ("value_info", [])):
+        kept = [onnx.ValueInfoProto.FromString(value.SerializeToString(deterministic=True)) for value in values]
+        slimmed.graph.ClearField(field)
+        getattr(slimmed.graph, field).extend(kept)
+    for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(slimmed, field, getattr(original, field))
+    for field in ("opset_import", "metadata_props"):
+        kept_entries = list(getattr(original, field))
+        slimmed.ClearField(field)
+        getattr(slimmed, field).extend(kept_entries)
+    slimmed.graph.name = original.graph.name
+    slimmed.graph.doc_string = original.graph.doc_string
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied

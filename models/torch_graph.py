@@ -1,0 +1,248 @@
+"""Run an ONNX graph in PyTorch, with its weights as parameters and its nodes as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from onnx_spdy.models.graph import ModelError, UnsupportedOperator, graph_inputs, node_names
+from onnx_spdy.models.operators import OPERATORS, Node, read_node, read_tensor
+from onnx_spdy.models.operators.operator import Compute
+from onnx_spdy.models.placement import Placement, place
+
+
+class NodeModule(nn.Module):
+    """One ONNX node: input tensors in the order of the node's inputs -> its output, a tuple when it has several.
+
+    It holds no weights (they are inputs), so a forward hook sees exactly what the node computes on.
+    """
+
+    def __init__(self, node: Node, compute: Compute) -> None:
+        super().__init__()
+        self.node = node
+        self._compute = compute
+
+    def forward(self, *inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        return self._compute(*inputs)
+
+    def extra_repr(self) -> str:
+        return f"{self.node.op} '{self.node.name}'"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One node's work on the list of values; numbers are positions in that list (0 holds None)."""
+
+    module: NodeModule
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    last_uses: tuple[int, ...]
+    moves: tuple[int, ...]  # which of the inputs go from the CPU to the network's device
+
+
+class TorchGraph(nn.Module):
+    """An ONNX graph as a module: `forward({input name: tensor}) -> {output name: tensor}`.
+
+    Each floating initializer that the network computes with is a parameter, named exactly like the initializer in
+    `named_parameters()` and `state_dict()`. Running statistics and integer tensors are buffers; shapes, axes and
+    bounds are constants on the CPU. The model is copied: changes here don't reach it (see `write_weights`).
+
+    Raises:
+        UnsupportedOperator: the message names all operators that are missing, not just the first.
+
+    Example:
+        graph = TorchGraph(load_model("model.onnx"))
+        graph.node("conv1").register_forward_pre_hook(lambda module, inputs: ...)  # (x, weight, bias)
+        logits = graph({"input": images})["logits"]
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        nodes, computes = _read_nodes(model)
+        stored = _read_tensors(model)
+        placement = place(nodes, stored)
+        self.input_names = tuple(value.name for value in graph_inputs(model))
+        self.output_names = tuple(value.name for value in model.graph.output)
+        modules = [NodeModule(node, compute) for node, compute in zip(nodes, computes, strict=True)]
+        self._nodes = nn.ModuleList(modules)
+        self._node_index = {node.name: i for i, node in enumerate(nodes)}
+        own_names = {tensor.name for tensor in model.graph.initializer}
+        self._add_tensors(_used_on_device(nodes, stored, placement, self.output_names), stored, own_names)
+        self._lay_out(nodes, stored, placement, modules)
+
+    def node(self, name: str) -> NodeModule:
+        """The module of the node with this name (as `node_names` gives it); Constant nodes have none."""
+        if name not in self._node_index:
+            raise ModelError(f"the graph has no node '{name}' that computes something")
+        module = self._nodes[self._node_index[name]]
+        assert isinstance(module, NodeModule)
+        return module
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raises ModelError when a graph input is missing or a name is no graph input."""
+        if len(inputs) != len(self.input_names) or any(name not in inputs for name in self.input_names):
+            raise ModelError(f"the graph's inputs are {list(self.input_names)}, but {list(inputs)} were given")
+        values: list[Tensor | None] = [None] * self._value_count
+        for name, position in self._constants:
+            values[position] = self._host_tensors[name]
+        for name, position in self._parameter_positions:
+            values[position] = self._parameters[name]
+        for name, position in self._buffer_positions:
+            values[position] = self._buffers[name]
+        for name, position in self._input_positions:
+            values[position] = inputs[name]
+        device = self._device(inputs)
+        for step in self._steps:
+            arguments = [values[position] for position in step.inputs]
+            if device is not None:
+                for k in step.moves:
+                    arguments[k] = arguments[k].to(device)  # type: ignore[union-attr]
+            result = step.module(*arguments)
+            if len(step.outputs) == 1:
+                values[step.outputs[0]] = result
+            else:
+                for position, tensor in zip(step.outputs, result, strict=True):
+                    values[position] = tensor
+            del result, arguments
+            for position in step.last_uses:
+                values[position] = None
+        return {name: values[position] for name, position in self._output_positions}  # type: ignore[misc]
+
+    def _device(self, inputs: Mapping[str, Tensor]) -> torch.device | None:
+        """Where the network is, or None when nothing has to be moved there."""
+        if not self._any_moves:
+            return None
+        first = next(iter(self._parameters.values()), None)
+        device = (next(iter(inputs.values())) if first is None else first).device
+        return None if device.type == "cpu" else device
+
+    def _add_tensors(self, kinds: Mapping[str, bool], stored: Mapping[str, Tensor], own_names: set[str]) -> None:
+        for name, trainable in kinds.items():
+            # Straight into the dicts: register_parameter() and setattr refuse names with dots, which every name in
+            # a PyTorch export has. Nothing else in nn.Module minds them.
+            if trainable and name in own_names:
+                self._parameters[name] = nn.Parameter(stored[name])
+            else:
+                self._buffers[name] = stored[name]
+                if name not in own_names:  # the value of a Constant node
+                    self._non_persistent_buffers_set.add(name)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        # nn.Module takes the part of a name before its first dot for a submodule, and would call it unknown.
+        own = {f"{prefix}{name}" for name in (*self._parameters, *self._buffers)}
+        unexpected[:] = [name for name in unexpected if name not in own]
+
+    def _lay_out(
+        self, nodes: list[Node], stored: Mapping[str, Tensor], placement: Placement, modules: list[NodeModule]
+    ) -> None:
+        """Give every value a position in a list, once, so that a run needs no names."""
+        positions: dict[tuple[str, bool], int] = {("", False): 0}
+
+        def position_of(name: str, host: bool = False) -> int:
+            # A stored tensor may be needed twice: by shape arithmetic on the CPU, and on the device.
+            key = (name, host and name in stored)
+            return positions.setdefault(key, len(positions)) if name else 0
+
+        inputs = [
+            tuple(position_of(name, (i, k) in placement.host_inputs) for k, name in enumerate(node.inputs))
+            for i, node in enumerate(nodes)
+        ]
+        outputs = [tuple(position_of(name) for name in node.outputs) for node in nodes]
+        self._output_positions = [(name, position_of(name)) for name in self.output_names]
+        last_uses = _last_uses(inputs, outputs, {position for _, position in self._output_positions})
+        self._steps = [
+            _Step(
+                modules[i],
+                inputs[i],
+                outputs[i],
+                last_uses[i],
+                tuple(k for k in range(len(inputs[i])) if (i, k) in placement.moves),
+            )
+            for i in range(len(nodes))
+        ]
+        self._input_positions = [(name, position_of(name)) for name in self.input_names]
+        self._parameter_positions = [(name, positions[name, False]) for name in self._parameters]
+        self._buffer_positions = [(name, positions[name, False]) for name in self._buffers]
+        self._constants = [(name, position) for (name, host), position in positions.items() if host]
+        self._host_tensors = {name: stored[name].clone() for name, _ in self._constants}
+        self._any_moves = bool(placement.moves)
+        self._value_count = len(positions)
+
+
+def _read_nodes(model: onnx.ModelProto) -> tuple[list[Node], list[Compute]]:
+    """All nodes but constants; raises one UnsupportedOperator for everything that can't be run."""
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    nodes, computes = [], []
+    missing: dict[str, str] = {}
+    problems: list[str] = []
+    for proto, name in zip(model.graph.node, node_names(model.graph), strict=True):
+        if proto.domain not in ("", "ai.onnx"):
+            missing.setdefault(f"{proto.domain}.{proto.op_type}", name)
+        elif proto.op_type == "Constant":
+            continue
+        elif proto.op_type not in OPERATORS:
+            missing.setdefault(proto.op_type, name)
+        else:
+            try:
+                nodes.append(read_node(proto, name, opset))
+                computes.append(OPERATORS[proto.op_type].build(nodes[-1]))
+            except UnsupportedOperator as exc:
+                problems.append(str(exc))
+    if missing:
+        listed = ", ".join(f"{op} (node '{name}')" for op, name in sorted(missing.items()))
+        problems.insert(0, f"no function for {listed}; add one to a file in models/operators/ and to its OPERATORS")
+    if problems:
+        raise UnsupportedOperator("TorchGraph can't run this graph: " + "; ".join(problems))
+    return nodes, computes
+
+
+def _read_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
+    """Initializers, and the values of Constant nodes under the names of their outputs."""
+    stored = {proto.name: read_tensor(proto) for proto in model.graph.initializer}
+    for proto in model.graph.node:
+        if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+            stored[proto.output[0]] = _constant(proto)
+    return stored
+
+
+def _constant(proto: onnx.NodeProto) -> Tensor:
+    attribute = proto.attribute[0]
+    value = onnx.helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return read_tensor(value)
+    if attribute.name in ("value_float", "value_floats"):
+        return torch.tensor(value, dtype=torch.float32)
+    if attribute.name in ("value_int", "value_ints"):
+        return torch.tensor(value, dtype=torch.int64)
+    raise UnsupportedOperator(f"Constant (node '{proto.name}'): no function for its attribute '{attribute.name}'")
+
+
+def _used_on_device(
+    nodes: list[Node], stored: Mapping[str, Tensor], placement: Placement, outputs: tuple[str, ...]
+) -> dict[str, bool]:
+    """Stored tensors that have to follow the network to its device -> whether they can be trained."""
+    kinds: dict[str, bool] = {}
+    for i, node in enumerate(nodes):
+        for k, name in enumerate(node.inputs):
+            if name in stored and (i, k) not in placement.host_inputs:
+                statistic = k in OPERATORS[node.op].statistics
+                kinds[name] = kinds.get(name, True) and stored[name].is_floating_point() and not statistic
+    for name in outputs:
+        if name in stored:
+            kinds.setdefault(name, False)
+    return kinds
+
+
+def _last_uses(inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]], kept: set[int]) -> list[tuple[int, ...]]:
+    """For each step the values that nobody needs after it."""
+    seen = kept | {0}
+    freed: list[tuple[int, ...]] = []
+    for before, after in zip(reversed(inputs), reversed(outputs), strict=True):
+        freed.append(tuple(dict.fromkeys(position for position in (*before, *after) if position not in seen)))
+        seen.update(before, after)
+    return freed[::-1]

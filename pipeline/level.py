@@ -1,0 +1,98 @@
+"""Compression levels: how a layer's weights may be compressed, as one comparable value with one spelling.
+
+dense                    nothing is removed
+unstructured@0.8700      87 % of the weights are zero, anywhere
+block4@0.9000            zeros come in runs of 4 consecutive input channels
+2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+LOWEST_SPARSITY = 0.40
+HIGHEST_SPARSITY = 0.99
+SPARSE_LEVELS = 41
+
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One compression level of a layer. Ordered by sparsity within a list; `str` and `parse` are exact inverses.
+
+    Attributes:
+        pattern: "dense", "unstructured", "block4" or "N:M".
+        sparsity: fraction of zeros in [0, 1), to 4 decimals.
+    """
+
+    pattern: str
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        shape = _N_OF_M.fullmatch(self.pattern)
+        if shape:
+            kept, group = int(shape[1]), int(shape[2])
+            if not 0 < kept < group or self.sparsity != round(1 - kept / group, 4):
+                raise ValueError(f"level {self.pattern!r} keeps {kept} of {group}; it needs 0 < N < M")
+        elif self.pattern not in ("dense", "unstructured", "block4"):
+            raise ValueError(f"unknown pattern {self.pattern!r}; known: dense, unstructured, block4, N:M such as 2:4")
+        elif (self.sparsity == 0) != (self.pattern == "dense") or not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
+        if self.sparsity != round(self.sparsity, 4):
+            raise ValueError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
+
+    def __str__(self) -> str:
+        return f"{self.pattern}@{self.sparsity:.4f}" if self.pattern in ("unstructured", "block4") else self.pattern
+
+    @classmethod
+    def parse(cls, text: str) -> Level:
+        """The level that `str` wrote.
+
+        Raises:
+            ValueError: the text names no level; the message says which it was.
+        """
+        if shape := _N_OF_M.fullmatch(text):
+            if not int(shape[2]):
+                raise ValueError(f"level {text!r} has groups of 0 weights; write N:M such as 2:4")
+            return cls(text, round(1 - int(shape[1]) / int(shape[2]), 4))
+        pattern, at, sparsity = text.partition("@")
+        try:
+            return cls(pattern, round(float(sparsity), 4) if at else 0.0)
+        except ValueError as exc:
+            raise ValueError(f"{text!r} is not a level ({exc}); write dense, unstructured@0.8700 or 2:4") from exc
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """(N, M) of an N:M pattern: at most N non-zeros in every M consecutive input channels."""
+        kept, _, group = self.pattern.partition(":")
+        return int(kept), int(group)
+
+    @property
+    def is_n_of_m(self) -> bool:
+        return ":" in self.pattern
+
+    def zeros(self, count: int) -> int:
+        """How many of `count` weights this level sets to zero (unstructured; patterns may differ at ragged edges)."""
+        return round(self.sparsity * count)
+
+
+DENSE = Level("dense", 0.0)
+
+
+def levels_for(pattern: str) -> tuple[Level, ...]:
+    """The levels of a search over one pattern, dense first, then from lowest to highest sparsity.
+
+    Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
+    fraction (9.7 %) of the weights that remain. An N:M pattern is one level.
+
+    Source: Frantar & Alistarh, SPDY (ICML 2022), section 4 (sparsity grid).
+    """
+    if pattern == "dense":
+        raise ValueError("pattern 'dense' leaves nothing to choose; use unstructured, block4 or N:M such as 2:4")
+    if _N_OF_M.fullmatch(pattern):
+        return DENSE, Level.parse(pattern)
+    shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
+    kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]
+    return DENSE, *(Level(pattern, round(1 - k, 4)) for k in kept)

@@ -1,0 +1,135 @@
+"""The network as the stages see it: a TorchGraph with its prunable layers, its dense outputs and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import torch
+
+from onnx_spdy.models import Layer, TorchGraph, find_layers, input_shapes, model_sha256
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
+
+BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in its caches
+
+
+class Network:
+    """A prepared ONNX model that can be run in PyTorch with other weights.
+
+    Attributes:
+        model: the prepared dense model; never changed.
+        graph: the TorchGraph whose weights the stages exchange.
+        layers: the prunable layers in graph order.
+        skipped: the other layers that carry weights, with the reason in `skip`.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.graph = TorchGraph(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        layers = find_layers(model)
+        self.layers: tuple[Layer, ...] = tuple(layer for layer in layers if layer.prunable)
+        self.skipped: tuple[Layer, ...] = tuple(layer for layer in layers if not layer.prunable)
+        if not self.layers:
+            reasons = (
+                "; ".join(f"{layer.name}: {layer.skip}" for layer in self.skipped[:3]) or "no Conv, Gemm or MatMul"
+            )
+            raise NothingToPrune(f"the network has no prunable layer ({reasons})")
+        self.sha256 = model_sha256(model)
+        self._parameters = dict(self.graph.named_parameters())
+        self._dense = {
+            name: self._parameters[name].clone()
+            for layer in self.layers
+            for name in (layer.weight, layer.bias)
+            if name is not None
+        }
+
+    def dense(self, initializer: str) -> torch.Tensor:
+        """The dense values of a layer's weight or bias, as the file stores them."""
+        return self._dense[initializer]
+
+    def get(self, initializer: str) -> torch.Tensor:
+        """The values that the graph computes with now."""
+        return self._parameters[initializer].data
+
+    def set(self, initializer: str, values: torch.Tensor) -> None:
+        """Exchange the values of one weight or bias, in the shape in which the file stores it."""
+        self._parameters[initializer].data.copy_(values)
+
+    def changed(self) -> dict[str, np.ndarray]:
+        """Initializer name -> values, of those weights and biases that differ from the dense model now."""
+        return {
+            name: self.get(name).numpy(force=True)
+            for name, dense in self._dense.items()
+            if not torch.equal(self.get(name), dense)
+        }
+
+    def reset(self) -> None:
+        """Back to the dense weights."""
+        for name, values in self._dense.items():
+            self.set(name, values)
+
+    def batch_size(self, wanted: int = BATCH_SIZE) -> int:
+        """`wanted`, or the batch that the graph itself fixes."""
+        fixed = {shape[0] for shape in input_shapes(self.model).values() if shape and shape[0] is not None}
+        return min(fixed, default=wanted)
+
+    def run(self, samples: Samples) -> dict[str, torch.Tensor]:
+        """Outputs for one batch."""
+        return self.graph({name: as_tensor(array) for name, array in samples.inputs.items()})
+
+    def outputs(self, samples: Samples) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
+        """Each batch of the samples with its outputs, without gradients."""
+        for batch in samples.batches(self.batch_size()):
+            with torch.inference_mode():
+                outputs = self.run(batch)
+            yield batch, outputs
+
+
+class NothingToPrune(ValueError):
+    """No layer of the network can be pruned."""
+
+
+class Objective:
+    """The calibration loss of the network with the weights that it has now.
+
+    Args:
+        network: with its dense weights; their outputs are the reference.
+        samples: on which the loss is computed.
+        loss: a name of LOSSES, a function of your own, or None for the one that fits the outputs.
+    """
+
+    def __init__(self, network: Network, samples: Samples, loss: str | Loss | None = None) -> None:
+        self.network, self.samples = network, samples
+        network.reset()
+        self._reference = [outputs for _, outputs in network.outputs(samples)]
+        if loss is None:
+            loss = default_loss(self._reference[0])
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise LossError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")
+        self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "custom")
+        self._loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.evaluations = 0
+        self.dense = self()  # also refuses a loss that doesn't fit, before any work is done
+
+    def __call__(self) -> float:
+        """Mean loss over the samples.
+
+        Raises:
+            LossError: the loss is not a finite number.
+        """
+        total = 0.0
+        for (batch, outputs), reference in zip(self.network.outputs(self.samples), self._reference, strict=True):
+            target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
+            total += float(self._loss(outputs, reference, target)) * len(batch)
+        self.evaluations += 1
+        if not np.isfinite(total):
+            raise LossError(f"loss {self.name!r} is {total} on the calibration data; check the network and the loss")
+        return total / len(self.samples)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """An array as a tensor, images in the memory layout in which CPUs convolve fastest."""
+    tensor = torch.from_numpy(array)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

@@ -1,0 +1,54 @@
+"""A profile: the level of each layer that a search chose, for which target, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.level import Level
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The result of a search.
+
+    Attributes:
+        levels: layer name -> level, for every prunable layer in graph order.
+        target_speedup: what was asked for.
+        predicted_seconds: of the whole network, by the latency table.
+        predicted_speedup: dense seconds of the table / predicted_seconds.
+        loss, loss_name: calibration loss of the stitched network.
+        search, evaluations: who found it, and how many network evaluations that took.
+        seed: of the search.
+        made_from: hashes of what it belongs to: model_sha256, table_sha256, data_sha256, pruner.
+    """
+
+    levels: Mapping[str, Level]
+    target_speedup: float
+    predicted_seconds: float
+    predicted_speedup: float
+    loss: float
+    loss_name: str
+    search: str
+    evaluations: int
+    seed: int
+    made_from: Mapping[str, str]
+
+    def save(self, path: Path) -> None:
+        levels = {name: str(level) for name, level in self.levels.items()}
+        write_json(path, "profile", VERSION, {**self.__dict__, "levels": levels, "made_from": dict(self.made_from)})
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """The profile in a file.
+
+        Raises:
+            ArtifactError: missing, damaged or of another version.
+        """
+        content = read_json(path, "profile", VERSION)
+        levels = {name: Level.parse(text) for name, text in content["levels"].items()}
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "levels"}, levels=levels)

@@ -1,0 +1,321 @@
+"""The whole method, from a trained network to a pruned one whose speedup was measured.
+
+Reads like the paragraph that describes it: prepare the graph, measure what every layer costs at every level
+in the runtime, build the database of compressed weights, search the profile that loses least within the
+time that the target leaves, stitch and correct, write the weights back, measure the whole network again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_spdy.models import load_model, model_sha256, save_model
+from onnx_spdy.pipeline.artifact import arrays_sha256, check_same
+from onnx_spdy.pipeline.correct import NotCorrected, correct_statistics
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database import LayerDatabase, build_database
+from onnx_spdy.pipeline.deploy import deploy
+from onnx_spdy.pipeline.latency import LatencyTable, measure_latency
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
+from onnx_spdy.pipeline.loss import Loss
+from onnx_spdy.pipeline.metric import Metric
+from onnx_spdy.pipeline.network import Network, Objective
+from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
+from onnx_spdy.pipeline.report import Report, make_report
+from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SearchProblem, search_named
+from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
+from onnx_spdy.pipeline.validate import evaluate, validate
+from onnx_spdy.runtimes import Runtime
+
+SEARCH_SAMPLES = 128
+
+Watch = Callable[[str, int, int, str], None]  # (stage, done, total, note)
+
+
+def ignore(stage: str, done: int, total: int, note: str) -> None:
+    """The watcher that watches nothing."""
+
+
+def run(
+    dense: onnx.ModelProto,
+    samples: Samples,
+    runtime: Runtime,
+    speedup: float,
+    out: Path,
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    evaluation: Samples | None = None,
+    metric: Metric | None = None,
+    metric_name: str | None = None,
+    loss: str | Loss | None = None,
+    pattern: str = "unstructured",
+    pruner: str = DEFAULT_PRUNER,
+    search: str = DEFAULT_SEARCH,
+    search_samples: int = SEARCH_SAMPLES,
+    seed: int = 0,
+    time_limit_seconds: float | None = None,
+    watch: Watch = ignore,
+) -> Report:
+    """Prune a network to a speedup that is measured in the runtime.
+
+    Leaves in `out`: dense.onnx, model.onnx, latency.json, database/, profile.json, report.json. What is there
+    from an earlier call with the same arguments is kept; what belongs to another network or setting is refused.
+
+    Args:
+        dense: the prepared network (`onnx_spdy.models.prepare`).
+        samples: calibration samples.
+        runtime: the one that will run the network.
+        speedup: dense seconds / pruned seconds of the whole network, in this runtime, batch and threads.
+        out: folder for the results.
+        batch, threads: of the measurements; None takes all physical cores.
+        evaluation, metric, metric_name: what the metric is computed on, and how; None leaves it out.
+        loss: see `Objective`.
+        pattern, pruner, search: names; see `levels_for`, PRUNERS, SEARCHES.
+        search_samples: of the calibration samples, how many a profile is scored on.
+        seed: of everything random.
+        time_limit_seconds: for the search; the best profile so far is taken then.
+        watch: called with (stage, done, total, note).
+    Raises:
+        NoSpeedup, InfeasibleTarget: the target can't be reached; the message says what can.
+        ArtifactError: `out` belongs to another run.
+    """
+    levels, prune, _ = levels_for(pattern), pruner_named(pruner), search_named(search)
+    clock = _Stages()
+    network = Network(dense)
+    inputs = samples.take(slice(0, batch)).inputs if len(samples) >= batch else None
+    keep_dense(dense, out / "dense.onnx")
+    with clock("measure"):
+        table = latency_table(
+            dense,
+            runtime,
+            levels,
+            out / "latency.json",
+            batch=batch,
+            threads=threads,
+            inputs=inputs,
+            seed=seed,
+            watch=watch,
+        )
+    table.budget(speedup)  # refuse the impossible before the long work
+    with clock("database"):
+        database = build_database(
+            network, samples, levels, prune, pruner, out / "database",
+            lambda what, done, total: watch("database", done, total, what),
+        )  # fmt: skip
+    with clock("search"):
+        profile = find_profile(
+            network, table, database, samples, speedup, out / "profile.json",
+            loss=loss, search=search, search_samples=search_samples, seed=seed,
+            time_limit_seconds=time_limit_seconds, watch=watch,
+        )  # fmt: skip
+    with clock("deploy"):
+        corrected = stitch_and_correct(network, database, profile, samples)
+        deploy(dense, network.changed(), profile.levels, out / "model.onnx")
+    with clock("validate"):
+        validation = validate(
+            out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
+            progress=lambda done, total: watch("validate", done, total, ""),
+        )  # fmt: skip
+    metrics = None
+    if evaluation is not None and metric is not None:
+        with clock("evaluate"):
+            metrics = compare_metric(network, evaluation, metric, out, watch)
+    report = make_report(
+        network, table, database, profile, validation,
+        metric_name=metric_name, metrics=metrics, corrected=corrected, stages=clock.stages,
+    )  # fmt: skip
+    report.save(out / "report.json")
+    return report
+
+
+def keep_dense(dense: onnx.ModelProto, path: Path) -> None:
+    """Write the prepared network, or check that the one that is there is the same.
+
+    Raises:
+        ArtifactError: the folder belongs to another network.
+    """
+    if path.exists():
+        check_same(path, {"model_sha256": (model_sha256(load_model(path)), model_sha256(dense))})
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(dense, path)
+
+
+def latency_table(
+    dense: onnx.ModelProto,
+    runtime: Runtime,
+    levels: Sequence[Level],
+    path: Path,
+    *,
+    batch: int,
+    threads: int | None,
+    inputs: dict[str, np.ndarray] | None,
+    seed: int,
+    watch: Watch = ignore,
+) -> LatencyTable:
+    """The latency table in a file, measured first when there is none.
+
+    Raises:
+        ArtifactError: the file was measured for another network, runtime, batch or levels.
+    """
+    if path.exists():
+        table = LatencyTable.load(path)
+        check_same(
+            path,
+            {
+                "model_sha256": (table.model_sha256, model_sha256(dense)),
+                "runtime": (table.environment.runtime, runtime.name),
+                "batch": (table.environment.batch, batch),
+                "threads": (table.environment.threads, threads or table.environment.threads),
+                "levels": ([*map(str, table.levels)], [*map(str, levels)]),
+            },
+        )
+        return table
+    table = measure_latency(
+        dense, runtime, levels, batch=batch, threads=threads, inputs=inputs, rng=np.random.default_rng(seed),
+        progress=lambda done, total: watch("measure", done, total, ""),
+    )  # fmt: skip
+    table.save(path)
+    return table
+
+
+def find_profile(
+    network: Network,
+    table: LatencyTable,
+    database: LayerDatabase,
+    samples: Samples,
+    speedup: float,
+    path: Path,
+    *,
+    loss: str | Loss | None = None,
+    search: str = DEFAULT_SEARCH,
+    search_samples: int = SEARCH_SAMPLES,
+    seed: int = 0,
+    time_limit_seconds: float | None = None,
+    watch: Watch = ignore,
+) -> Profile:
+    """The profile in a file, when it was found for the same question; otherwise searched and written.
+
+    The arguments are those of `run`.
+    """
+    check_same(
+        database.folder,
+        {
+            "model_sha256": (database.made_from["model_sha256"], network.sha256),
+            "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
+        },
+    )
+    made_from = {
+        "model_sha256": network.sha256,
+        "table_sha256": arrays_sha256({"seconds": table.seconds, "base": np.array(table.base_seconds)}),
+        "data_sha256": samples.sha256,
+        "database_data_sha256": database.made_from["data_sha256"],
+        "pruner": database.made_from["pruner"],
+        "search_samples": str(search_samples),
+        "time_limit_seconds": str(time_limit_seconds),
+    }
+    rng = np.random.default_rng(seed)
+    budget = table.budget(speedup)
+    chosen = np.sort(rng.permutation(len(samples))[:search_samples])
+    objective = Objective(network, samples.take(chosen), loss)
+    if path.exists():
+        kept = Profile.load(path)
+        if kept.made_from == made_from and (kept.target_speedup, kept.search, kept.seed, kept.loss_name) == (
+            speedup, search, seed, objective.name,
+        ):  # fmt: skip
+            return kept
+    names = [layer.name for layer in network.layers]
+    score = ProfileLoss(Stitcher(network, database), objective)
+    deadline = time.monotonic() + (time_limit_seconds or np.inf)
+    choice = search_named(search)(
+        SearchProblem(
+            levels=table.levels,
+            seconds=table.rows(names),
+            errors=database.errors(names),
+            budget_seconds=budget,
+            loss=score,
+            magnitudes=lambda index: network.dense(network.layers[index].weight).abs().numpy(),
+            rng=rng,
+            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
+            is_over=lambda: time.monotonic() > deadline,
+        )
+    )
+    predicted = table.base_seconds + float(table.rows(names)[np.arange(len(names)), choice].sum())
+    profile = Profile(
+        levels={name: table.levels[index] for name, index in zip(names, choice, strict=True)},
+        target_speedup=speedup,
+        predicted_seconds=predicted,
+        predicted_speedup=table.dense_seconds / predicted,
+        loss=score(choice),
+        loss_name=objective.name,
+        search=search,
+        evaluations=score.evaluations,
+        seed=seed,
+        made_from=made_from,
+    )
+    profile.save(path)
+    return profile
+
+
+def stitch_and_correct(network: Network, database: LayerDatabase, profile: Profile, samples: Samples | None) -> str:
+    """Bring the network to the profile, corrected; says what was corrected, or why nothing was.
+
+    Raises:
+        ArtifactError: the profile belongs to another network.
+    """
+    check_same(
+        database.folder,
+        {
+            "model_sha256": (profile.made_from["model_sha256"], network.sha256),
+            "layers": ([*profile.levels], [layer.name for layer in network.layers]),
+        },
+    )
+    Stitcher(network, database).stitch([profile.levels[layer.name] for layer in network.layers])
+    pruned = [layer for layer in network.layers if profile.levels[layer.name] != DENSE]
+    if samples is None:
+        return "not applied: no data was given"
+    try:
+        correct_statistics(network, pruned, samples)
+    except NotCorrected as exc:
+        return f"not applied: {exc}"
+    return "mean and variance of each pruned layer's output channels"
+
+
+def compare_metric(
+    network: Network, evaluation: Samples, metric: Metric, out: Path, watch: Watch
+) -> tuple[float, float]:
+    """The metric of dense.onnx and of model.onnx."""
+    batch = network.batch_size(0) or None
+    values = [
+        evaluate(
+            out / name,
+            evaluation,
+            metric,
+            batch=batch,
+            progress=lambda done, total, name=name: watch("evaluate", done, total, name),
+        )  # fmt: skip
+        for name in ("dense.onnx", "model.onnx")
+    ]
+    return values[0], values[1]
+
+
+class _Stages:
+    """Wall seconds of the stages, in order."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.stages.append({"name": name, "seconds": round(time.monotonic() - start, 3)})

@@ -1,0 +1,57 @@
+"""What a search is given and what it may ask: times by the table, errors by the database, losses by the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """Choose a level for each layer: least loss of the network within the time budget.
+
+    Attributes:
+        levels: dense first, then from lowest to highest sparsity.
+        seconds: (layers, levels), by the latency table.
+        errors: (layers, levels), relative squared output error of each layer, by the database.
+        budget_seconds: for all these layers together.
+        loss: (layers,) level indices -> calibration loss of the stitched network; repeated profiles cost nothing.
+        magnitudes: layer index -> absolute values of its dense weights.
+        rng: the only source of randomness.
+        progress: called with (best loss so far, evaluations so far, evaluations at least to come).
+        is_over: whether the time limit has passed; a search then returns the best that it has.
+    """
+
+    levels: tuple[Level, ...]
+    seconds: np.ndarray
+    errors: np.ndarray
+    budget_seconds: float
+    loss: Callable[[np.ndarray], float]
+    magnitudes: Callable[[int], np.ndarray]
+    rng: np.random.Generator
+    progress: Callable[[float, int, int], None] = lambda loss, done, left: None
+    is_over: Callable[[], bool] = lambda: False
+
+    @cached_property
+    def layer_count(self) -> int:
+        return len(self.seconds)
+
+    def time_of(self, choice: np.ndarray) -> float:
+        """Seconds of a choice by the table."""
+        return float(self.seconds[np.arange(self.layer_count), choice].sum())
+
+    def is_feasible(self, choice: np.ndarray) -> bool:
+        return self.time_of(choice) <= self.budget_seconds
+
+    def solve(self, errors: np.ndarray) -> np.ndarray:
+        """The choice of least total error within the budget, for these (layers, levels) errors."""
+        return solve(errors, self.seconds, self.budget_seconds)
+
+
+__all__ = ["InfeasibleTarget", "SearchProblem"]

@@ -1,0 +1,126 @@
+"""Validation: the whole network, dense and pruned, measured in turns in the runtime; the metric on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.metric import Metric, MetricError
+from onnx_spdy.runtimes import Environment, Measurement, Runtime, measure_interleaved, open_runtime, ratio_confidence
+
+ROUNDS = 25
+ITERATIONS = 3
+CONFIDENCE = 0.95
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A measured speedup.
+
+    Attributes:
+        speedup: median over the rounds of dense seconds / pruned seconds.
+        lower, upper: distribution-free 95 % bounds of that median.
+        dense, pruned: the raw rounds.
+        environment: in which both were measured.
+        fallback: which part of the pruned network the engine doesn't optimise, or None.
+    """
+
+    speedup: float
+    lower: float
+    upper: float
+    dense: Measurement
+    pruned: Measurement
+    environment: Environment
+    fallback: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "measured_speedup": self.speedup,
+            "measured_speedup_lower": self.lower,
+            "measured_speedup_upper": self.upper,
+            "dense_seconds": self.dense.median,
+            "pruned_seconds": self.pruned.median,
+            "dense": self.dense.to_json(),
+            "pruned": self.pruned.to_json(),
+            "environment": self.environment.to_json(),
+            "fallback": self.fallback,
+        }
+
+
+def validate(
+    dense: Path,
+    pruned: Path,
+    runtime: Runtime,
+    *,
+    batch: int,
+    threads: int | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    rounds: int = ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Validation:
+    """Measure the speedup of a pruned network over its dense original, end to end, in interleaved rounds.
+
+    Args:
+        dense, pruned: ONNX files.
+        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both.
+        rounds: in each, both networks are timed.
+        progress: called with (rounds done, rounds).
+    """
+    arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
+    with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
+        times = measure_interleaved(
+            {"dense": one, "pruned": other}, rounds=rounds, iterations=ITERATIONS, progress=progress
+        )
+        speedup, lower, upper = ratio_confidence(times["dense"], times["pruned"], CONFIDENCE)
+        return Validation(
+            speedup, lower, upper, times["dense"], times["pruned"], other.environment, other.fallback
+        )  # fmt: skip
+
+
+def evaluate(
+    model: Path,
+    samples: Samples,
+    metric: Metric,
+    *,
+    batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """The metric of a network on evaluation samples, computed by ONNX Runtime in the file's own precision.
+
+    Args:
+        model: an ONNX file.
+        samples: all of them are used.
+        metric: called once with all outputs and the target.
+        batch: the batch that the graph fixes, or None for a batch of our choice.
+        progress: called with (samples done, samples).
+    Raises:
+        MetricError: the metric returned something that isn't a finite number.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    done = 0
+    with open_runtime("onnxruntime") as runtime:
+        size = batch or min(EVALUATION_BATCH, len(samples))
+        with runtime.open(model, batch=size, inputs=samples.take(slice(0, size)).inputs) as session:
+            for chunk in samples.batches(size):
+                parts.append(_run_padded(session.run, chunk, size))
+                done += len(chunk)
+                if progress:
+                    progress(done, len(samples))
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    value = float(metric(outputs, samples.target))
+    if not np.isfinite(value):
+        raise MetricError(f"the metric returned {value}; it must be a finite number")
+    return value
+
+
+def _run_padded(run: Callable[..., dict[str, np.ndarray]], chunk: Samples, size: int) -> dict[str, np.ndarray]:
+    """Run a chunk in a session of fixed batch: the last one is filled up with its own last sample."""
+    count = len(chunk)
+    filled = chunk.take(np.minimum(np.arange(size), count - 1)) if count < size else chunk
+    return {name: value[:count] if value.shape[:1] == (size,) else value for name, value in run(filled.inputs).items()}

@@ -1,0 +1,130 @@
+"""PyTorch modules become graphs with known names, an open batch and the same results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from onnx_spdy.models import ModelError, export_module, find_layers, input_shapes, prepare
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Dropout()
+        self.fc = nn.Linear(16, 4)
+        self.bn.running_mean.uniform_(-1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(torch.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.fc(ids)
+        return y * mask, y
+
+
+class Impossible(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+@pytest.fixture(scope="module")
+def block() -> tuple[Block, onnx.ModelProto]:
+    torch.manual_seed(0)
+    module = Block()
+    module.bn.eval()  # a mixture of modes, as a user may have it
+    return module, export_module(module, (torch.randn(1, 3, 8, 8),))
+
+
+def test_names_and_open_batch(block):
+    _, model = block
+    assert input_shapes(model) == {"input": (None, 3, 8, 8)}
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [value.name for value in model.graph.output] == ["output"]
+    assert {"conv.weight", "fc.weight", "fc.bias"} <= {tensor.name for tensor in model.graph.initializer}
+    assert model.ir_version <= 10 and model.opset_import[0].version == 18
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_prunable_layers_keep_the_names_of_the_parameters(block):
+    layers = find_layers(prepare(block[1]), minimum_weights=1)
+    assert [layer.weight for layer in layers] == ["conv.weight", "fc.weight"]
+
+
+def test_results_are_those_of_eval_mode_at_another_batch(block):
+    module, model = block
+    x = torch.randn(3, 3, 8, 8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = Block.forward(module.eval(), x)
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_modes_are_restored():
+    module = Block()
+    module.bn.eval()
+    export_module(module, torch.randn(2, 3, 8, 8))
+    assert module.training and module.drop.training and not module.bn.training
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_several_inputs_and_outputs(by_name):
+    example = {"ids": torch.randn(2, 8), "mask": torch.ones(2, 4)}
+    model = export_module(Pair(), example if by_name else tuple(example.values()))
+    assert input_shapes(model) == {"ids": (None, 8), "mask": (None, 4)}
+    assert [value.name for value in model.graph.output] == ["output_0", "output_1"]
+
+
+def test_a_module_that_cannot_be_exported_is_one_line():
+    module = Impossible()
+    with pytest.raises(ModelError) as error:
+        export_module(module, torch.ones(2, 3))
+    message = str(error.value)
+    assert "Impossible" in message and "\n" not in message and len(message) < 500
+    assert module.training
+
+
+def test_nothing_is_printed():
+    """In a process of its own: PyTorch's loggers keep the stderr that they started with."""
+    program = """if True:
+        import torch
+        from onnx_spdy.models import ModelError, export_module
+        class Impossible(torch.nn.Module):
+            def forward(self, x):
+                return x * 2 if float(x.sum()) > 0 else x
+        export_module(torch.nn.Linear(8, 4), torch.ones(1, 8))
+        try:
+            export_module(Impossible(), torch.ones(2, 3))
+        except ModelError:
+            pass
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_values_inside_the_graph_make_room_for_the_names():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x) * self.output
+
+    model = export_module(Named(), torch.randn(2, 3))
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(["output"], {"input": -np.ones((5, 3), np.float32)})[0].tolist() == [[0.0] * 3] * 5

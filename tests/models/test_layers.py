@@ -1,0 +1,152 @@
+"""Which layers are found, which are skipped and why, and the order of their weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_spdy.models import find_layers, from_canonical, load_model, prepare, to_canonical
+
+
+def node(op, inputs, output, name, **attributes):
+    return helper.make_node(op, inputs, [output], name, **attributes)
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def only_layer(build, nodes, shape, out, initializers, **options):
+    model = build(nodes, {"x": shape}, {"y": out}, initializers)
+    layers = find_layers(model, **options)
+    assert len(layers) == 1
+    return layers[0]
+
+
+def test_layers_come_in_graph_order_with_names_and_shapes(small_cnn):
+    conv, depthwise, fc = find_layers(small_cnn)
+    assert (conv.name, conv.op, conv.weight, conv.bias, conv.output) == (
+        "conv1",
+        "Conv",
+        "conv1.weight",
+        "conv1.bias",
+        "c1",
+    )
+    assert conv.shape == (16, 3, 3, 3) and not conv.transposed and conv.prunable
+    assert depthwise.shape == (16, 1, 3, 3) and depthwise.bias is None
+    assert depthwise.skip == "depthwise convolution (16 groups)" and not depthwise.prunable
+    assert fc.shape == (20, 16) and not fc.transposed and fc.prunable
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gemm_can_be_stored_either_way(build, transposed):
+    stored = ones(16, 32) if transposed else ones(32, 16)
+    nodes = [node("Gemm", ["x", "w", "b"], "y", "fc", transB=int(not transposed))]
+    layer = only_layer(build, nodes, [1, 16], [1, 32], {"w": stored, "b": ones(32)})
+    assert layer.shape == (32, 16) and layer.transposed is transposed and layer.bias == "b"
+
+
+def test_the_bias_of_a_matmul_is_the_add_that_follows_it(build):
+    nodes = [node("MatMul", ["x", "w"], "m", "proj"), node("Add", ["b", "m"], "y", "add")]
+    layer = only_layer(build, nodes, [1, 7, 16], [1, 7, 32], {"w": ones(16, 32), "b": ones(32)})
+    assert layer.shape == (32, 16) and layer.transposed and layer.bias == "b" and layer.output == "m"
+
+
+@pytest.mark.parametrize(
+    ("more", "bias_shape"),
+    [
+        ([node("Add", ["m", "b"], "a", "add"), node("Mul", ["a", "m"], "y", "again")], (32,)),  # m is read twice
+        ([node("Add", ["m", "b"], "a", "add"), node("Add", ["a", "b"], "y", "again")], (32,)),  # b is shared
+        ([node("Add", ["m", "b"], "y", "add")], (7, 32)),  # differs from position to position
+        ([node("Add", ["m", "b"], "y", "add")], (1,)),  # one value for all outputs
+        ([node("Mul", ["m", "b"], "y", "mul")], (32,)),
+    ],
+)
+def test_anything_else_after_a_matmul_is_no_bias(build, more, bias_shape):
+    nodes = [node("MatMul", ["x", "w"], "m", "proj"), *more]
+    layer = only_layer(build, nodes, [1, 7, 16], [1, 7, 32], {"w": ones(16, 32), "b": ones(*bias_shape)})
+    assert layer.bias is None and layer.prunable
+
+
+def test_a_bias_that_two_layers_share_counts_for_none(build):
+    nodes = [node("Gemm", ["x", "w1", "b"], "m", "a"), node("Gemm", ["m", "w2", "b"], "y", "b")]
+    model = build(nodes, {"x": [1, 16]}, {"y": [1, 16]}, {"w1": ones(16, 16), "w2": ones(16, 16), "b": ones(16)})
+    assert [layer.bias for layer in find_layers(model)] == [None, None]
+
+
+def test_a_shared_weight_is_skipped(build):
+    nodes = [node("MatMul", ["x", "w"], "m", "a"), node("MatMul", ["m", "w"], "y", "b")]
+    model = build(nodes, {"x": [1, 16]}, {"y": [1, 16]}, {"w": ones(16, 16)})
+    assert all("shared by 2 uses" in layer.skip for layer in find_layers(model))
+
+
+def test_reasons_to_skip(build):
+    conv = [node("Conv", ["x", "w"], "y", "c")]
+    grouped = [node("Conv", ["x", "w"], "y", "c", group=2)]
+    up = [node("ConvTranspose", ["x", "w"], "y", "c")]
+    square, wide = [1, 16, 1, 1], [1, 32, 1, 1]
+    assert (
+        "only 512 weights" in only_layer(build, conv, square, wide, {"w": ones(32, 16, 1, 1)}, minimum_weights=513).skip
+    )
+    assert only_layer(build, conv, square, wide, {"w": ones(32, 16, 1, 1)}, minimum_weights=512).prunable
+    assert only_layer(build, grouped, square, wide, {"w": ones(32, 8, 1, 1)}).skip == "grouped convolution (2 groups)"
+    layer = only_layer(build, up, square, wide, {"w": ones(16, 32, 1, 1)})
+    assert "transposed convolution" in layer.skip and layer.shape == (32, 16, 1, 1)
+
+
+def test_matmuls_that_hold_no_matrix_on_the_right_are_skipped(build):
+    product = [node("MatMul", ["x", "w"], "y", "m")]
+    left = [node("MatMul", ["w", "x"], "y", "m")]
+    computed = [node("Transpose", ["x"], "t", "t", perm=[0, 2, 1]), node("MatMul", ["x", "t"], "y", "m")]
+    batch = [1, 16, 16]
+    assert "3 dimensions" in only_layer(build, product, batch, batch, {"w": ones(1, 16, 16)}).skip
+    assert "left operand" in only_layer(build, left, batch, batch, {"w": ones(16, 16)}).skip
+    attention = only_layer(build, computed, batch, batch, {})
+    assert "computed" in attention.skip and attention.shape == ()
+
+
+def test_a_weight_that_is_also_an_input_is_skipped(small_cnn):
+    small_cnn.graph.input.append(helper.make_tensor_value_info("fc.weight", TensorProto.FLOAT, [20, 16]))
+    assert "input or output" in find_layers(small_cnn)[2].skip
+
+
+def test_an_integer_weight_is_skipped(build):
+    model = build(
+        [node("MatMul", ["x", "w"], "y", "m")],
+        {"x": (TensorProto.INT32, [1, 16])},
+        {"y": (TensorProto.INT32, [1, 16])},
+        {"w": ones(16, 16, dtype=np.int32)},
+    )
+    assert "INT32" in find_layers(model)[0].skip
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_canonical_order_has_an_exact_inverse(build, transposed):
+    stored = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    if not transposed:
+        stored = stored.T
+    nodes = [node("Gemm", ["x", "w"], "y", "fc", transB=int(not transposed))]
+    layer = only_layer(build, nodes, [1, 16], [1, 32], {"w": stored})
+    for array in (stored, torch.from_numpy(stored.copy())):
+        canonical = to_canonical(layer, array)
+        assert tuple(canonical.shape) == layer.shape
+        back = from_canonical(layer, canonical)
+        assert type(back) is type(array) and bool((back == array).all())
+
+
+def test_a_conv_weight_is_canonical_as_it_is(small_cnn):
+    conv = find_layers(small_cnn)[0]
+    array = numpy_helper.to_array(small_cnn.graph.initializer[0])
+    assert to_canonical(conv, array) is array and from_canonical(conv, array) is array
+
+
+@pytest.mark.parametrize(
+    ("file", "all_layers", "prunable"),
+    [("resnet20_cifar10", 20, 20), ("dscnn_kws", 10, 6), ("mobilenet_v2_ilsvrc", 53, 36), ("yolox_nano_coco", 113, 80)],
+)
+def test_layers_of_real_networks(real_file, file, all_layers, prunable):
+    layers = find_layers(prepare(load_model(real_file(f"{file}.onnx"))))
+    assert len(layers) == all_layers
+    assert sum(layer.prunable for layer in layers) == prunable

@@ -1,0 +1,197 @@
+"""Preparation: the same results, names that stay, and what engines need."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+from onnx_spdy.models import ModelError, find_layers, input_shapes, load_model, node_names, prepare
+from onnx_spdy.models.agreement import check_same_results
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "gone"),
+    [
+        ("resnet20_cifar10", {"ConstantOfShape", "Constant", "Cast"}),
+        ("dscnn_kws", {"Pad", "ConstantOfShape", "ReduceMean", "Constant"}),
+        ("mobilenet_v2_ilsvrc", {"Pad", "ConstantOfShape", "ReduceMean", "Constant"}),
+        ("yolox_nano_coco", set()),
+    ],
+)
+def test_real_networks(real_file, file, gone):
+    model = load_model(real_file(f"{file}.onnx"))
+    before = model.SerializeToString()
+    prepared = prepare(model)
+    assert model.SerializeToString() == before
+    assert not gone & set(operators(prepared))
+    assert input_shapes(prepared) == input_shapes(model)
+    weights = {layer.weight for layer in find_layers(prepared)}
+    assert weights <= {tensor.name for tensor in model.graph.initializer}
+    assert prepare(model).SerializeToString() == prepared.SerializeToString()
+    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()
+
+
+MEANS = [
+    (17, {"axes": [2, 3], "keepdims": 1}, None, 4),
+    (17, {"axes": [-1, -2], "keepdims": 0}, None, 4),
+    (18, {"keepdims": 1}, [-1, -2], 4),
+    (18, {"keepdims": 0}, [2, 3], 4),
+    (18, {}, [2, 3], 4),
+    (18, {"keepdims": 0}, [4, 2, 3], 5),
+]
+
+
+@pytest.mark.parametrize(("opset", "attributes", "axes", "rank"), MEANS)
+def test_a_mean_over_all_pixels_becomes_pooling(build, opset, attributes, axes, rank):
+    shape = [8, 5, 4, 3][: rank - 1]
+    names = ["r"] if axes is None else ["r", "axes"]
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], "relu"),
+        helper.make_node("ReduceMean", names, ["m"], "mean", **attributes),
+        helper.make_node("Sigmoid", ["m"], ["y"], "sigmoid"),
+    ]
+    out = [8] if attributes.get("keepdims") == 0 else [8, *[1] * (rank - 2)]
+    initializers = {} if axes is None else {"axes": np.array(axes)}
+    model = build(nodes, {"x": ["batch", *shape]}, {"y": ["batch", *out]}, initializers, opset)
+    prepared = prepare(model)
+    assert "ReduceMean" not in operators(prepared) and operators(prepared)["GlobalAveragePool"] == 1
+    assert not prepared.graph.initializer
+    assert next(node.name for node in prepared.graph.node if node.op_type == "GlobalAveragePool") == "mean"
+    x = random(3, *shape)
+    np.testing.assert_allclose(run(prepared, {"x": x})[0], run(model, {"x": x})[0], rtol=1e-5)
+    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()
+
+
+@pytest.mark.parametrize("axes", [[1, 2], [3], [1, 2, 3], [0, 2, 3]])
+def test_other_means_stay(build, axes):
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("ReduceMean", ["r", "axes"], ["m"]),
+        helper.make_node("Sigmoid", ["m"], ["y"]),
+    ]
+    model = build(nodes, {"x": [2, 8, 5, 4]}, {"y": [None] * 4}, {"axes": np.array(axes)})
+    assert operators(prepare(model))["ReduceMean"] == 1
+
+
+def test_a_folded_batchnorm_leaves_the_names_of_the_convolution(build):
+    numbers = {name: np.abs(random(8)) + 0.1 for name in ("scale", "shift", "mean", "var")}
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["c"], "conv"),
+        helper.make_node("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["b"], "bn"),
+        helper.make_node("Relu", ["b"], ["y"], "relu"),
+    ]
+    initializers = {"conv.weight": random(8, 4, 3, 3), "conv.bias": random(8), **numbers}
+    model = build(nodes, {"x": ["batch", 4, 6, 6]}, {"y": ["batch", 8, 4, 4]}, initializers)
+    prepared = prepare(model)
+    assert [(node.op_type, node.name) for node in prepared.graph.node] == [("Conv", "conv"), ("Relu", "relu")]
+    assert [tensor.name for tensor in prepared.graph.initializer] == ["conv.weight", "conv.bias"]
+    x = random(2, 4, 6, 6)
+    np.testing.assert_allclose(run(prepared, {"x": x})[0], run(model, {"x": x})[0], rtol=1e-4, atol=1e-5)
+
+
+def test_linear_layers_keep_their_weight(build):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "proj"),
+        helper.make_node("Add", ["m", "b"], ["y"], "bias"),
+    ]
+    model = build(nodes, {"x": [2, 7, 16]}, {"y": [2, 7, 32]}, {"w": random(16, 32), "b": random(32)})
+    (layer,) = find_layers(prepare(model))
+    assert (layer.weight, layer.bias, layer.shape) == ("w", "b", (32, 16))
+
+
+def test_equal_biases_stay_apart(build):
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["m"], "a"),
+        helper.make_node("Gemm", ["m", "w2", "b2"], ["y"], "b"),
+    ]
+    zeros = {"b1": np.zeros(16, np.float32), "b2": np.zeros(16, np.float32)}
+    model = build(nodes, {"x": [1, 16]}, {"y": [1, 16]}, {"w1": random(16, 16), "w2": random(16, 16), **zeros})
+    assert [layer.bias for layer in find_layers(prepare(model))] == ["b1", "b2"]
+
+
+def test_what_surrounds_the_nodes_stays(small_cnn):
+    small_cnn.metadata_props.add(key="classes", value="cat,dog")
+    small_cnn.producer_name = "someone"
+    small_cnn.graph.input.append(helper.make_tensor_value_info("unused", onnx.TensorProto.FLOAT, ["batch", 2]))
+    prepared = prepare(small_cnn)
+    assert [(entry.key, entry.value) for entry in prepared.metadata_props] == [("classes", "cat,dog")]
+    assert (prepared.producer_name, prepared.ir_version) == ("someone", small_cnn.ir_version)
+    assert list(prepared.graph.input) == list(small_cnn.graph.input)
+    assert list(prepared.graph.output) == list(small_cnn.graph.output)
+    assert prepared.opset_import == small_cnn.opset_import
+
+
+def test_nodes_get_unique_names(small_cnn):
+    for node in small_cnn.graph.node:
+        node.name = "same" if node.op_type == "Conv" else ""
+    prepared = prepare(small_cnn)
+    names = [node.name for node in prepared.graph.node]
+    assert all(names) and len(set(names)) == len(names) and names == node_names(prepared.graph)
+
+
+def test_nothing_is_printed(small_cnn, capfd):
+    prepare(small_cnn)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_computes_something_else_is_noticed(small_cnn):
+    changed = onnx.ModelProto()
+    changed.CopyFrom(small_cnn)
+    changed.graph.node[1].op_type = "Sigmoid"
+    with pytest.raises(ModelError, match="changed output 'logits'"):
+        check_same_results(small_cnn, changed)
+
+
+def test_a_network_that_runs_on_no_random_input_is_not_refused_but_reported(build, caplog):
+    # An index that is out of range for every random input.
+    nodes = [helper.make_node("Add", ["ids", "far"], ["i"]), helper.make_node("Gather", ["w", "i"], ["y"])]
+    initializers = {"far": np.int64(100), "w": random(4, 2)}
+    model = build(nodes, {"ids": (onnx.TensorProto.INT64, ["batch"])}, {"y": ["batch", 2]}, initializers)
+    with caplog.at_level(logging.WARNING):
+        prepare(model)
+    assert "could not be compared" in caplog.text
+    assert "no random inputs" in caplog.text
+
+
+def test_a_model_that_onnx_runtime_cannot_run_is_an_error(build):
+    nodes = [helper.make_node("Reshape", ["x", "s"], ["y"])]
+    model = build(nodes, {"x": [2, 3]}, {"y": [7]}, {"s": np.array([7])})
+    with pytest.raises(ModelError, match="can't run the model"):
+        prepare(model)
+
+
+def test_a_model_that_onnx_runtime_cannot_load_is_an_error(small_cnn):
+    small_cnn.graph.node[1].op_type = "NoSuchOperator"
+    small_cnn.graph.node[1].domain = "nowhere"
+    small_cnn.opset_import.add(domain="nowhere", version=1)
+    with pytest.raises(ModelError, match="NoSuchOperator"):
+        prepare(small_cnn)
+
+
+def test_functions_are_inlined(build):
+    model = build([helper.make_node("Relu", ["x"], ["y"], "call")], {"x": ["batch", 4]}, {"y": ["batch", 4]})
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Double", "mine"
+    body = [helper.make_node("Sigmoid", ["a"], ["s"]), helper.make_node("Add", ["s", "a"], ["b"])]
+    opsets = [helper.make_opsetid("", 18)]
+    model.functions.append(helper.make_function("mine", "Double", ["a"], ["b"], body, opsets))
+    model.opset_import.add(domain="mine", version=1)
+    prepared = prepare(model)
+    assert operators(prepared) == {"Sigmoid": 1, "Add": 1} and not prepared.functions

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
+
+
+def test_text_and_value_are_inverses() -> None:
+    for level in (*levels_for("unstructured"), *levels_for("block4"), *levels_for("2:4"), *levels_for("1:4")):
+        assert Level.parse(str(level)) == level
+    assert str(Level("unstructured", 0.87)) == "unstructured@0.8700"
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_level_or_a_value_error(text: str) -> None:
+    try:
+        assert Level.parse(str(Level.parse(text))) == Level.parse(text)
+    except ValueError as exc:
+        assert str(exc)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "dense@0.5", "unstructured", "unstructured@0", "unstructured@1", "4:2", "2:0", "block8@0.5"]
+)
+def test_nonsense_is_refused_with_the_text(text: str) -> None:
+    with pytest.raises(ValueError, match=r"level|pattern|sparsity"):
+        Level.parse(text)
+
+
+def test_the_grid_is_dense_and_41_sparsities_with_equal_shares_removed() -> None:
+    levels = levels_for("unstructured")
+    kept = 1 - np.array([level.sparsity for level in levels[1:]])
+    assert levels[0] == DENSE
+    assert len(levels) == 42
+    assert (kept[0], kept[-1]) == pytest.approx((0.6, 0.01))
+    assert np.allclose(kept[1:] / kept[:-1], 1 - 0.0973, atol=6e-3)  # to 4 decimals
+
+
+def test_zeros_is_the_nearest_count() -> None:
+    assert Level("unstructured", 0.5).zeros(10) == 5
+    assert Level("unstructured", 0.99).zeros(1000) == 990
+    assert DENSE.zeros(1000) == 0

@@ -1,0 +1,274 @@
+"""report.html: the content of report.json as one page for people, without scripts or anything from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_spdy.pipeline.artifact import replacing
+from onnx_spdy.runtimes import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Plots are drawn in the first colour; in the page each becomes a CSS variable, so that dark mode can change it.
+COLOURS = {
+    "ink": ("#1c2430", "#dfe5ec"),
+    "faint": ("#d5dae1", "#39424e"),
+    "dense": ("#98a4b3", "#7c8a9b"),
+    "pruned": ("#0b7d74", "#2bbfae"),
+    "sparsity": ("#7a63b8", "#a08fdc"),
+    "rest": ("#c08a3e", "#d3a052"),
+    "target": ("#b3362b", "#ff8a7a"),
+}
+NAMED_LAYERS = 40  # with more, a plot has numbers on its axis instead of names
+LABEL_CHARACTERS = 24
+TOP_ROWS = 12
+REST_ROWS = 30
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+OFF_SCALE = 1.5  # a rest larger than this many times the slowest layer would flatten all the layers' bars
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the target was met, for the eye (`kind`: met, open or missed) and in words."""
+
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the pruned network's time by the latency table."""
+
+    label: str
+    kernel: str
+    seconds: float
+    share: float  # of the whole, in [0, 1]
+    is_layer: bool
+
+
+def write_report_html(report: Mapping[str, Any], path: Path) -> None:
+    """Write `render(report)` to a file, atomically."""
+    page = render(report)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf8")
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page for the content of report.json; the same content gives the same text."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"ms": _ms, "times": _times, "share": _share, "ratio": _ratio, "duration": _duration}
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf8"))
+    parts = _parts(report)
+    return template.render(
+        report=report,
+        environment=report["environment"],
+        is_formula="formula" in report["environment"]["precision"] or report["runtime"].rpartition("/")[2] == "fake",
+        verdict=_verdict(report),
+        metric_change=_metric_change(report),
+        measurements={name: Measurement.from_json(report[name]) for name in ("dense", "pruned")},
+        parts=parts,
+        top_rows=TOP_ROWS,
+        layers_share=math.fsum(part.share for part in parts if part.is_layer),
+        table_seconds=math.fsum(part.seconds for part in parts),
+        dense_layer_seconds=math.fsum(layer["dense_seconds"] for layer in report["layers"]),
+        rest=[part for part in parts if not part.is_layer],
+        rest_rows=REST_ROWS,
+        stage_seconds=math.fsum(stage["seconds"] for stage in report["stages"]),
+        colours=COLOURS,
+        layers_plot=Markup(_layers_plot(report)),
+        rounds_plot=Markup(_rounds_plot(report)),
+    )
+
+
+def _verdict(report: Mapping[str, Any]) -> Verdict:
+    target, measured = report["target_speedup"], report["measured_speedup"]
+    lower, upper = report["measured_speedup_lower"], report["measured_speedup_upper"]
+    asked = f"the target of {target:g}x"
+    if lower >= target:
+        return Verdict("met", f"Target met: the whole 95 % interval is at or above {asked}.")
+    if measured >= target:
+        return Verdict(
+            "open", f"Not certain: the measured value reaches {asked}, but its lower bound of {_times(lower)} does not."
+        )
+    if upper >= target:
+        return Verdict(
+            "missed", f"Target missed: the measured value is below {asked}, though the noise doesn't rule it out."
+        )
+    return Verdict("missed", f"Target missed: even the upper bound of {_times(upper, up=True)} is below {asked}.")
+
+
+def _metric_change(report: Mapping[str, Any]) -> str:
+    dense, pruned = report["metric_dense"], report["metric_pruned"]
+    if dense is None or pruned is None:
+        return ""
+    is_fraction = 0 <= dense <= 1 and 0 <= pruned <= 1
+    return f"{100 * (pruned - dense):+.2f} points" if is_fraction else f"{pruned - dense:+.4g}"
+
+
+def _parts(report: Mapping[str, Any]) -> list[Part]:
+    """Where the pruned network's time goes, slowest first.
+
+    The rows outside the layers come from one profile, their total is the median of many: they are scaled to
+    it, so that all parts add up to the time that the table predicts.
+    """
+    found = [(layer["name"], layer["kernel"], layer["seconds"], True) for layer in report["layers"]]
+    found += [
+        (row["outputs"] or "no tensor of its own", row["kernel"], row["seconds"], False) for row in report["rest"]
+    ]
+    listed = math.fsum(row["seconds"] for row in report["rest"])
+    scale = report["rest_seconds"] / listed if listed else 0.0
+    found = [(name, kernel, seconds if layer else seconds * scale, layer) for name, kernel, seconds, layer in found]
+    if not listed and report["rest_seconds"]:
+        found.append(("everything else", "", report["rest_seconds"], False))
+    total = math.fsum(seconds for _, _, seconds, _ in found) or 1.0
+    parts = [Part(name, kernel, seconds, seconds / total, layer) for name, kernel, seconds, layer in found]
+    return sorted(parts, key=lambda part: -part.seconds)
+
+
+def _ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.{4 if value < 0.1 else 3 if value < 10 else 2 if value < 100 else 1}f}"
+
+
+def _times(speedup: float, up: bool = False) -> str:
+    """Rounded to the unfavourable side: 1.9996 must not read as 2 beside a target of 2."""
+    rounded = Decimal(repr(speedup)).quantize(Decimal("0.001"), ROUND_CEILING if up else ROUND_FLOOR)
+    return f"{rounded}x"
+
+
+def _ratio(dense_seconds: float, seconds: float) -> str:
+    return f"{dense_seconds / seconds:.2f}x" if seconds > 0 else "-"
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _layers_plot(report: Mapping[str, Any]) -> str:
+    layers: Sequence[Mapping[str, Any]] = report["layers"]
+    count, rest = len(layers), 1e3 * report["rest_seconds"]
+    positions, at_rest = range(count), count + 0.5
+    dense = [1e3 * layer["dense_seconds"] for layer in layers]
+    pruned = [1e3 * layer["seconds"] for layer in layers]
+    slowest = max([*dense, *pruned], default=0.0) or rest or 1.0
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.5])
+        above.bar(positions, [100 * layer["sparsity"] for layer in layers], 0.82, color=_colour("sparsity"))
+        above.set(ylim=(0, 100), yticks=[0, 50, 100], ylabel="zeros, %")
+        below.bar([x - 0.205 for x in positions], dense, 0.41, color=_colour("dense"), label="dense")
+        below.bar([x + 0.205 for x in positions], pruned, 0.41, color=_colour("pruned"), label="pruned")
+        below.bar([at_rest], [rest], 0.82, color=_colour("rest"), label="everything else")
+        is_cut = rest > OFF_SCALE * slowest
+        top = 1.2 * (slowest if is_cut else max(slowest, rest))
+        note = f"{rest:.3g} ms" + (", beyond the axis" if is_cut else "")
+        x, y, side = (at_rest - 0.55, 0.97 * top, "top") if is_cut else (at_rest + 0.41, rest, "bottom")
+        below.text(x, y, note, va=side, ha="right")
+        below.set(ylim=(0, top), ylabel="ms", xlim=(-0.8, max(at_rest, 9) + 0.8))
+        below.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.1)
+        if count <= NAMED_LAYERS:
+            below.set_xticks(positions, [_short(layer["name"]) for layer in layers], rotation=90)
+        else:
+            step = 5 * math.ceil(count / 125)
+            below.set_xticks(range(step - 1, count, step), range(step, count + 1, step))
+            below.set_xlabel("number of the layer in the table of all layers")
+        for axes in (above, below):
+            _plain(axes)
+            axes.tick_params(axis="x", length=0)
+
+    return _svg(draw, height=4.2, label="Bars for each layer: fraction of zeros, and time in ms dense and pruned")
+
+
+def _rounds_plot(report: Mapping[str, Any]) -> str:
+    seconds = {name: report[name]["seconds"] for name in ("dense", "pruned")}
+    rounds = range(1, len(seconds["dense"]) + 1)
+    speedups = [slow / fast for slow, fast in zip(seconds["dense"], seconds["pruned"], strict=True)]
+    lower, upper = report["measured_speedup_lower"], report["measured_speedup_upper"]
+    target = report["target_speedup"]
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        for name, values in seconds.items():
+            left.plot(rounds, [1e3 * value for value in values], "o-", ms=3, lw=0.8, color=_colour(name), label=name)
+        left.set(ylim=(0, 1.08e3 * max(map(max, seconds.values()))), ylabel="ms", xlabel="round")
+        right.axhspan(lower, upper, color=_colour("pruned"), alpha=0.18, lw=0, label="95 % interval")
+        right.axhline(target, color=_colour("target"), lw=1.2, dashes=(5, 3), label="target")
+        right.plot(rounds, speedups, "o", ms=3, color=_colour("ink"), label="one round")
+        low, high = min(target, *speedups), max(target, *speedups)
+        margin = max(0.08 * (high - low), 0.01 * high)  # without noise there would be no range at all
+        right.set(ylim=(low - margin, high + margin), ylabel="speedup", xlabel="round")
+        for axes in (left, right):
+            _plain(axes)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, frameon=False, borderaxespad=0.1)
+
+    return _svg(draw, height=2.7, label="Points for each measured round: ms dense and pruned, and their ratio")
+
+
+def _colour(name: str) -> str:
+    return COLOURS[name][0]
+
+
+def _short(name: str) -> str:
+    text = " ".join(name.split())
+    if len(text) <= LABEL_CHARACTERS:
+        return text
+    tail = text[1 - LABEL_CHARACTERS :]
+    return "…" + tail[max(tail.find("/"), 0) :]
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=_colour("faint"), lw=0.7)
+
+
+def _svg(draw: Callable[[Figure], None], *, height: float, label: str) -> str:
+    """An <svg> element that can stand in a page: no ids or styles that meet those around it, colours as variables."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Text stays text, which the reader's browser draws: which glyphs matplotlib's font lacks means nothing.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        matplotlib.rcdefaults()  # a user's own style must not change the page
+        style: dict[Any, Any] = dict.fromkeys(INKED, _colour("ink"))
+        style |= {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 8.5}
+        style |= {"text.parse_math": False}  # a name with dollar signs is no formula
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(10.4, height), layout="constrained")
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = re.sub(r"<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    box = re.search(r'viewBox="([^"]*)"', text)
+    assert box is not None  # matplotlib always writes one
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    for name, (light, _) in COLOURS.items():
+        text = text.replace(light, f"var(--{name})")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}"><title>{label}</title>{text}'

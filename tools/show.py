@@ -1,0 +1,136 @@
+"""What the command line prints: tables for people, on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onnx_spdy.models import find_layers
+from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.tools.doctor import Finding
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _grid(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(
+            name, overflow="fold", justify="left" if number == 0 or name in ("op", "why", "note", "kernel") else "right"
+        )
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*(escape(str(cell)) for cell in cells))
+
+
+def environment(content: Mapping[str, Any]) -> str:
+    """One line that says for what machine and setting a number holds."""
+    return (
+        f"{content['runtime']} {content['version']}, {content['precision']}, batch {content['batch']}, "
+        f"{content['threads']} threads, {content['cpu']} ({content['instruction_set']})"
+    )
+
+
+def layers(model: onnx.ModelProto) -> None:
+    """The prunable layers and the skipped ones."""
+    table = _grid("Layers", ("layer", "op", "shape (out, in, kernel)", "weights", "zeros", "why"))
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    prunable = weights = 0
+    for layer in find_layers(model):
+        count = zeros = "-"
+        if layer.weight in initializers:
+            values = onnx.numpy_helper.to_array(initializers[layer.weight])
+            count, zeros = str(values.size), f"{(values == 0).mean():.1%}"
+            prunable, weights = prunable + layer.prunable, weights + values.size * layer.prunable
+        _row(table, layer.name, layer.op, "x".join(map(str, layer.shape)), count, zeros, layer.skip or "prunable")
+    _console().print(table)
+    print(f"{prunable} prunable layers with {weights:,} weights")
+
+
+def table(found: LatencyTable) -> None:
+    """What the latency table says about each layer, and how far pruning can get."""
+    grid = _grid("Layers by the latency table", ("layer", "dense ms", "best ms", "at", "faster from", "kernel"))
+    for row, name in enumerate(found.layers):
+        seconds = found.seconds[row]
+        best = int(seconds.argmin())
+        faster = [str(level) for level, value in zip(found.levels, seconds, strict=True) if value < 0.98 * seconds[0]]
+        _row(
+            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", found.levels[best],
+            faster[0] if faster else "never", found.kernels[row][best],
+        )  # fmt: skip
+    _console().print(grid)
+    print(environment(found.environment.to_json()))
+    print(f"dense, end to end: {1e3 * found.dense.median:.3f} ms (spread {found.dense.spread:.1%})")
+    print(f"outside the prunable layers: {1e3 * found.base_seconds:.3f} ms")
+    print(f"highest reachable speedup by the table: {found.highest_speedup:.2f}x")
+    if found.fallback:
+        print(f"not optimised by the engine: {found.fallback}")
+
+
+def validation(content: Mapping[str, Any]) -> None:
+    """A measured speedup, and the metric where there is one."""
+    print(environment(content["environment"]))
+    print(f"dense {1e3 * content['dense_seconds']:.3f} ms, pruned {1e3 * content['pruned_seconds']:.3f} ms")
+    print(
+        f"measured speedup {content['measured_speedup']:.3f}x "
+        f"(95 % bounds {content['measured_speedup_lower']:.3f} to {content['measured_speedup_upper']:.3f})"
+    )
+    if content.get("metric_name"):
+        print(f"{content['metric_name']}: dense {content['metric_dense']:.4f}, pruned {content['metric_pruned']:.4f}")
+    if content.get("fallback"):
+        print(f"not optimised by the engine: {content['fallback']}")
+
+
+def report(content: Mapping[str, Any], folder: Path) -> None:
+    """The report of a run."""
+    grid = _grid("Layers", ("layer", "level", "dense ms", "ms", "error", "note"))
+    for layer in content["layers"]:
+        _row(
+            grid, layer["name"], layer["level"], f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
+            f"{layer['error']:.4f}", layer["note"],
+        )  # fmt: skip
+    _row(
+        grid,
+        "everything else",
+        "",
+        f"{1e3 * content['rest_seconds']:.3f}",
+        f"{1e3 * content['rest_seconds']:.3f}",
+        "",
+        "",
+    )
+    _console().print(grid)
+    print(
+        f"target {content['target_speedup']:g}x, predicted {content['predicted_speedup']:.3f}x, search {content['search']}"
+    )
+    validation(content)
+    if content["environment"]["precision"] == "formula":
+        print("These times come from a formula, not from an engine: they say nothing about real hardware.")
+    elif content["measured_speedup_lower"] < content["target_speedup"]:
+        print("The measured lower bound is below the target.")
+    print(f"sparsity of the prunable weights {content['sparsity']:.1%}; report: {folder / 'report.html'}")
+
+
+def doctor(findings: Sequence[Finding]) -> None:
+    """Which runtimes work here."""
+    grid = _grid("Runtimes", ("runtime", "works", "sparse kernels", "note"))
+    for one in findings:
+        works = one.version or "no"
+        _row(
+            grid,
+            one.name,
+            works,
+            "yes" if one.sparse else "no",
+            f"{one.problem}. {one.note}" if one.problem else one.note,
+        )
+    _console().print(grid)

@@ -1,0 +1,121 @@
+"""What a user types: MODEL, DATA, M and L, resolved to values. `FILE.py:FUNCTION` is the user's own code."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnx_spdy.models import export_module, input_dtypes, input_shapes, load_model, prepare
+from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
+from onnx_spdy.pipeline.loss import LOSSES, Loss
+from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
+
+_numbers = itertools.count()
+
+
+class SpecError(ValueError):
+    """An argument names nothing that can be used; the message says what was expected."""
+
+
+def load_function(spec: str, what: str) -> Callable[..., Any]:
+    """The function that FILE.py:FUNCTION names. Files beside it can be imported by it.
+
+    Raises:
+        SpecError: no such file or function, or the file can't be imported.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not file.endswith(".py") or not name.isidentifier():
+        raise SpecError(f"{what} {spec!r} is not FILE.py:FUNCTION")
+    if not path.is_file():
+        raise SpecError(f"{what} {spec!r}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(f"_onnx_spdy_user_{next(_numbers)}", path.resolve())
+    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickling in the user's file look themselves up
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as exc:
+        raise SpecError(f"{what} {spec!r}: importing {file} raised {_described(exc)}") from exc
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SpecError(f"{what} {spec!r}: {file} has no function {name!r}")
+    return _translating(function, f"{what} {spec!r}")
+
+
+def _translating(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """The user's function, whose exceptions become one line that names it."""
+
+    def called(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as exc:
+            raise SpecError(f"{what} raised {_described(exc)}") from exc
+
+    called.__name__ = getattr(function, "__name__", "custom")
+    return called
+
+
+def _described(exc: Exception) -> str:
+    text = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def load_network(spec: str) -> onnx.ModelProto:
+    """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs).
+
+    Raises:
+        SpecError, ModelError: it is neither, or not a network that can be used.
+    """
+    if spec.endswith(".onnx"):
+        return prepare(load_model(Path(spec).expanduser()))
+    if ".py:" not in spec:
+        raise SpecError(f"model {spec!r} is neither a path ending in .onnx nor FILE.py:FUNCTION")
+    result = load_function(spec, "model")()
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise SpecError(f"model {spec!r} must return (module, example_inputs), it returned {type(result).__name__}")
+    return prepare(export_module(*result))
+
+
+def load_samples(spec: str, model: onnx.ModelProto) -> Samples:
+    """DATA, checked against the network: FILE.npz, or FILE.py:FUNCTION returning a dict or batches of dicts.
+
+    Raises:
+        SpecError, DataError: it is neither, or doesn't fit the network.
+    """
+    if spec.endswith(".npz"):
+        data: Any = read_npz(Path(spec).expanduser())
+    elif ".py:" in spec:
+        data = load_function(spec, "data")()
+        if isinstance(data, str | bytes) or not hasattr(data, "__iter__"):
+            raise SpecError(f"data {spec!r} must return a dict of arrays or batches of them, not {type(data).__name__}")
+    else:
+        raise SpecError(f"data {spec!r} is neither a path ending in .npz nor FILE.py:FUNCTION")
+    return as_samples(data, input_shapes(model), input_dtypes(model))
+
+
+def load_metric(spec: str) -> Metric:
+    """M: a known name or FILE.py:FUNCTION.
+
+    Raises:
+        SpecError, MetricError: it is neither.
+    """
+    if spec in METRICS:
+        return METRICS[spec]
+    if ".py:" in spec:
+        return load_function(spec, "metric")
+    raise MetricError(f"unknown metric {spec!r}; known: {', '.join(METRICS)}, or FILE.py:FUNCTION")
+
+
+def load_loss(spec: str | None) -> str | Loss | None:
+    """L: a known name, FILE.py:FUNCTION, or None for the default."""
+    return load_function(spec, "loss") if spec and spec not in LOSSES and ".py:" in spec else spec
