@@ -103,7 +103,7 @@ class _Correction:
         axis = _channel_axis(output, layer)
         if layer.bias is None:
             return output * _along(scale, output, axis)
-        bias = network.get(layer.bias)  # (out,)
+        bias = network.get(layer.bias).clone()  # (out,)
         inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
         shift = (self._mean - inside) - scale * (mean - inside)
         network.set(layer.bias, bias + shift)

@@ -176,7 +176,8 @@ def _check(layer: Layer, level: Level, weight: torch.Tensor) -> None:
     zeros = int((weight == 0).sum())
     if level.pattern == "unstructured" and zeros < level.zeros(weight.numel()):
         raise PrunerFailed(
-            f"the pruner left {zeros} zeros in layer {layer.name!r} at {level}, which promises {level.zeros(weight.numel())}"
+            f"the pruner left {zeros} zeros in layer {layer.name!r} at {level}, "
+            f"which promises {level.zeros(weight.numel())}"
         )
 
 

@@ -8,6 +8,7 @@ hits all levels alike, and the rounds' median is taken.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from onnx_spdy.pipeline.mask import select_mask
 from onnx_spdy.runtimes import Environment, LayerTime, Measurement, Runtime, measure_interleaved
 
 VERSION = 1
-ROUNDS = 3
-ITERATIONS = 5
-WARMUP = 2
+ROUNDS = 2  # neighbouring levels are pooled by `monotone`, so a cell rests on more than its own rounds
+ITERATIONS = 4
+WARMUP = 1
 DENSE_ROUNDS = 15
 
 Progress = Callable[[int, int], None]
@@ -98,8 +99,9 @@ class LatencyTable:
         budget = self.dense_seconds / speedup - self.base_seconds
         if speedup > self.highest_speedup:
             raise NoSpeedup(
-                f"a speedup of {speedup:g} can't be reached in {self.environment.runtime} at batch {self.environment.batch}: "
-                f"the highest reachable is {self.highest_speedup:.2f} by the latency table; lower --speedup or raise --batch"
+                f"a speedup of {speedup:g} can't be reached in {self.environment.runtime} at batch "
+                f"{self.environment.batch}: the highest reachable is {self.highest_speedup:.2f} by the latency table; "
+                "lower --speedup or raise --batch"
             )
         return budget
 
@@ -266,7 +268,7 @@ def monotone(seconds: np.ndarray, sparse: np.ndarray) -> np.ndarray:
     cleaned = seconds.copy()
     for row, kinds in zip(cleaned, sparse, strict=True):
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), len(kinds)]
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             row[start:stop] = _non_increasing(row[start:stop]) if kinds[start] else np.median(row[start:stop])
     return cleaned
 

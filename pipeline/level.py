@@ -18,6 +18,10 @@ SPARSE_LEVELS = 41
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
+class LevelError(ValueError):
+    """No such pattern or level."""
+
+
 @dataclass(frozen=True)
 class Level:
     """One compression level of a layer. Ordered by sparsity within a list; `str` and `parse` are exact inverses.
@@ -35,13 +39,13 @@ class Level:
         if shape:
             kept, group = int(shape[1]), int(shape[2])
             if not 0 < kept < group or self.sparsity != round(1 - kept / group, 4):
-                raise ValueError(f"level {self.pattern!r} keeps {kept} of {group}; it needs 0 < N < M")
+                raise LevelError(f"level {self.pattern!r} keeps {kept} of {group}; N:M needs 0 < N < M")
         elif self.pattern not in ("dense", "unstructured", "block4"):
-            raise ValueError(f"unknown pattern {self.pattern!r}; known: dense, unstructured, block4, N:M such as 2:4")
+            raise LevelError(f"unknown pattern {self.pattern!r}; known: dense, unstructured, block4, N:M such as 2:4")
         elif (self.sparsity == 0) != (self.pattern == "dense") or not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
+            raise LevelError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
         if self.sparsity != round(self.sparsity, 4):
-            raise ValueError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
+            raise LevelError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
 
     def __str__(self) -> str:
         return f"{self.pattern}@{self.sparsity:.4f}" if self.pattern in ("unstructured", "block4") else self.pattern
@@ -51,17 +55,17 @@ class Level:
         """The level that `str` wrote.
 
         Raises:
-            ValueError: the text names no level; the message says which it was.
+            LevelError: the text names no level; the message says which it was.
         """
         if shape := _N_OF_M.fullmatch(text):
             if not int(shape[2]):
-                raise ValueError(f"level {text!r} has groups of 0 weights; write N:M such as 2:4")
+                raise LevelError(f"level {text!r} has groups of 0 weights; write N:M such as 2:4")
             return cls(text, round(1 - int(shape[1]) / int(shape[2]), 4))
         pattern, at, sparsity = text.partition("@")
         try:
             return cls(pattern, round(float(sparsity), 4) if at else 0.0)
         except ValueError as exc:
-            raise ValueError(f"{text!r} is not a level ({exc}); write dense, unstructured@0.8700 or 2:4") from exc
+            raise LevelError(f"{text!r} is not a level ({exc}); write dense, unstructured@0.8700 or 2:4") from exc
 
     @property
     def group(self) -> tuple[int, int]:
@@ -90,7 +94,7 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     Source: Frantar & Alistarh, SPDY (ICML 2022), section 4 (sparsity grid).
     """
     if pattern == "dense":
-        raise ValueError("pattern 'dense' leaves nothing to choose; use unstructured, block4 or N:M such as 2:4")
+        raise LevelError("pattern 'dense' leaves nothing to choose; use unstructured, block4 or N:M such as 2:4")
     if _N_OF_M.fullmatch(pattern):
         return DENSE, Level.parse(pattern)
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)

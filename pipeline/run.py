@@ -295,17 +295,14 @@ def compare_metric(
 ) -> tuple[float, float]:
     """The metric of dense.onnx and of model.onnx."""
     batch = network.batch_size(0) or None
-    values = [
-        evaluate(
-            out / name,
-            evaluation,
-            metric,
-            batch=batch,
-            progress=lambda done, total, name=name: watch("evaluate", done, total, name),
-        )  # fmt: skip
-        for name in ("dense.onnx", "model.onnx")
-    ]
-    return values[0], values[1]
+
+    def value(name: str) -> float:
+        def progress(done: int, total: int) -> None:
+            watch("evaluate", done, total, name)
+
+        return evaluate(out / name, evaluation, metric, batch=batch, progress=progress)
+
+    return value("dense.onnx"), value("model.onnx")
 
 
 class _Stages:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import numpy as np
 import typer
 from rich.console import Console
@@ -91,8 +90,8 @@ def run(
         report = run_pipeline(
             dense, samples, engine, target, out,
             batch=batch, threads=threads, evaluation=load_samples(evaluation, dense) if evaluation else None,
-            metric=measure_metric, metric_name=metric if evaluation else None, loss=score, pattern=pattern, pruner=pruner,
-            search=search, search_samples=search_samples, seed=seed,
+            metric=measure_metric, metric_name=metric if evaluation else None, loss=score,
+            pattern=pattern, pruner=pruner, search=search, search_samples=search_samples, seed=seed,
             time_limit_seconds=None if time_limit is None else 60 * time_limit, watch=watch,
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
@@ -266,7 +265,7 @@ def _speedup(value: str | float) -> float:
     except ValueError:
         number = math.nan
     if not (math.isfinite(number) and number >= 1):
-        raise click.UsageError(f"--speedup {value} is not a number of at least 1")
+        raise typer.BadParameter(f"--speedup {value} is not a number of at least 1")
     return number
 
 

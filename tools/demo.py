@@ -61,7 +61,8 @@ def digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 def train(images: np.ndarray, labels: np.ndarray) -> nn.Module:
     """A network trained for `EPOCHS`."""
     torch.manual_seed(SEED)
-    network = DigitsNet().to(memory_format=torch.channels_last)
+    network = DigitsNet()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     x = torch.from_numpy(images).to(memory_format=torch.channels_last)
     y = torch.from_numpy(labels)
     steps = EPOCHS * -(-len(x) // BATCH)

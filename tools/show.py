@@ -111,7 +111,8 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     )
     _console().print(grid)
     print(
-        f"target {content['target_speedup']:g}x, predicted {content['predicted_speedup']:.3f}x, search {content['search']}"
+        f"target {content['target_speedup']:g}x, predicted {content['predicted_speedup']:.3f}x, "
+        f"search {content['search']}"
     )
     validation(content)
     if content["environment"]["precision"] == "formula":

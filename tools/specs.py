@@ -13,7 +13,7 @@ import onnx
 
 from onnx_spdy.models import export_module, input_dtypes, input_shapes, load_model, prepare
 from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
-from onnx_spdy.pipeline.loss import LOSSES, Loss
+from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
 
 _numbers = itertools.count()
@@ -117,5 +117,13 @@ def load_metric(spec: str) -> Metric:
 
 
 def load_loss(spec: str | None) -> str | Loss | None:
-    """L: a known name, FILE.py:FUNCTION, or None for the default."""
-    return load_function(spec, "loss") if spec and spec not in LOSSES and ".py:" in spec else spec
+    """L: a known name, FILE.py:FUNCTION, or None for the default.
+
+    Raises:
+        SpecError, LossError: it is none of these.
+    """
+    if spec is None or spec in LOSSES:
+        return spec
+    if ".py:" in spec:
+        return load_function(spec, "loss")
+    raise LossError(f"unknown loss {spec!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")

@@ -24,14 +24,16 @@ def spdy(problem: SearchProblem) -> np.ndarray:
     levels = len(problem.levels)
     prior = np.square(np.arange(levels) / (levels - 1))  # (levels,)
     evaluations = 0
-    best_loss, best_sensitivity, best_choice = np.inf, np.zeros(problem.layer_count), None
+    best_loss = np.inf
+    best_sensitivity = np.zeros(problem.layer_count)
+    best_choice = problem.solve(best_sensitivity[:, None] * prior)
 
     def is_better(sensitivity: np.ndarray, left: int) -> bool:
         nonlocal best_loss, best_sensitivity, best_choice, evaluations
         choice = problem.solve(sensitivity[:, None] * prior)
         loss = problem.loss(choice)
         evaluations += 1
-        better = best_choice is None or loss < best_loss
+        better = loss < best_loss
         if better:
             best_loss, best_sensitivity, best_choice = loss, sensitivity, choice
         problem.progress(best_loss, evaluations, left)

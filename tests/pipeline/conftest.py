@@ -44,7 +44,7 @@ def build_model(seed: int = 0) -> onnx.ModelProto:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model() -> onnx.ModelProto:
     return build_model()
 

@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_spdy.models import load_model
+from onnx_spdy.pipeline.correct import LARGEST_SCALE, correct_statistics
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level_violation
+from onnx_spdy.pipeline.level import Level, levels_for
+from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.pruners import PRUNERS
+from onnx_spdy.runtimes import open_runtime
+
+HALF = Level("unstructured", 0.5)
+
+
+def pruned_weights(network: Network, level: Level = HALF) -> dict[str, np.ndarray]:
+    import torch
+
+    from onnx_spdy.models import from_canonical, to_canonical
+
+    weights = {}
+    for layer in network.layers:
+        dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+        pruned = torch.where(select_mask(dense.abs(), level), dense, 0.0)
+        weights[layer.weight] = from_canonical(layer, pruned).contiguous().numpy()
+    return weights
+
+
+@pytest.mark.parametrize("level", [HALF, Level.parse("2:4"), Level("block4", 0.6)], ids=str)
+def test_only_pruned_weights_change_and_engines_take_the_file(
+    network: Network, samples: Samples, level: Level, tmp_path: Path
+) -> None:
+    levels = {layer.name: level for layer in network.layers}
+    deploy(network.model, pruned_weights(network, level), levels, tmp_path / "model.onnx")
+    pruned = load_model(tmp_path / "model.onnx")
+    onnx.checker.check_model(pruned)
+    assert [n.SerializeToString() for n in pruned.graph.node] == [
+        n.SerializeToString() for n in network.model.graph.node
+    ]
+    weights = {layer.weight for layer in network.layers}
+    for before, after in zip(network.model.graph.initializer, pruned.graph.initializer, strict=True):
+        assert before.name == after.name
+        assert (before.name in weights) or before.SerializeToString() == after.SerializeToString()
+    batch = samples.take(slice(0, 4))
+    with open_runtime("onnxruntime") as runtime, runtime.open(tmp_path / "model.onnx", batch=4) as session:
+        expected = session.run(batch.inputs)["output"]
+    np.testing.assert_allclose(Network(pruned).run(batch)["output"].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_zeros_are_refused(network: Network, tmp_path: Path) -> None:
+    layer = network.layers[0]
+    with pytest.raises(DeployError, match=r"0 of 432 weights are zero, it promises 216"):
+        deploy(network.model, {}, {layer.name: HALF}, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_that_the_profile_does_not_name_is_refused(network: Network) -> None:
+    levels = {network.layers[0].name: HALF}
+    from onnx_spdy.models import write_weights
+
+    with pytest.raises(DeployError, match="profile prunes no layer"):
+        check_deployed(network.model, write_weights(network.model, pruned_weights(network)), levels)
+    with pytest.raises(DeployError, match="doesn't have"):
+        check_deployed(network.model, network.model, {"nothing": HALF})
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_n_of_m_is_checked_along_input_channels(pattern: str) -> None:
+    level = Level.parse(pattern)
+    kept, size = level.group
+    weight = np.zeros((2, 16, 3, 3), np.float32)
+    weight[:, [i for i in range(16) if i % size < kept]] = 1
+    assert level_violation(weight, level) is None
+    weight[1, size - 1, 2, 2] = 1
+    assert level_violation(weight, level) == f"{kept + 1} non-zeros in a group of {size} input channels"
+
+
+def test_statistics_equal_the_dense_ones_after_correction(network: Network, samples: Samples) -> None:
+    def statistics() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        found = {}
+        hooks = []
+        for layer in network.layers:
+            axes = (0, 2, 3) if layer.op == "Conv" else (0,)
+            node = "add_d" if layer.op == "MatMul" else layer.name  # its bias is added there
+            hooks.append(
+                network.graph.node(node).register_forward_hook(
+                    lambda module, inputs, output, name=layer.name, axes=axes: found.__setitem__(
+                        name, (output.numpy().mean(axes), output.numpy().std(axes))
+                    )
+                )
+            )
+        network.run(samples)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    dense = statistics()
+    for name, values in pruned_weights(network).items():
+        import torch
+
+        network.set(name, torch.from_numpy(values))
+    zeros = {layer.weight: network.get(layer.weight) == 0 for layer in network.layers}
+    broken = statistics()
+    correct_statistics(network, network.layers, samples)
+    corrected = statistics()
+    for layer in network.layers:
+        (mean, deviation), (new_mean, new_deviation) = dense[layer.name], corrected[layer.name]
+        assert not np.allclose(broken[layer.name][0], mean, rtol=1e-2)
+        reachable = broken[layer.name][1] * LARGEST_SCALE > deviation
+        np.testing.assert_allclose(new_mean, mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(new_deviation[reachable], deviation[reachable], rtol=0.2, atol=1e-3)
+        assert bool((network.get(layer.weight)[zeros[layer.weight]] == 0).all())
+
+
+def test_every_pruner_deploys_at_every_level(network: Network, tmp_path: Path) -> None:
+    import torch
+
+    from onnx_spdy.models import from_canonical, to_canonical
+
+    layer = network.layers[1]
+    dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+    levels = levels_for("unstructured")[1::10]
+    hessian = torch.eye(dense[0].numel(), dtype=torch.float64)
+    for prune in PRUNERS.values():
+        for level, weight in zip(levels, prune(dense, hessian, levels), strict=True):
+            values = from_canonical(layer, weight).contiguous().numpy()
+            deploy(network.model, {layer.weight: values}, {layer.name: level}, tmp_path / "model.onnx")

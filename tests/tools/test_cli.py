@@ -1,0 +1,205 @@
+"""The command line as a user meets it: the whole way in processes of their own, wrong input in this one."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_spdy.tools.cli import main
+
+NETWORK = """
+import numpy as np
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )
+    return layers.eval(), (torch.zeros(2, 3, 16, 16),)
+
+def data():
+    rng = np.random.default_rng(0)
+    return {"input": rng.normal(size=(48, 3, 16, 16)).astype(np.float32), "target": rng.integers(0, 10, 48)}
+
+def batches():
+    whole = data()
+    return ({name: array[i : i + 16] for name, array in whole.items()} for i in range(0, 48, 16))
+
+def broken():
+    raise RuntimeError("no disk\\nhere")
+
+def mean_output(outputs, target):
+    return float(outputs["output"].mean())
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line in this process, in a folder."""
+
+    def call(*arguments: object, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Done(int(caught.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "user.py").write_text(NETWORK)
+    return folder
+
+
+RUN = ("run", "user.py:network", "--data", "user.py:data", "--runtime", "fake", "--batch", "16")
+
+
+def test_run_then_every_single_step_by_hand_gives_the_same_network(folder: Path, cli: Cli) -> None:
+    options = ("--speedup", "1.3", "--eval", "user.py:batches", "--metric", "top1", "--out", "whole")
+    done = subprocess.run(
+        [sys.executable, "-m", "onnx_spdy.tools.cli", *RUN, *options],
+        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    assert "measured speedup" in done.stdout
+    assert "come from a formula" in done.stdout
+    report = json.loads((folder / "whole" / "report.json").read_text())
+    assert report["measured_speedup"] > 1.2
+    assert "<html" in (folder / "whole" / "report.html").read_text()
+    steps = [
+        ("measure", "user.py:network", "--runtime", "fake", "--batch", 16, "--data", "user.py:data",
+         "--out", "latency.json"),
+        ("database", "whole/dense.onnx", "--data", "user.py:data", "--out", "db"),
+        ("search", "user.py:network", "--latency", "latency.json", "--database", "db", "--data", "user.py:data",
+         "--speedup", "1.3", "--out", "profile.json"),
+        ("deploy", "user.py:network", "--database", "db", "--profile", "profile.json", "--data", "user.py:data",
+         "--out", "model.onnx"),
+        ("validate", "whole/dense.onnx", "model.onnx", "--runtime", "fake", "--batch", 16, "--data", "user.py:data",
+         "--metric", "user.py:mean_output", "--json", "validation.json"),
+        ("report", "whole"),
+        ("inspect", "model.onnx"),
+    ]  # fmt: skip
+    for step in steps:
+        made = cli(*step, cwd=folder)
+        assert made.code == 0, (step, made.err)
+        assert made.out
+    assert (folder / "model.onnx").read_bytes() == (folder / "whole" / "model.onnx").read_bytes()
+    assert json.loads((folder / "validation.json").read_text())["measured_speedup"] == report["measured_speedup"]
+
+
+def test_several_targets_share_one_call(folder: Path, cli: Cli) -> None:
+    test_inputs = ("--latency", "whole/latency.json", "--database", "whole/database", "--data", "user.py:data")
+    done = cli(
+        "search",
+        "user.py:network",
+        *test_inputs,
+        "--speedup",
+        "1.1,1.3",
+        "--search",
+        "uniform",
+        "--out",
+        "u.json",
+        cwd=folder,
+    )
+    assert done.code == 0, done.err
+    targets = [json.loads((folder / name).read_text())["target_speedup"] for name in ("u-1.1x.json", "u-1.3x.json")]
+    assert targets == [1.1, 1.3]
+
+
+def bad_inputs(folder: Path) -> None:
+    (folder / "text.onnx").write_text("this is not a network")
+    (folder / "random.onnx").write_bytes(np.random.default_rng(0).bytes(4000))
+    good = np.zeros((16, 3, 16, 16), np.float32)
+    np.savez(folder / "shape.npz", input=good[:, :, :8])
+    np.savez(folder / "nan.npz", input=np.full_like(good, np.nan))
+    np.savez(folder / "names.npz", images=good)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((*RUN, "--speedup", "500", "--out", "x"), 1, "highest reachable is"),
+        ((*RUN, "--speedup", "0.5", "--out", "x"), 2, "at least 1"),
+        ((*RUN, "--speedup", "fast", "--out", "x"), 2, "'--speedup'"),
+        ((*RUN, "--speedup", "1.3"), 2, "--out"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--batch", "0"), 2, "--batch"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--runtime", "abacus"), 1, "no runtime is called 'abacus'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--search", "luck"), 1, "unknown search 'luck'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--pruner", "axe"), 1, "unknown pruner 'axe'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--pattern", "3:2"), 1, "0 < N < M"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--loss", "mine"), 1, "unknown loss 'mine'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--metric", "best"), 1, "unknown metric 'best'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "shape.npz"), 1, "has shape (16, 3, 8, 16)"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "nan.npz"), 1, "NaN"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "names.npz"), 1, "no array for input 'input'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "user.py:broken"), 1, "RuntimeError: no disk here"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "user.py:nothing"), 1, "no function 'nothing'"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--data", "missing.npz"), 1, "missing.npz"),
+        (("inspect", "text.onnx"), 1, "text.onnx"),
+        (("inspect", "random.onnx"), 1, "random.onnx"),
+        (("inspect", "missing.onnx"), 1, "missing.onnx"),
+        (("inspect", "user.py"), 1, "neither a path ending in .onnx nor FILE.py:FUNCTION"),
+        (("inspect", "user.py:data"), 1, "must return (module, example_inputs)"),
+        (("report", "nowhere"), 1, "report.json can't be read"),
+        (("fly",), 2, "fly"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, cli: Cli, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    (tmp_path / "user.py").write_text(NETWORK)
+    bad_inputs(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()} | {"__pycache__"}
+    done = cli(*arguments, cwd=tmp_path)
+    assert done.code == code
+    assert message in " ".join(done.err.replace("│", " ").split())
+    if code == 1:
+        assert [line for line in done.err.splitlines() if line.startswith("error: ")] == done.err.splitlines()[-1:]
+    left = {path.name for path in tmp_path.iterdir()} - before
+    # An impossible target is only known once the table is measured: that is kept, for the next try.
+    kept = {path.name for path in (tmp_path / "x").iterdir()} if left else set()
+    assert kept <= ({"dense.onnx", "latency.json"} if "500" in arguments else set())
+
+
+def test_doctor_names_every_runtime(folder: Path, cli: Cli) -> None:
+    done = cli("doctor", cwd=folder)
+    assert done.code == 0
+    for name in ("deepsparse", "onnxruntime", "fake"):
+        assert name in done.out
+
+
+def test_inspect_says_why_layers_are_skipped(folder: Path, cli: Cli) -> None:
+    onnx_file = folder / "depthwise.onnx"
+    node = onnx.helper.make_node("Conv", ["input", "w"], ["output"], "depthwise", group=32)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node], "g", [value("input", 1, ["n", 32, 8, 8])], [value("output", 1, ["n", 32, 6, 6])],
+        [onnx.numpy_helper.from_array(np.ones((32, 1, 3, 3), np.float32), "w")],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), onnx_file)
+    done = cli("inspect", onnx_file, cwd=folder)
+    assert done.code == 0, done.err
+    assert "depthwise convolution" in done.out
+    assert "0 prunable layers" in done.out
