@@ -23,6 +23,7 @@ class Network:
         graph: the TorchGraph whose weights the stages exchange.
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
+        edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -38,6 +39,7 @@ class Network:
             )
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
         self.sha256 = model_sha256(model)
+        self.edits = 0
         self._parameters = dict(self.graph.named_parameters())
         self._dense = {
             name: self._parameters[name].clone()
@@ -57,6 +59,7 @@ class Network:
     def set(self, initializer: str, values: torch.Tensor) -> None:
         """Exchange the values of one weight or bias, in the shape in which the file stores it."""
         self._parameters[initializer].data.copy_(values)
+        self.edits += 1
 
     def changed(self) -> dict[str, np.ndarray]:
         """Initializer name -> values, of those weights and biases that differ from the dense model now."""

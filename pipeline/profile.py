@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,20 @@ class Profile:
     Attributes:
         levels: layer name -> level, for every prunable layer in graph order.
         target_speedup: what was asked for.
+        aim_speedup: what was aimed at by the table, so that the measurement meets the target.
         predicted_seconds: of the whole network, by the latency table.
         predicted_speedup: dense seconds of the table / predicted_seconds.
         loss, loss_name: calibration loss of the stitched network.
         search, evaluations: who found it, and how many network evaluations that took.
         seed: of the search.
+        errors: (layers, levels), the additive errors that the choice is optimal for, to solve for another aim
+            without another search; None where the search has none.
         made_from: hashes of what it belongs to: model_sha256, table_sha256, data_sha256, pruner.
     """
 
     levels: Mapping[str, Level]
     target_speedup: float
+    aim_speedup: float
     predicted_seconds: float
     predicted_speedup: float
     loss: float
@@ -36,6 +40,7 @@ class Profile:
     search: str
     evaluations: int
     seed: int
+    errors: Sequence[Sequence[float]] | None
     made_from: Mapping[str, str]
 
     def save(self, path: Path) -> None:

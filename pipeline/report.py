@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Layer
+from onnx_spdy.pipeline.aim import Attempt
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.validate import Validation
 
 VERSION = 1
 
@@ -46,8 +46,8 @@ def make_report(
     network: Network,
     table: LatencyTable,
     database: LayerDatabase,
-    profile: Profile,
-    validation: Validation,
+    kept: Attempt,
+    attempts: Sequence[Attempt],
     *,
     metric_name: str | None,
     metrics: tuple[float, float] | None,
@@ -57,10 +57,12 @@ def make_report(
     """Gather what the stages found.
 
     Args:
+        kept, attempts: the profile that was kept and what it measured, and all that were tried.
         metric_name, metrics: name and (dense, pruned) values, or None when there was nothing to evaluate on.
         corrected: whether statistics were corrected, or why not.
         stages: name and seconds of each stage.
     """
+    profile, validation = kept.profile, kept.validation
     dense_metric, pruned_metric = metrics or (None, None)
     weights = sum(int(network.dense(layer.weight).numel()) for layer in network.layers)
     zeros = sum(int((network.get(layer.weight) == 0).sum()) for layer in network.layers)
@@ -70,6 +72,7 @@ def make_report(
             "target_speedup": profile.target_speedup,
             "predicted_speedup": profile.predicted_speedup,
             **validation.to_json(),
+            "attempts": [attempt.to_json() for attempt in attempts],
             "highest_speedup": table.highest_speedup,
             "metric_name": metric_name,
             "metric_dense": dense_metric,

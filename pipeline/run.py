@@ -2,7 +2,8 @@
 
 Reads like the paragraph that describes it: prepare the graph, measure what every layer costs at every level
 in the runtime, build the database of compressed weights, search the profile that loses least within the
-time that the target leaves, stitch and correct, write the weights back, measure the whole network again.
+time that the target leaves, stitch and correct, write the weights back, measure the whole network again,
+and aim anew until the measured speedup is what was asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import onnx
 
 from onnx_spdy.models import load_model, model_sha256, save_model
-from onnx_spdy.pipeline.artifact import arrays_sha256, check_same
+from onnx_spdy.pipeline.aim import reach
+from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, correct_statistics
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, build_database
@@ -26,16 +28,15 @@ from onnx_spdy.pipeline.latency import LatencyTable, measure_latency
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.loss import Loss
 from onnx_spdy.pipeline.metric import Metric
-from onnx_spdy.pipeline.network import Network, Objective
+from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.report import Report, make_report
-from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SearchProblem, search_named
-from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
-from onnx_spdy.pipeline.validate import evaluate, validate
+from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
+from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.stitch import Stitcher
+from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime
-
-SEARCH_SAMPLES = 128
 
 Watch = Callable[[str, int, int, str], None]  # (stage, done, total, note)
 
@@ -112,25 +113,32 @@ def run(
             lambda what, done, total: watch("database", done, total, what),
         )  # fmt: skip
     with clock("search"):
-        profile = find_profile(
-            network, table, database, samples, speedup, out / "profile.json",
-            loss=loss, search=search, search_samples=search_samples, seed=seed,
-            time_limit_seconds=time_limit_seconds, watch=watch,
+        finder = ProfileSearch(
+            network, table, database, samples, loss=loss, search=search, search_samples=search_samples, seed=seed,
+            time_limit_seconds=time_limit_seconds,
+            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
         )  # fmt: skip
-    with clock("deploy"):
+        first = finder.find_or_load(speedup, out / "profile.json")
+    corrected = ""
+
+    def realise(profile: Profile) -> Validation:
+        nonlocal corrected
         corrected = stitch_and_correct(network, database, profile, samples)
         deploy(dense, network.changed(), profile.levels, out / "model.onnx")
-    with clock("validate"):
-        validation = validate(
+        profile.save(out / "profile.json")
+        return validate(
             out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
-            progress=lambda done, total: watch("validate", done, total, ""),
+            progress=lambda done, total: watch("validate", done, total, f"aim {profile.aim_speedup:.3f}x"),
         )  # fmt: skip
+
+    with clock("validate"):
+        kept, attempts = reach(speedup, first, lambda aim: finder.aim(first, aim), realise)
     metrics = None
     if evaluation is not None and metric is not None:
         with clock("evaluate"):
             metrics = compare_metric(network, evaluation, metric, out, watch)
     report = make_report(
-        network, table, database, profile, validation,
+        network, table, database, kept, attempts,
         metric_name=metric_name, metrics=metrics, corrected=corrected, stages=clock.stages,
     )  # fmt: skip
     report.save(out / "report.json")
@@ -186,84 +194,6 @@ def latency_table(
     )  # fmt: skip
     table.save(path)
     return table
-
-
-def find_profile(
-    network: Network,
-    table: LatencyTable,
-    database: LayerDatabase,
-    samples: Samples,
-    speedup: float,
-    path: Path,
-    *,
-    loss: str | Loss | None = None,
-    search: str = DEFAULT_SEARCH,
-    search_samples: int = SEARCH_SAMPLES,
-    seed: int = 0,
-    time_limit_seconds: float | None = None,
-    watch: Watch = ignore,
-) -> Profile:
-    """The profile in a file, when it was found for the same question; otherwise searched and written.
-
-    The arguments are those of `run`.
-    """
-    check_same(
-        database.folder,
-        {
-            "model_sha256": (database.made_from["model_sha256"], network.sha256),
-            "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
-        },
-    )
-    made_from = {
-        "model_sha256": network.sha256,
-        "table_sha256": arrays_sha256({"seconds": table.seconds, "base": np.array(table.base_seconds)}),
-        "data_sha256": samples.sha256,
-        "database_data_sha256": database.made_from["data_sha256"],
-        "pruner": database.made_from["pruner"],
-        "search_samples": str(search_samples),
-        "time_limit_seconds": str(time_limit_seconds),
-    }
-    rng = np.random.default_rng(seed)
-    budget = table.budget(speedup)
-    chosen = np.sort(rng.permutation(len(samples))[:search_samples])
-    objective = Objective(network, samples.take(chosen), loss)
-    if path.exists():
-        kept = Profile.load(path)
-        if kept.made_from == made_from and (kept.target_speedup, kept.search, kept.seed, kept.loss_name) == (
-            speedup, search, seed, objective.name,
-        ):  # fmt: skip
-            return kept
-    names = [layer.name for layer in network.layers]
-    score = ProfileLoss(Stitcher(network, database), objective)
-    deadline = time.monotonic() + (time_limit_seconds or np.inf)
-    choice = search_named(search)(
-        SearchProblem(
-            levels=table.levels,
-            seconds=table.rows(names),
-            errors=database.errors(names),
-            budget_seconds=budget,
-            loss=score,
-            magnitudes=lambda index: network.dense(network.layers[index].weight).abs().numpy(),
-            rng=rng,
-            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
-            is_over=lambda: time.monotonic() > deadline,
-        )
-    )
-    predicted = table.base_seconds + float(table.rows(names)[np.arange(len(names)), choice].sum())
-    profile = Profile(
-        levels={name: table.levels[index] for name, index in zip(names, choice, strict=True)},
-        target_speedup=speedup,
-        predicted_seconds=predicted,
-        predicted_speedup=table.dense_seconds / predicted,
-        loss=score(choice),
-        loss_name=objective.name,
-        search=search,
-        evaluations=score.evaluations,
-        seed=seed,
-        made_from=made_from,
-    )
-    profile.save(path)
-    return profile
 
 
 def stitch_and_correct(network: Network, database: LayerDatabase, profile: Profile, samples: Samples | None) -> str:

@@ -27,13 +27,17 @@ class Stitcher:
         """Every layer dense."""
         self.network.reset()
         self._levels: list[Level] = [DENSE] * len(self.network.layers)
+        self._edits = self.network.edits
 
     def stitch(self, levels: Sequence[Level]) -> None:
         """Bring each prunable layer, in graph order, to its level."""
+        if self.network.edits != self._edits:  # somebody else changed weights since
+            self.reset()
         for number, (layer, level) in enumerate(zip(self.network.layers, levels, strict=True)):
             if level != self._levels[number]:
                 self.network.set(layer.weight, self.database.weight(self.network, layer, level))
                 self._levels[number] = level
+        self._edits = self.network.edits
 
 
 class ProfileLoss:

@@ -23,8 +23,9 @@ from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.report import Report
-from onnx_spdy.pipeline.run import SEARCH_SAMPLES, find_profile, stitch_and_correct
 from onnx_spdy.pipeline.run import run as run_pipeline
+from onnx_spdy.pipeline.run import stitch_and_correct
+from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
@@ -172,14 +173,15 @@ def search(
     table, weights, score = LatencyTable.load(latency), open_database(database), load_loss(loss)
     network = Network(load_network(model))
     samples = load_samples(data, network.model)
-    for target in targets:
-        path = out if len(targets) == 1 else out.with_name(f"{out.stem}-{target:g}x{out.suffix}")
-        with ProgressBars() as watch:
-            profile = find_profile(
-                network, table, weights, samples, target, path,
-                loss=score, search=name, search_samples=search_samples, seed=seed,
-                time_limit_seconds=None if time_limit is None else 60 * time_limit, watch=watch,
-            )  # fmt: skip
+    with ProgressBars() as watch:
+        finder = ProfileSearch(
+            network, table, weights, samples, loss=score, search=name, search_samples=search_samples, seed=seed,
+            time_limit_seconds=None if time_limit is None else 60 * time_limit,
+            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
+        )  # fmt: skip
+        paths = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
+        found = {path: finder.find_or_load(target, path) for path, target in paths.items()}
+    for path, profile in found.items():
         print(f"{path}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}")
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from onnx_spdy.pipeline.searches.global_magnitude import global_magnitude
-from onnx_spdy.pipeline.searches.problem import SearchProblem
+from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult
 from onnx_spdy.pipeline.searches.spdy import spdy
 from onnx_spdy.pipeline.searches.uniform import uniform
 
-Search = Callable[[SearchProblem], np.ndarray]
+Search = Callable[[SearchProblem], SearchResult]
 
 SEARCHES: dict[str, Search] = {
     "spdy": spdy,

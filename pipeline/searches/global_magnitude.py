@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_spdy.pipeline.searches.problem import InfeasibleTarget, SearchProblem
+from onnx_spdy.pipeline.searches.problem import InfeasibleTarget, SearchProblem, SearchResult
 
 STEPS = 1000  # of the network's sparsity
 
 
-def global_magnitude(problem: SearchProblem) -> np.ndarray:
+def global_magnitude(problem: SearchProblem) -> SearchResult:
     """The lowest global threshold that meets the budget by the table.
 
     Each layer gets the level whose sparsity is nearest to the fraction of its weights below the threshold.
@@ -25,7 +25,7 @@ def global_magnitude(problem: SearchProblem) -> np.ndarray:
         below = np.array([np.searchsorted(one, threshold) / len(one) for one in magnitudes])
         choice = np.abs(below[:, None] - sparsities).argmin(axis=1)
         if problem.is_feasible(choice):
-            return choice
+            return SearchResult(choice)
     raise InfeasibleTarget(
         f"no global magnitude threshold meets the budget of {problem.budget_seconds:.6g} s; "
         "lower --speedup or use another --search"

@@ -54,4 +54,18 @@ class SearchProblem:
         return solve(errors, self.seconds, self.budget_seconds)
 
 
-__all__ = ["InfeasibleTarget", "SearchProblem"]
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        choice: (layers,) level indices, within the budget.
+        errors: (layers, levels), additive errors that the choice is optimal for; a neighbouring budget can be solved
+            with them without another search. None where the search has no such model and is cheap enough to repeat.
+    """
+
+    choice: np.ndarray
+    errors: np.ndarray | None = None
+
+
+__all__ = ["InfeasibleTarget", "SearchProblem", "SearchResult"]

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_spdy.pipeline.searches.problem import SearchProblem
+from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult
 
 DRAWS = 100  # random sensitivities before the local search
 PATIENCE = 100  # failures in a row before fewer coordinates are redrawn
 REDRAWN = 0.1  # fraction of the coordinates that the local search redraws at first
 
 
-def spdy(problem: SearchProblem) -> np.ndarray:
-    """The best profile found, (layers,) level indices.
+def spdy(problem: SearchProblem) -> SearchResult:
+    """The best profile found.
 
     The error of layer l at the i-th of n levels is c_l * (i / (n - 1))^2; the sensitivities c in [0, 1]^layers
     are searched: random draws first, then redraws of k random coordinates of the best c, where k goes
@@ -43,7 +43,7 @@ def spdy(problem: SearchProblem) -> np.ndarray:
     for draw in range(DRAWS):
         is_better(problem.rng.random(problem.layer_count), DRAWS - draw - 1 + widest * PATIENCE)
         if problem.is_over():
-            return best_choice
+            return SearchResult(best_choice, best_sensitivity[:, None] * prior)
     for width in range(widest, 0, -1):
         failures = 0
         while failures < PATIENCE and not problem.is_over():
@@ -52,4 +52,4 @@ def spdy(problem: SearchProblem) -> np.ndarray:
             candidate[redrawn] = problem.rng.random(width)
             left = PATIENCE - failures - 1 + (width - 1) * PATIENCE
             failures = 0 if is_better(candidate, left) else failures + 1
-    return best_choice
+    return SearchResult(best_choice, best_sensitivity[:, None] * prior)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_spdy.pipeline.searches.problem import InfeasibleTarget, SearchProblem
+from onnx_spdy.pipeline.searches.problem import InfeasibleTarget, SearchProblem, SearchResult
 
 
-def uniform(problem: SearchProblem) -> np.ndarray:
+def uniform(problem: SearchProblem) -> SearchResult:
     """The lowest level that, given to all layers, meets the budget by the table.
 
     Raises:
@@ -16,7 +16,7 @@ def uniform(problem: SearchProblem) -> np.ndarray:
     for index in range(len(problem.levels)):
         choice = np.full(problem.layer_count, index)
         if problem.is_feasible(choice):
-            return choice
+            return SearchResult(choice)
     times = problem.seconds.sum(axis=0)
     raise InfeasibleTarget(
         f"no uniform sparsity meets the budget of {problem.budget_seconds:.6g} s; the fastest, "

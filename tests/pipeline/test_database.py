@@ -128,3 +128,16 @@ def test_stitching_loads_only_what_changes_and_repeats_cost_nothing(
     assert score(np.array([1, *[0] * (count - 1)])) == low
     assert score.evaluations == 3
     assert len(loaded) == 2
+
+
+def test_a_stitcher_notices_that_somebody_else_changed_the_network(
+    network: Network, samples: Samples, tmp_path: Path
+) -> None:
+    database = build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    stitcher = Stitcher(network, database)
+    levels = [LEVELS[1]] * len(network.layers)
+    stitcher.stitch(levels)
+    expected = network.changed()
+    network.set(network.layers[0].weight, torch.zeros_like(network.get(network.layers[0].weight)))
+    stitcher.stitch(levels)
+    assert all(np.array_equal(network.changed()[name], values) for name, values in expected.items())

@@ -61,10 +61,12 @@ def test_the_report_agrees_with_the_written_file(finished: tuple[Path, Samples])
 
 def test_a_second_call_keeps_the_work_of_the_first(model: onnx.ModelProto, finished: tuple[Path, Samples]) -> None:
     out, samples = finished
-    names = ("dense.onnx", "latency.json", "profile.json", "database/index.json")
+    names = ("dense.onnx", "latency.json", "database/index.json", "database/0000.safetensors")
     before = {name: (out / name).stat().st_mtime_ns for name in names}
     content = (out / "model.onnx").read_bytes()
+    evaluations = Profile.load(out / "profile.json").evaluations
     do(model, samples, out)
+    assert Profile.load(out / "profile.json").evaluations == evaluations
     assert before == {name: (out / name).stat().st_mtime_ns for name in names}
     assert (out / "model.onnx").read_bytes() == content
 

@@ -41,7 +41,7 @@ class Scripted:
 @pytest.mark.parametrize("budget", [0.9, 0.5, 0.25])
 def test_every_search_keeps_the_budget(name: str, budget: float) -> None:
     problem = Scripted().problem(budget)
-    choice = SEARCHES[name](problem)
+    choice = SEARCHES[name](problem).choice
     assert choice.shape == (LAYERS,)
     assert problem.is_feasible(choice)
 
@@ -54,17 +54,18 @@ def test_every_search_refuses_the_impossible(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_repeats_itself_for_a_seed(name: str) -> None:
-    assert (SEARCHES[name](Scripted().problem(0.4)) == SEARCHES[name](Scripted().problem(0.4))).all()
+    first, second = (SEARCHES[name](Scripted().problem(0.4)).choice for _ in range(2))
+    assert (first == second).all()
 
 
 def test_spdy_beats_the_baselines_where_layers_differ() -> None:
-    losses = {name: Scripted().loss(search(Scripted().problem(0.4))) for name, search in SEARCHES.items()}
+    losses = {name: Scripted().loss(search(Scripted().problem(0.4)).choice) for name, search in SEARCHES.items()}
     assert losses["spdy"] < 0.8 * min(losses["uniform"], losses["global-magnitude"])
 
 
 def test_spdy_returns_the_best_that_it_evaluated() -> None:
     network = Scripted()
-    choice = SEARCHES["spdy"](network.problem(0.4))
+    choice = SEARCHES["spdy"](network.problem(0.4)).choice
     assert network.sensitivity @ (choice / 41) ** 2 == min(
         network.sensitivity @ (np.array(one) / 41) ** 2 for one in network.asked
     )
@@ -74,19 +75,26 @@ def test_spdy_returns_the_best_that_it_evaluated() -> None:
 def test_spdy_stops_at_the_time_limit_with_what_it_has() -> None:
     network = Scripted()
     problem = network.problem(0.4, is_over=lambda: len(network.asked) >= 7)
-    assert problem.is_feasible(SEARCHES["spdy"](problem))
+    assert problem.is_feasible(SEARCHES["spdy"](problem).choice)
     assert len(network.asked) == 7
+
+
+def test_the_error_model_of_spdy_leads_to_its_choice_again() -> None:
+    problem = Scripted().problem(0.4)
+    result = SEARCHES["spdy"](problem)
+    assert result.errors is not None
+    assert (problem.solve(result.errors) == result.choice).all()
 
 
 def test_uniform_is_the_lowest_level_that_fits() -> None:
     problem = Scripted().problem(0.5)
-    choice = SEARCHES["uniform"](problem)
+    choice = SEARCHES["uniform"](problem).choice
     assert len(set(choice)) == 1
     assert not problem.is_feasible(choice - 1)
 
 
 def test_global_magnitude_prunes_layers_of_small_weights_more() -> None:
-    choice = SEARCHES["global-magnitude"](Scripted().problem(0.5))
+    choice = SEARCHES["global-magnitude"](Scripted().problem(0.5)).choice
     assert choice[0] > choice[-1]
 
 

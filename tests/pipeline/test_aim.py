@@ -1,0 +1,80 @@
+"""The closed loop against engines that the table is wrong about."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from onnx_spdy.pipeline.aim import OVERSHOOT, reach
+from onnx_spdy.pipeline.latency import NoSpeedup
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.validate import Validation
+from onnx_spdy.runtimes import Environment, Measurement
+
+ENVIRONMENT = Environment("fake", "1", "formula", "cpu", "none", 1, 1, 1, "host")
+
+
+def profile(aim: float, target: float = 2.0) -> Profile:
+    """A profile that is as fast as it aims at; faster ones lose more."""
+    levels = {"layer": Level("unstructured", round(1 - 1 / (1 + aim), 4))}
+    return Profile(levels, target, aim, 1 / aim, aim, aim**2, "kl", "spdy", 1, 0, None, {})
+
+
+class Engine:
+    """Measures a fixed factor of what the table predicts, with noise; remembers what it was asked."""
+
+    def __init__(self, factor: float, noise: float = 0.0, highest: float = 10.0) -> None:
+        self.factor, self.noise, self.highest = factor, noise, highest
+        self.rng = np.random.default_rng(0)
+        self.deployed: list[Profile] = []
+
+    def realise(self, one: Profile) -> Validation:
+        self.deployed.append(one)
+        speedup = one.aim_speedup * self.factor * (1 + self.noise * self.rng.normal())
+        times = Measurement((1.0,) * 6), Measurement((1 / speedup,) * 6)
+        return Validation(speedup, speedup * (1 - self.noise), speedup * (1 + self.noise), *times, ENVIRONMENT, None)
+
+    def resolve(self, aim: float) -> Profile:
+        if aim > self.highest:
+            raise NoSpeedup("too fast")
+        return profile(aim)
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.85, 1.0, 1.02, 1.3])
+def test_a_table_that_is_wrong_by_a_factor_is_corrected(factor: float) -> None:
+    engine = Engine(factor)
+    kept, attempts = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    assert 2.0 <= kept.validation.lower <= 2.0 * (1 + OVERSHOOT)
+    assert len(attempts) <= 2
+    assert engine.deployed[-1] is kept.profile
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+def test_noise_does_not_break_the_promise(factor: float) -> None:
+    engine = Engine(factor, noise=0.01)
+    kept, _ = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    assert kept.validation.lower >= 2.0
+    assert dict(engine.deployed[-1].levels) == dict(kept.profile.levels)
+
+
+def test_what_can_not_be_reached_ends_with_the_fastest_that_was_measured() -> None:
+    engine = Engine(0.5, highest=2.5)
+    kept, attempts = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    assert not kept.meets(2.0)
+    assert kept.validation.lower == max(one.validation.lower for one in attempts)
+
+
+def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() -> None:
+    answers = iter([1.9, 2.5, 1.95, 2.2, 1.9, 1.9, 9.9])
+    deployed = []
+
+    def realise(one: Profile) -> Validation:
+        deployed.append(one)
+        speedup = next(answers)
+        return dataclasses.replace(Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup)
+
+    kept, attempts = reach(2.0, profile(2.0), profile, realise)
+    meeting = [one for one in attempts if one.meets(2.0)]
+    assert kept.profile.loss == min(one.profile.loss for one in meeting)
+    assert deployed[-1] is kept.profile
