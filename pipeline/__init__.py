@@ -6,8 +6,9 @@ latency               seconds of every layer at every level, measured in the run
 hessian, pruners,     weights of every layer at every level
   database
 solve, searches       which level for each layer
+search                that question, asked of one network, table and database
 stitch, correct       the network at those levels, its statistics repaired
 deploy                the pruned ONNX file
-validate, report      the speedup and the metric, measured
-run                   all of it
+validate, aim         the speedup and the metric, measured; aimed again until the target is met
+report, run           what was found; all of it
 """
