@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from onnx_spdy.pipeline.latency import NoSpeedup
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.solve import InfeasibleTarget
 from onnx_spdy.pipeline.validate import Validation
@@ -41,25 +40,57 @@ class Attempt:
         }
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        kept: the attempt that is deployed: the one of least loss among those that meet the target; if none does,
+            the one with the highest lower bound.
+        attempts: all of them, in order.
+        exhausted: there was nothing faster left to try.
+    """
+
+    kept: Attempt
+    attempts: tuple[Attempt, ...]
+    exhausted: bool
+
+    def missed(self, target: float) -> str | None:
+        """Why the target is out of reach, in one line; None when it was met, or missed by noise only."""
+        if not self.exhausted or self.kept.meets(target):
+            return None
+        found = self.kept.validation
+        return (
+            f"a speedup of {target:g} was not reached: the fastest profile measured {found.speedup:.3f} "
+            f"({found.lower:.3f} to {found.upper:.3f}), and by the latency table there is nothing faster; it is "
+            "deployed all the same; lower --speedup or raise --batch"
+        )
+
+
+class TargetMissed(ValueError):
+    """Everything was tried and measured, and the target is out of reach."""
+
+
 def reach(
     target: float,
     first: Profile,
     resolve: Callable[[float], Profile],
     realise: Callable[[Profile], Validation],
     attempts: int = ATTEMPTS,
-) -> tuple[Attempt, list[Attempt]]:
+) -> Outcome:
     """Deploy, measure and aim again until the measured lower bound meets the target without much overshoot.
 
     Args:
         target: speedup to reach.
         first: the search's profile, which aims at the target by the table.
-        resolve: a speedup by the table -> the profile for it.
+        resolve: a speedup by the table -> the profile for it, or for the highest that the table knows, which is
+            then what its `aim_speedup` says.
         realise: deploys a profile and measures it.
         attempts: at most.
     Returns:
-        (the attempt to keep, all attempts). Kept is the one of least loss among those that meet the target; if none
-        does, the one with the highest lower bound. It is the last one that `realise` was called with.
+        The outcome, whose `kept` is the last one that `realise` was called with.
     """
+    exhausted = False
     tried: list[Attempt] = []
     profile = first
     while True:
@@ -67,17 +98,20 @@ def reach(
         lower = tried[-1].validation.lower
         if len(tried) == attempts or target <= lower <= target * (1 + OVERSHOOT):
             break
+        wanted = profile.aim_speedup * target * (1 + MARGIN) / lower
         try:
-            following = resolve(profile.aim_speedup * target * (1 + MARGIN) / lower)
-        except (NoSpeedup, InfeasibleTarget):
-            break  # by the table there is nothing faster
+            following = resolve(wanted)
+        except InfeasibleTarget:
+            exhausted = True
+            break
         if any(following.levels == one.profile.levels for one in tried):
+            exhausted = following.aim_speedup < wanted
             break
         profile = following
     best = _best(tried, target)
     if best is not tried[-1]:
         realise(best.profile)
-    return best, tried
+    return Outcome(best, tuple(tried), exhausted)
 
 
 def _best(tried: Sequence[Attempt], target: float) -> Attempt:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Layer
-from onnx_spdy.pipeline.aim import Attempt
+from onnx_spdy.pipeline.aim import Outcome
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
@@ -29,6 +29,11 @@ class Report:
 
     content: Mapping[str, Any]
 
+    @property
+    def missed(self) -> str | None:
+        """Why the target is out of reach, in one line; None when it was met, or missed by noise only."""
+        return self.content["missed"]
+
     def save(self, path: Path) -> None:
         write_json(path, "report", VERSION, self.content)
 
@@ -46,8 +51,7 @@ def make_report(
     network: Network,
     table: LatencyTable,
     database: LayerDatabase,
-    kept: Attempt,
-    attempts: Sequence[Attempt],
+    outcome: Outcome,
     *,
     metric_name: str | None,
     metrics: tuple[float, float] | None,
@@ -57,12 +61,12 @@ def make_report(
     """Gather what the stages found.
 
     Args:
-        kept, attempts: the profile that was kept and what it measured, and all that were tried.
+        outcome: the profile that was kept and what it measured, and all that were tried.
         metric_name, metrics: name and (dense, pruned) values, or None when there was nothing to evaluate on.
         corrected: whether statistics were corrected, or why not.
         stages: name and seconds of each stage.
     """
-    profile, validation = kept.profile, kept.validation
+    profile, validation = outcome.kept.profile, outcome.kept.validation
     dense_metric, pruned_metric = metrics or (None, None)
     weights = sum(int(network.dense(layer.weight).numel()) for layer in network.layers)
     zeros = sum(int((network.get(layer.weight) == 0).sum()) for layer in network.layers)
@@ -72,7 +76,8 @@ def make_report(
             "target_speedup": profile.target_speedup,
             "predicted_speedup": profile.predicted_speedup,
             **validation.to_json(),
-            "attempts": [attempt.to_json() for attempt in attempts],
+            "missed": outcome.missed(profile.target_speedup),
+            "attempts": [attempt.to_json() for attempt in outcome.attempts],
             "highest_speedup": table.highest_speedup,
             "metric_name": metric_name,
             "metric_dense": dense_metric,

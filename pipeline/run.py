@@ -85,8 +85,10 @@ def run(
         seed: of everything random.
         time_limit_seconds: for the search; the best profile so far is taken then.
         watch: called with (stage, done, total, note).
+    Returns:
+        The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed.
     Raises:
-        NoSpeedup, InfeasibleTarget: the target can't be reached; the message says what can.
+        NoSpeedup, InfeasibleTarget: the target can't be reached by the table; the message says what can.
         ArtifactError: `out` belongs to another run.
     """
     levels, prune, _ = levels_for(pattern), pruner_named(pruner), search_named(search)
@@ -132,13 +134,13 @@ def run(
         )  # fmt: skip
 
     with clock("validate"):
-        kept, attempts = reach(speedup, first, lambda aim: finder.aim(first, aim), realise)
+        outcome = reach(speedup, first, lambda aim: finder.aim(first, aim), realise)
     metrics = None
     if evaluation is not None and metric is not None:
         with clock("evaluate"):
             metrics = compare_metric(network, evaluation, metric, out, watch)
     report = make_report(
-        network, table, database, kept, attempts,
+        network, table, database, outcome,
         metric_name=metric_name, metrics=metrics, corrected=corrected, stages=clock.stages,
     )  # fmt: skip
     report.save(out / "report.json")

@@ -102,9 +102,12 @@ class ProfileSearch:
     def aim(self, profile: Profile, speedup: float) -> Profile:
         """The profile for another speedup by the table, for the same target, with what the search has learned.
 
+        Above the highest speedup that the table knows it is the profile for that one.
+
         Raises:
-            NoSpeedup, InfeasibleTarget: it can't be reached; the message says what can.
+            InfeasibleTarget: the search has no profile that is as fast.
         """
+        speedup = min(speedup, self._table.highest_speedup * (1 - 1e-6))  # the margin is for rounding
         problem = self._problem(speedup)
         if profile.errors is None:
             return self._profile(search_named(self._search)(problem), profile.target_speedup, speedup)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 
 from onnx_spdy.models import find_layers, load_model, prepare, save_model
+from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
@@ -29,9 +29,10 @@ from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
-from onnx_spdy.runtimes import RuntimeFailure, open_runtime
+from onnx_spdy.runtimes import open_runtime
 from onnx_spdy.tools import show
 from onnx_spdy.tools.doctor import examine
+from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_samples
@@ -97,6 +98,8 @@ def run(
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
     show.report(report.content, out)
+    if report.missed:
+        raise TargetMissed(report.missed)
 
 
 @app.command()
@@ -283,18 +286,8 @@ def _warn_if_dense_only(name: str, sparse: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: expected failures become one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
+    with one_line_errors():
         app(arguments)
-    except (ValueError, RuntimeFailure, OSError) as exc:  # every error of ours is one of these
-        if not _is_expected(exc):
-            raise
-        print("error: " + " ".join(str(exc).split()), file=sys.stderr)
-        sys.exit(1)
-
-
-def _is_expected(exc: BaseException) -> bool:
-    """Errors that our own code raises on purpose, and files that can't be read or written; others are bugs."""
-    return type(exc).__module__.startswith("onnx_spdy.") or isinstance(exc, OSError)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from onnx_spdy.pipeline.run import run
 from onnx_spdy.pipeline.validate import validate
 from onnx_spdy.runtimes import RuntimeFailure, open_runtime
 from onnx_spdy.tools import show
+from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.progress import ProgressBars
 
@@ -129,4 +130,5 @@ def _measure_in_onnxruntime(out: Path, samples: Samples) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("out/demo"))
+    with one_line_errors():
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("out/demo"))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from onnx_spdy.pipeline.aim import OVERSHOOT, reach
-from onnx_spdy.pipeline.latency import NoSpeedup
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.validate import Validation
@@ -36,15 +35,14 @@ class Engine:
         return Validation(speedup, speedup * (1 - self.noise), speedup * (1 + self.noise), *times, ENVIRONMENT, None)
 
     def resolve(self, aim: float) -> Profile:
-        if aim > self.highest:
-            raise NoSpeedup("too fast")
-        return profile(aim)
+        return profile(min(aim, self.highest))
 
 
 @pytest.mark.parametrize("factor", [0.7, 0.85, 1.0, 1.02, 1.3])
 def test_a_table_that_is_wrong_by_a_factor_is_corrected(factor: float) -> None:
     engine = Engine(factor)
-    kept, attempts = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    outcome = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    kept, attempts = outcome.kept, outcome.attempts
     assert 2.0 <= kept.validation.lower <= 2.0 * (1 + OVERSHOOT)
     assert len(attempts) <= 2
     assert engine.deployed[-1] is kept.profile
@@ -53,16 +51,20 @@ def test_a_table_that_is_wrong_by_a_factor_is_corrected(factor: float) -> None:
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
 def test_noise_does_not_break_the_promise(factor: float) -> None:
     engine = Engine(factor, noise=0.01)
-    kept, _ = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    kept = reach(2.0, profile(2.0), engine.resolve, engine.realise).kept
     assert kept.validation.lower >= 2.0
     assert dict(engine.deployed[-1].levels) == dict(kept.profile.levels)
 
 
 def test_what_can_not_be_reached_ends_with_the_fastest_that_was_measured() -> None:
     engine = Engine(0.5, highest=2.5)
-    kept, attempts = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    outcome = reach(2.0, profile(2.0), engine.resolve, engine.realise)
+    kept, attempts = outcome.kept, outcome.attempts
     assert not kept.meets(2.0)
+    assert kept.profile.aim_speedup == 2.5
     assert kept.validation.lower == max(one.validation.lower for one in attempts)
+    assert "a speedup of 2 was not reached: the fastest profile measured 1.250" in (outcome.missed(2.0) or "")
+    assert outcome.missed(1.25) is None
 
 
 def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() -> None:
@@ -74,7 +76,8 @@ def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() 
         speedup = next(answers)
         return dataclasses.replace(Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup)
 
-    kept, attempts = reach(2.0, profile(2.0), profile, realise)
+    outcome = reach(2.0, profile(2.0), profile, realise)
+    kept, attempts = outcome.kept, outcome.attempts
     meeting = [one for one in attempts if one.meets(2.0)]
     assert kept.profile.loss == min(one.profile.loss for one in meeting)
     assert deployed[-1] is kept.profile
