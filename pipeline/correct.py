@@ -18,7 +18,8 @@ from onnx_spdy.models import Layer, input_shapes
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 
-SAMPLES = 256  # in one batch; more changes little, and memory grows with it
+SAMPLES = 256  # in one batch; more changes little
+LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
 LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling would only amplify noise
 
 
@@ -26,29 +27,46 @@ class NotCorrected(ValueError):
     """The network fixes its batch, so its statistics can't be taken over many samples in one pass."""
 
 
-def correct_statistics(network: Network, pruned: Sequence[Layer], samples: Samples) -> None:
-    """Change weights and biases of the pruned layers in place.
+class StatisticsCorrection:
+    """Corrects a network at any profile; the dense statistics are taken once.
 
     Args:
-        network: stitched to its profile; stays so, corrected.
-        pruned: those of its layers that are not dense.
-        samples: calibration samples, of which the first `SAMPLES` are used.
+        network: whose dense weights are what is corrected towards; left with them.
+        samples: calibration samples, of which the first `SAMPLES` are used, or as many as fit in
+            `LARGEST_ACTIVATION_BYTES`.
     Raises:
         NotCorrected: the network fixes its batch.
     """
-    if any(shape and shape[0] is not None for shape in input_shapes(network.model).values()):
-        raise NotCorrected("the network fixes its batch size, so channel statistics need a pass for each layer")
-    batch = samples.take(slice(0, SAMPLES))
-    stitched = {layer.weight: network.get(layer.weight).clone() for layer in network.layers}
-    network.reset()
-    dense = _dense_statistics(network, pruned, batch)
-    for name, values in stitched.items():
-        network.set(name, values)
-    hooks = [
-        network.graph.node(layer.name).register_forward_hook(_Correction(network, layer, *dense[layer.name]))
-        for layer in pruned
-    ]
-    _run(network, batch, hooks)
+
+    def __init__(self, network: Network, samples: Samples) -> None:
+        if any(shape and shape[0] is not None for shape in input_shapes(network.model).values()):
+            raise NotCorrected("the network fixes its batch size, so channel statistics need a pass for each layer")
+        self._network = network
+        network.reset()
+        self._batch = samples.take(slice(0, _affordable(network, network.layers, samples)))
+        self._dense = _dense_statistics(network, network.layers, self._batch)
+
+    def apply(self, pruned: Sequence[Layer]) -> None:
+        """Change weights and biases of the pruned layers in place; the network is stitched to its profile."""
+        network = self._network
+        hooks = [
+            network.graph.node(layer.name).register_forward_hook(_Correction(network, layer, *self._dense[layer.name]))
+            for layer in pruned
+        ]
+        _run(network, self._batch, hooks)
+
+
+def _affordable(network: Network, layers: Sequence[Layer], samples: Samples) -> int:
+    """How many samples to take, judged by the layers' outputs for one."""
+    largest = 1
+
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel() * output.element_size())
+
+    hooks = [network.graph.node(layer.name).register_forward_hook(hook) for layer in layers]
+    _run(network, samples.take(slice(0, 1)), hooks)
+    return max(1, min(SAMPLES, LARGEST_ACTIVATION_BYTES // largest))
 
 
 def _dense_statistics(

@@ -20,7 +20,7 @@ import onnx
 from onnx_spdy.models import load_model, model_sha256, save_model
 from onnx_spdy.pipeline.aim import reach
 from onnx_spdy.pipeline.artifact import check_same
-from onnx_spdy.pipeline.correct import NotCorrected, correct_statistics
+from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, build_database
 from onnx_spdy.pipeline.deploy import deploy
@@ -121,11 +121,10 @@ def run(
             progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
         )  # fmt: skip
         first = finder.find_or_load(speedup, out / "profile.json")
-    corrected = ""
+    stitching = Stitching(network, database, samples)
 
     def realise(profile: Profile) -> Validation:
-        nonlocal corrected
-        corrected = stitch_and_correct(network, database, profile, samples)
+        stitching.stitch(profile)
         deploy(dense, network.changed(), profile.levels, out / "model.onnx")
         profile.save(out / "profile.json")
         return validate(
@@ -141,7 +140,7 @@ def run(
             metrics = compare_metric(network, evaluation, metric, out, watch)
     report = make_report(
         network, table, database, outcome,
-        metric_name=metric_name, metrics=metrics, corrected=corrected, stages=clock.stages,
+        metric_name=metric_name, metrics=metrics, corrected=stitching.corrected, stages=clock.stages,
     )  # fmt: skip
     report.save(out / "report.json")
     return report
@@ -198,28 +197,42 @@ def latency_table(
     return table
 
 
-def stitch_and_correct(network: Network, database: LayerDatabase, profile: Profile, samples: Samples | None) -> str:
-    """Bring the network to the profile, corrected; says what was corrected, or why nothing was.
+class Stitching:
+    """Brings the network to profiles, corrected.
 
-    Raises:
-        ArtifactError: the profile belongs to another network.
+    Args:
+        network, database: what the profiles are for.
+        samples: calibration samples for the correction of statistics, or None for none.
     """
-    check_same(
-        database.folder,
-        {
-            "model_sha256": (profile.made_from["model_sha256"], network.sha256),
-            "layers": ([*profile.levels], [layer.name for layer in network.layers]),
-        },
-    )
-    Stitcher(network, database).stitch([profile.levels[layer.name] for layer in network.layers])
-    pruned = [layer for layer in network.layers if profile.levels[layer.name] != DENSE]
-    if samples is None:
-        return "not applied: no data was given"
-    try:
-        correct_statistics(network, pruned, samples)
-    except NotCorrected as exc:
-        return f"not applied: {exc}"
-    return "mean and variance of each pruned layer's output channels"
+
+    def __init__(self, network: Network, database: LayerDatabase, samples: Samples | None) -> None:
+        self._network, self._database = network, database
+        self._correction: StatisticsCorrection | None = None
+        self.corrected = "not applied: no data was given"  # or what was corrected, in words
+        if samples is not None:
+            try:
+                self._correction = StatisticsCorrection(network, samples)
+                self.corrected = "mean and variance of each pruned layer's output channels"
+            except NotCorrected as exc:
+                self.corrected = f"not applied: {exc}"
+
+    def stitch(self, profile: Profile) -> None:
+        """Bring the network to the profile.
+
+        Raises:
+            ArtifactError: the profile belongs to another network.
+        """
+        network = self._network
+        check_same(
+            self._database.folder,
+            {
+                "model_sha256": (profile.made_from["model_sha256"], network.sha256),
+                "layers": ([*profile.levels], [layer.name for layer in network.layers]),
+            },
+        )
+        Stitcher(network, self._database).stitch([profile.levels[layer.name] for layer in network.layers])
+        if self._correction:
+            self._correction.apply([layer for layer in network.layers if profile.levels[layer.name] != DENSE])
 
 
 def compare_metric(

@@ -23,8 +23,8 @@ from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.report import Report
+from onnx_spdy.pipeline.run import Stitching
 from onnx_spdy.pipeline.run import run as run_pipeline
-from onnx_spdy.pipeline.run import stitch_and_correct
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.validate import evaluate
@@ -199,9 +199,10 @@ def deploy(
     """Write the pruned network of a profile."""
     network = Network(load_network(model))
     chosen, samples = Profile.load(profile), load_samples(data, network.model) if data else None
-    corrected = stitch_and_correct(network, open_database(database), chosen, samples)
+    stitching = Stitching(network, open_database(database), samples)
+    stitching.stitch(chosen)
     deploy_network(network.model, network.changed(), chosen.levels, out)
-    print(f"{out} written; statistics correction: {corrected}")
+    print(f"{out} written; statistics correction: {stitching.corrected}")
 
 
 @app.command()

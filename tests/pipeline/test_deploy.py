@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from onnx_spdy.models import load_model
-from onnx_spdy.pipeline.correct import LARGEST_SCALE, correct_statistics
+from onnx_spdy.pipeline.correct import LARGEST_SCALE, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level_violation
 from onnx_spdy.pipeline.level import Level, levels_for
@@ -99,13 +99,14 @@ def test_statistics_equal_the_dense_ones_after_correction(network: Network, samp
         return found
 
     dense = statistics()
+    correction = StatisticsCorrection(network, samples)
     for name, values in pruned_weights(network).items():
         import torch
 
         network.set(name, torch.from_numpy(values))
     zeros = {layer.weight: network.get(layer.weight) == 0 for layer in network.layers}
     broken = statistics()
-    correct_statistics(network, network.layers, samples)
+    correction.apply(network.layers)
     corrected = statistics()
     for layer in network.layers:
         (mean, deviation), (new_mean, new_deviation) = dense[layer.name], corrected[layer.name]
