@@ -4,6 +4,7 @@ from onnx_spdy.models.export import export_module
 from onnx_spdy.models.graph import (
     ModelError,
     UnsupportedOperator,
+    fixed_batch,
     input_dtypes,
     input_shapes,
     load_model,
@@ -28,6 +29,7 @@ __all__ = [
     "differences",
     "export_module",
     "find_layers",
+    "fixed_batch",
     "from_canonical",
     "input_dtypes",
     "input_shapes",

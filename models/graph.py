@@ -133,6 +133,11 @@ def input_dtypes(model: onnx.ModelProto) -> dict[str, np.dtype]:
     }
 
 
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """The batch that the graph's inputs fix on their first axis; None if that is open."""
+    return min((shape[0] for shape in input_shapes(model).values() if shape and shape[0] is not None), default=None)
+
+
 def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """A copy whose inputs have `batch` samples on their first axis.
 

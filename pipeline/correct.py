@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from onnx_spdy.models import Layer, input_shapes
+from onnx_spdy.models import Layer, fixed_batch
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 
@@ -39,7 +39,7 @@ class StatisticsCorrection:
     """
 
     def __init__(self, network: Network, samples: Samples) -> None:
-        if any(shape and shape[0] is not None for shape in input_shapes(network.model).values()):
+        if fixed_batch(network.model) is not None:
             raise NotCorrected("the network fixes its batch size, so channel statistics need a pass for each layer")
         self._network = network
         network.reset()

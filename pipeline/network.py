@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import torch
 
-from onnx_spdy.models import Layer, TorchGraph, find_layers, input_shapes, model_sha256
+from onnx_spdy.models import Layer, TorchGraph, find_layers, fixed_batch, model_sha256
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
 
@@ -76,8 +76,7 @@ class Network:
 
     def batch_size(self, wanted: int = BATCH_SIZE) -> int:
         """`wanted`, or the batch that the graph itself fixes."""
-        fixed = {shape[0] for shape in input_shapes(self.model).values() if shape and shape[0] is not None}
-        return min(fixed, default=wanted)
+        return fixed_batch(self.model) or wanted
 
     def run(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Outputs for one batch."""

@@ -131,5 +131,5 @@ def _why(table: LatencyTable, row: int, column: int, is_dense: bool) -> str:
     if not table.sparse[row].any():
         return "the engine has no sparse kernel for it"
     if is_dense:
-        return f"left dense; at best {dense / fastest:.1f}x faster"
+        return f"left dense; at best {dense / fastest:.2f}x faster"
     return "" if table.seconds[row, column] < dense else "not faster at this level"

@@ -137,7 +137,7 @@ def run(
     metrics = None
     if evaluation is not None and metric is not None:
         with clock("evaluate"):
-            metrics = compare_metric(network, evaluation, metric, out, watch)
+            metrics = compare_metric(evaluation, metric, out, watch)
     report = make_report(
         network, table, database, outcome,
         metric_name=metric_name, metrics=metrics, corrected=stitching.corrected, stages=clock.stages,
@@ -235,17 +235,14 @@ class Stitching:
             self._correction.apply([layer for layer in network.layers if profile.levels[layer.name] != DENSE])
 
 
-def compare_metric(
-    network: Network, evaluation: Samples, metric: Metric, out: Path, watch: Watch
-) -> tuple[float, float]:
+def compare_metric(evaluation: Samples, metric: Metric, out: Path, watch: Watch) -> tuple[float, float]:
     """The metric of dense.onnx and of model.onnx."""
-    batch = network.batch_size(0) or None
 
     def value(name: str) -> float:
         def progress(done: int, total: int) -> None:
             watch("evaluate", done, total, name)
 
-        return evaluate(out / name, evaluation, metric, batch=batch, progress=progress)
+        return evaluate(out / name, evaluation, metric, progress=progress)
 
     return value("dense.onnx"), value("model.onnx")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_spdy.models import fixed_batch, load_model
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.metric import Metric, MetricError
 from onnx_spdy.runtimes import Environment, Measurement, Runtime, measure_interleaved, open_runtime, ratio_confidence
@@ -88,7 +89,6 @@ def evaluate(
     samples: Samples,
     metric: Metric,
     *,
-    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """The metric of a network on evaluation samples, computed by ONNX Runtime in the file's own precision.
@@ -97,7 +97,6 @@ def evaluate(
         model: an ONNX file.
         samples: all of them are used.
         metric: called once with all outputs and the target.
-        batch: the batch that the graph fixes, or None for a batch of our choice.
         progress: called with (samples done, samples).
     Raises:
         MetricError: the metric returned something that isn't a finite number.
@@ -105,7 +104,7 @@ def evaluate(
     parts: list[dict[str, np.ndarray]] = []
     done = 0
     with open_runtime("onnxruntime") as runtime:
-        size = batch or min(EVALUATION_BATCH, len(samples))
+        size = fixed_batch(load_model(model)) or min(EVALUATION_BATCH, len(samples))
         with runtime.open(model, batch=size, inputs=samples.take(slice(0, size)).inputs) as session:
             for chunk in samples.batches(size):
                 parts.append(_run_padded(session.run, chunk, size))

@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from onnx_spdy.models import find_layers, load_model, prepare, save_model
+from onnx_spdy.models import find_layers, load_model, save_model
 from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.database import build_database, open_database
@@ -230,8 +230,7 @@ def validate(
         )  # fmt: skip
         values = None
         if samples:
-            fixed = Network(prepare(reference)).batch_size(0) or None
-            values = [evaluate(path, samples, measure_metric, batch=fixed) for path in (dense, pruned)]
+            values = [evaluate(path, samples, measure_metric) for path in (dense, pruned)]
     metrics = {} if values is None else {"metric_name": metric, "metric_dense": values[0], "metric_pruned": values[1]}
     if json:
         write_json(json, "validation", 1, {**found.to_json(), **metrics})
