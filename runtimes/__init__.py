@@ -14,6 +14,7 @@ from .base import (
 from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .measurement import Measurement, measure_interleaved, ratio_confidence
+from .model_file import zero_randomly
 from .registry import RUNTIMES, UnknownRuntime, open_runtime
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
+    "zero_randomly",
 ]

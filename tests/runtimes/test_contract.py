@@ -76,6 +76,22 @@ def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_ne
             assert row.kernel_sparsity == pytest.approx(0.95, abs=0.01)
 
 
+def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
+    zeros = {"w0": 0.95, "w1": 0.9}
+    rows = runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, zeros=zeros, seed=1)
+    sparsity = {row.outputs[0]: row.kernel_sparsity for row in rows if row.sparse}
+    assert bool(sparsity) == runtime.sparse
+    for output, fraction in zip("ac", zeros.values(), strict=True):
+        if output in sparsity:
+            assert sparsity[output] == pytest.approx(fraction, abs=0.03)
+
+
+@pytest.mark.parametrize("zeros", [{"w9": 0.5}, {"w0": 1.5}, {"w0": -0.1}])
+def test_impossible_zeros_are_an_error(runtime, conv_net, zeros):
+    with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
+        runtime.layer_seconds(conv_net(), batch=1, iterations=1, warmup=0, zeros=zeros)
+
+
 def test_environment_is_complete_and_survives_json(runtime, session):
     environment = session.environment
     assert (environment.runtime, environment.version) == (runtime.name, runtime.check())
