@@ -41,6 +41,10 @@ class EngineHung(RuntimeFailure):
     """The engine's process gave no answer in the time allowed and was killed."""
 
 
+class UnknownRuntime(ValueError):
+    """No runtime has that name; the message lists those there are."""
+
+
 @dataclass(frozen=True)
 class Environment:
     """What a measurement depends on. Two measurements compare only if all but `host` agree."""

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, imposed, measure
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.runtimes import LayerTime, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime
+from onnx_spdy.runtimes.remote import RemoteRuntime
+from onnx_spdy.runtimes.ssh import STARTER, Address
 
 LEVELS = levels_for("unstructured")
 
@@ -92,6 +95,18 @@ def test_unstructured_levels_are_zeros_in_one_file(model: onnx.ModelProto) -> No
     assert len({file for file, _, _ in runtime.asked}) == 1
     assert sorted(map(str, expected)) == sorted(str(zeros) for _, zeros, _ in runtime.asked)
     assert len({seed for _, _, seed in runtime.asked}) == 10
+
+
+def test_a_table_that_is_measured_elsewhere_is_the_same(model: onnx.ModelProto) -> None:
+    here = FakeRuntime()
+    there = RemoteRuntime(Address("nowhere", None, "fake"), here, {}, command=[sys.executable, "-c", STARTER])
+    tables = []
+    for runtime in (here, there):
+        with runtime:
+            rng = np.random.default_rng(0)
+            tables.append(measure_latency(model, runtime, LEVELS[:6], batch=2, rounds=1, rng=rng))
+    np.testing.assert_array_equal(tables[0].measured_seconds, tables[1].measured_seconds)
+    assert tables[0].environment == tables[1].environment
 
 
 def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:

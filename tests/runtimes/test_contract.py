@@ -17,21 +17,34 @@ from onnx_spdy.runtimes import (
     RUNTIMES,
     Environment,
     ModelRefused,
+    Runtime,
     RuntimeFailure,
     RuntimeUnavailable,
     UnknownRuntime,
     measure_interleaved,
     open_runtime,
 )
+from onnx_spdy.runtimes.remote import RemoteRuntime
+from onnx_spdy.runtimes.ssh import STARTER, Address
 
 BATCH = 3
 LAYER_OUTPUTS = {"a", "c", "y"}
+FAR = "in a process like on another machine: "
 NAMES = [pytest.param(name, marks=pytest.mark.engine if name == "deepsparse" else ()) for name in sorted(RUNTIMES)]
+NAMES += [FAR + "fake", FAR + "onnxruntime"]
+
+
+def open_here_or_far(name: str) -> Runtime:
+    if not name.startswith(FAR):
+        return open_runtime(name)
+    engine = name.removeprefix(FAR)
+    command = [sys.executable, "-c", STARTER]
+    return RemoteRuntime(Address("nowhere", None, engine), open_runtime(engine), {}, command=command)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def runtime(request):
-    with open_runtime(request.param) as opened:
+    with open_here_or_far(request.param) as opened:
         try:
             opened.check()
         except RuntimeUnavailable as exc:
