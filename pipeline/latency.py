@@ -1,9 +1,9 @@
 """The latency table: seconds of every layer at every level, measured in the runtime that will run the network.
 
-For each level a copy of the network in which every prunable layer has that level (random masks: an
-engine's time depends on where zeros are only weakly, and the trained masks don't exist yet) is profiled by
-the engine itself. Rounds go through the levels in a new random order, so that drift of the machine
-hits all levels alike, and the rounds' median is taken.
+For each level the network with every prunable layer at that level (random masks: an engine's time depends on
+where zeros are only weakly, and the trained masks don't exist yet) is profiled by the engine itself. Rounds
+go through the levels in a new random order, so that drift of the machine hits all levels alike, and the
+rounds' median is taken.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 
 from onnx_spdy.models import Layer, find_layers, from_canonical, model_sha256, save_model, write_weights
 from onnx_spdy.pipeline.artifact import read_json, write_json
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import select_mask
-from onnx_spdy.runtimes import Environment, LayerTime, Measurement, Runtime, measure_interleaved
+from onnx_spdy.runtimes import Environment, LayerTime, Measurement, Runtime, measure_interleaved, zero_randomly
 
 VERSION = 1
 ROUNDS = 2  # neighbouring levels are pooled by `monotone`, so a cell rests on more than its own rounds
@@ -173,11 +173,17 @@ def measure_latency(
             environment, fallback = session.environment, session.fallback
         order = [int(index) for _ in range(rounds) for index in rng.permutation(len(levels))]
         for done, index in enumerate(order):
-            path = Path(folder) / "level.onnx"
-            save_model(imposed(model, {layer: levels[index] for layer in layers}, rng), path)
+            file = path
+            zeros: dict[str, float] = {}
+            if levels[index].pattern == "unstructured":  # drawn where the engine is: the network travels once
+                zeros = {layer.weight: levels[index].sparsity for layer in layers}
+            elif levels[index] != DENSE:
+                file = Path(folder) / "level.onnx"
+                save_model(imposed(model, {layer: levels[index] for layer in layers}, rng), file)
             profile = runtime.layer_seconds(
-                path, batch=batch, threads=threads, inputs=inputs, iterations=ITERATIONS, warmup=WARMUP
-            )
+                file, batch=batch, threads=threads, inputs=inputs, iterations=ITERATIONS, warmup=WARMUP,
+                zeros=zeros, seed=_seed(rng),
+            )  # fmt: skip
             profiles[index].append(profile)
             if progress:
                 progress(done + 1, len(order))
@@ -189,13 +195,18 @@ def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.rando
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     weights = {}
     for layer, level in levels.items():
-        values = onnx.numpy_helper.to_array(initializers[layer.weight])
-        if level.pattern == "unstructured":  # by far the most common, and exact counts don't matter here
-            weights[layer.weight] = np.where(rng.random(values.shape, np.float32) < level.sparsity, 0, values)
-        elif level.pattern != "dense":
+        if level.pattern not in ("dense", "unstructured"):
+            values = onnx.numpy_helper.to_array(initializers[layer.weight])
             keep = select_mask(torch.from_numpy(rng.random(layer.shape, np.float32)), level)
             weights[layer.weight] = np.where(from_canonical(layer, keep.numpy()), values, 0)
-    return write_weights(model, {name: array.astype(np.float32, copy=False) for name, array in weights.items()})
+    written = write_weights(model, {name: array.astype(np.float32, copy=False) for name, array in weights.items()})
+    unstructured = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
+    zero_randomly(written.graph, unstructured, _seed(rng))
+    return written
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**32))
 
 
 def _tabulate(

@@ -10,11 +10,13 @@ from .base import (
     RuntimeFailure,
     RuntimeUnavailable,
     Session,
+    UnknownRuntime,
 )
 from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .measurement import Measurement, measure_interleaved, ratio_confidence
-from .registry import RUNTIMES, UnknownRuntime, open_runtime
+from .model_file import zero_randomly
+from .registry import RUNTIMES, open_runtime
 
 __all__ = [
     "DEEPSPARSE_LICENCE_NOTE",
@@ -37,4 +39,5 @@ __all__ = [
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
+    "zero_randomly",
 ]

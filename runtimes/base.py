@@ -41,6 +41,10 @@ class EngineHung(RuntimeFailure):
     """The engine's process gave no answer in the time allowed and was killed."""
 
 
+class UnknownRuntime(ValueError):
+    """No runtime has that name; the message lists those there are."""
+
+
 @dataclass(frozen=True)
 class Environment:
     """What a measurement depends on. Two measurements compare only if all but `host` agree."""
@@ -179,8 +183,18 @@ class Runtime(Protocol):
         iterations: int,
         warmup: int,
         inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> list[LayerTime]:
-        """One profile of an ONNX file by the engine's own profiler; arguments and errors as in `open`."""
+        """One profile of an ONNX file by the engine's own profiler; other arguments and errors as in `open`.
+
+        Args:
+            zeros: initializer name -> fraction of it to set to zero first, at random. An engine elsewhere gets the
+                file once and draws the zeros itself, for every profile; the same ones as anywhere else.
+            seed: of these zeros.
+        Raises:
+            ValueError: `zeros` names no initializer that holds floats, or a fraction outside [0, 1].
+        """
         ...
 
     def close(self) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ from .base import (
     RuntimeUnavailable,
 )
 from .deepsparse_log import fallback_reasons
-from .model_file import FixedModel, check_inputs, fix_model
+from .model_file import FixedModel, check_inputs, fix_model, prepare_zeros
 from .opset import lower_versions
-from .worker_process import WorkerProcess, decode_array, encode_array
+from .uv_command import find_uv
+from .worker_loop import PROTOCOL, decode_array, encode_array
+from .worker_process import WorkerProcess
 
 LICENCE_NOTE = (
     "DeepSparse 1.8.0 is licensed for evaluation in development and test only (no production use, no "
@@ -82,8 +83,7 @@ class DeepSparse(Closing):
         """See `Runtime.open`."""
         fixed = _engine_copy(Path(model), batch, inputs)
         worker = self.worker()
-        request = self._model_request(fixed, batch, threads)
-        opened = self.ask(worker, "open", **request)
+        opened = self._ask_with(worker, fixed, "open", batch=batch, threads=threads)
         if opened["inputs"] != list(fixed.inputs):
             raise ModelRefused(f"deepsparse takes inputs {opened['inputs']}, the graph has {list(fixed.inputs)}")
         environment = Environment(
@@ -98,7 +98,7 @@ class DeepSparse(Closing):
             host=self._hello["host"],
             options=tuple(sorted(self._hello["options"].items())),
         )
-        fallback = None if opened["supported"] >= 1 else self._explain(opened["supported"], request)
+        fallback = None if opened["supported"] >= 1 else self._explain(opened["supported"], fixed, batch, threads)
         return DeepSparseSession(self, worker, opened, environment, fixed, fallback)
 
     def layer_seconds(
@@ -110,6 +110,8 @@ class DeepSparse(Closing):
         iterations: int,
         warmup: int,
         inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
         fused: bool = False,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. The engine rounds each run's times to microseconds.
@@ -121,10 +123,11 @@ class DeepSparse(Closing):
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
         fixed = _engine_copy(Path(model), batch, inputs)
-        request = self._model_request(fixed, batch, threads)
-        answer = self.ask(
-            self.worker(), "layers", **request, iterations=iterations, warmup=warmup, optimization_level=int(fused)
-        )
+        prepare_zeros(fixed.proto.graph, zeros)
+        answer = self._ask_with(
+            self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
+            zeros=dict(zeros or {}), seed=seed, optimization_level=int(fused),
+        )  # fmt: skip
         return _layer_times(fixed, answer["rows"])
 
     def close(self) -> None:
@@ -151,7 +154,13 @@ class DeepSparse(Closing):
     def _start(self, arguments: list[str]) -> tuple[WorkerProcess, dict[str, Any]]:
         worker = WorkerProcess(self.name, [*self._command_line(), *arguments], _worker_environment())
         try:
-            return worker, worker.request("hello", timeout_seconds=self._start_seconds)
+            hello = worker.request("hello", timeout_seconds=self._start_seconds)
+            if hello.get("protocol") != PROTOCOL:
+                raise RuntimeUnavailable(
+                    f"deepsparse's worker speaks version {hello.get('protocol')} of the protocol, this package "
+                    f"version {PROTOCOL}; start the worker that belongs to it: {WORKER}"
+                )
+            return worker, hello
         except (EngineCrashed, EngineHung) as exc:
             raise RuntimeUnavailable(
                 f"deepsparse's worker did not start: {str(exc).rstrip('.')}. It needs Python 3.11 and "
@@ -167,30 +176,28 @@ class DeepSparse(Closing):
         check_machine()
         if self._python:
             return [self._python, str(WORKER)]
-        try:
-            from uv import find_uv_bin
+        if uv := find_uv():
+            return [uv, "run", "--quiet", "--script", str(WORKER)]
+        raise RuntimeUnavailable(
+            f"deepsparse needs uv to get its own Python 3.11; install uv, or name an interpreter that has "
+            f"deepsparse==1.8.0 in {PYTHON_VARIABLE}"
+        )
 
-            return [os.fsdecode(find_uv_bin()), "run", "--quiet", "--script", str(WORKER)]
-        except (ImportError, FileNotFoundError) as exc:
-            raise RuntimeUnavailable(
-                f"deepsparse needs uv to get its own Python 3.11; install uv, or name an interpreter that has "
-                f"deepsparse==1.8.0 in {PYTHON_VARIABLE}"
-            ) from exc
-
-    def _model_request(self, fixed: FixedModel, batch: int, threads: int | None) -> dict[str, Any]:
+    def _ask_with(
+        self, worker: WorkerProcess, fixed: FixedModel, op: str, *, threads: int | None, **fields: Any
+    ) -> dict[str, Any]:
+        """A request about a model, which the worker is given unless it has it already."""
         host.threads_or_cores(threads)  # None stays None: the worker counts the cores of its own machine
-        return {
-            "model": base64.b64encode(fixed.to_bytes()).decode("ascii"),
-            "batch": batch,
-            "threads": threads,
-            "inputs": [encode_array(array) for array in fixed.inputs.values()],
-        }
+        model, inputs = worker.supply(
+            fixed.to_bytes(), fixed.inputs.values(), timeout_seconds=self._request_seconds
+        )  # fmt: skip
+        return self.ask(worker, op, model=model, inputs=inputs, threads=threads, **fields)
 
-    def _explain(self, supported: float, request: dict[str, Any]) -> str:
+    def _explain(self, supported: float, fixed: FixedModel, batch: int, threads: int | None) -> str:
         """Open the model once more in a worker that logs its reasons: the level is read at import only."""
         worker, _ = self._start(["--diagnose"])
         with worker:
-            self.ask(worker, "open", **request)
+            self._ask_with(worker, fixed, "open", batch=batch, threads=threads)
         reasons = "; ".join(fallback_reasons(worker.stderr_lines)) or "the engine gives no reason"
         return f"only {supported:.0%} of the operators run optimised, ONNX Runtime runs the rest: {reasons}"
 

@@ -35,8 +35,8 @@
 # ///
 """The process that holds DeepSparse: JSON lines in on stdin, JSON lines out on stdout.
 
-It stands alone (standard library, numpy and deepsparse only), so that the one file can run under its own
-interpreter, also on another machine. `worker_process.py` has the other end and describes the lines.
+It stands alone (standard library, numpy, deepsparse and two files beside it), so that it can run under its own
+interpreter. `worker_process.py` has the other end and describes the lines.
 
     uv run --script deepsparse_worker.py [--diagnose]
 
@@ -45,15 +45,11 @@ With --diagnose the engine writes to stderr what it makes of every model.
 
 from __future__ import annotations
 
-import base64
-import json
+import importlib.util
 import os
 import platform
-import queue
 import sys
-import threading
 import time
-import traceback
 
 # Before the import of deepsparse: it would look up the machine's external address and post usage events.
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
@@ -61,10 +57,24 @@ if "--diagnose" in sys.argv[1:]:
     os.environ["NM_LOGGING_LEVEL"] = "diagnose"
 
 # The modules beside this file must not shadow the engine's (before Python 3.11 there is no PYTHONSAFEPATH).
-if os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
+FOLDER = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+if os.path.abspath(sys.path[0]) == FOLDER:  # noqa: PTH100
     del sys.path[0]
 
+
+def beside(name):
+    """The module in the file of that name beside this one."""
+    spec = importlib.util.spec_from_file_location(name, f"{FOLDER}/{name}.py")
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+worker_loop = beside("worker_loop")
+
 SPEED_VARIABLES = ("NM_ARCH", "NM_BIND_THREADS_TO_CORES")
+kept = worker_loop.Kept()
 sessions: dict = {}  # id -> (engine, inputs)
 
 
@@ -78,6 +88,7 @@ def hello(request):
         raise UnavailableError(f"{exc}") from exc
     architecture = cpu_architecture()
     return {
+        "protocol": worker_loop.PROTOCOL,
         "pid": os.getpid(),
         "version": deepsparse.__version__,
         "analytics_disabled": os.environ["NM_DISABLE_ANALYTICS"] == "1",
@@ -94,7 +105,7 @@ def open_session(request):
     from deepsparse.engine import Engine
 
     inputs = [decode(array) for array in request["inputs"]]
-    with ModelInMemory(request["model"]) as path:
+    with ModelInMemory(kept[request["model"]]) as path:
         try:
             engine = Engine(path, batch_size=request["batch"], num_cores=request["threads"])
         except (RuntimeError, ValueError) as exc:
@@ -113,7 +124,8 @@ def open_session(request):
 def run(request):
     """Outputs of one run, in the order of the graph."""
     engine, _ = sessions[request["session"]]
-    return {"outputs": [encode(array) for array in engine.run([decode(array) for array in request["inputs"]])]}
+    outputs = engine.run([decode(array) for array in request["inputs"]])
+    return {"outputs": [worker_loop.encode_array(array) for array in outputs]}
 
 
 def seconds(request):
@@ -133,7 +145,10 @@ def layers(request):
     """The engine's own profile: one row a layer, in the order in which they run."""
     from deepsparse.engine import model_debug_analysis
 
-    with ModelInMemory(request["model"]) as path:
+    model = kept[request["model"]]
+    if request["zeros"]:
+        model = beside("random_zeros").model_with_zeros(model, request["zeros"], request["seed"])
+    with ModelInMemory(model) as path:
         try:
             analysis = model_debug_analysis(
                 path,
@@ -176,7 +191,7 @@ class ModelInMemory:
 
     def __enter__(self):
         self.file = os.fdopen(os.memfd_create("model.onnx"), "wb")
-        self.file.write(base64.b64decode(self.data))
+        self.file.write(self.data)
         self.file.flush()
         return f"/proc/self/fd/{self.file.fileno()}"
 
@@ -191,22 +206,15 @@ def cpu_model():
         return next((value.strip() for key, _, value in fields if key.strip() == "model name"), None)
 
 
-def encode(array):
-    """An array as JSON."""
-    data = base64.b64encode(array.tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
-
-
 def decode(document):
-    """The array that `encode` wrote."""
-    import numpy
-
-    flat = numpy.frombuffer(base64.b64decode(document["data"]), dtype=document["dtype"])
-    return flat.reshape(document["shape"]).copy()
+    """The array in a request, inline or kept."""
+    return worker_loop.decode_array(document, kept)
 
 
 OPERATIONS = {
     "hello": hello,
+    "missing": kept.missing,
+    "keep": kept.keep,
     "open": open_session,
     "run": run,
     "seconds": seconds,
@@ -214,36 +222,6 @@ OPERATIONS = {
     "close": close_session,
 }
 
-
-def answer(request):
-    """The reply to a request. Every failure becomes a reply: the parent decides what it means."""
-    try:
-        return {"id": request["id"], "result": OPERATIONS[request["op"]](request)}
-    except Exception as exc:
-        traceback.print_exc()  # to stderr, for whoever looks for the cause
-        error = {"kind": getattr(exc, "kind", "failed"), "message": f"{exc}" or type(exc).__name__}
-        return {"id": request["id"], "error": error}
-
-
-def read_requests(requests):
-    """Queue the lines of stdin; at its end, that is when the parent is gone, end at once, even if busy."""
-    for line in sys.stdin.buffer:
-        requests.put(line)
-    os._exit(0)
-
-
-def main():
-    """Answer until stdin ends."""
-    # The engine's native log goes to stdout: keep the real one for replies, let it write to stderr.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    requests: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=read_requests, args=(requests,), daemon=True).start()
-    while True:
-        reply = answer(json.loads(requests.get()))
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
-
-
 if __name__ == "__main__":
-    main()
+    # At the end of stdin the parent is gone: end at once, even if busy. Nothing is left behind.
+    worker_loop.answer_all(OPERATIONS, at_end=lambda: os._exit(0))

@@ -10,6 +10,7 @@ and skips the zeros. Every other node costs `node_seconds`. The numbers come fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from onnx import numpy_helper, shape_inference
 
 from . import host
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, one_line
-from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
+from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model, zero_randomly
 from .ort import create_session, run_session, session_options
 
 VERSION = "1"
@@ -77,9 +78,13 @@ class FakeRuntime(Closing):
         iterations: int,
         warmup: int,
         inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: the formula's terms, each with noise of its own, whatever the iterations."""
-        rows = self._rows(fix_model(Path(model), batch, inputs))
+        fixed = fix_model(Path(model), batch, inputs)
+        zero_randomly(fixed.proto.graph, zeros, seed)
+        rows = self._rows(fixed)
         factors = np.exp(self.noise * self._random.standard_normal(len(rows)))
         return [replace(row, seconds=float(row.seconds * factor)) for row, factor in zip(rows, factors, strict=True)]
 

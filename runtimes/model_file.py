@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from .base import Arrays, ModelRefused, one_line
+from .random_zeros import impose_zeros
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
 LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -19,6 +20,7 @@ INPUT_SEED = 0
 
 _QUANTIZED = ("Integer", "QuantizeLinear", "QLinear")
 _FLOATS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_ZEROED = frozenset({*_FLOATS, TensorProto.DOUBLE})
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class FixedModel:
         Raises:
             ModelRefused: it does not fit into one protobuf message.
         """
-        if (size := self.proto.ByteSize()) > PROTOBUF_LIMIT_BYTES:
-            raise ModelRefused(f"the model is {size} bytes with its weights; engines take up to {PROTOBUF_LIMIT_BYTES}")
-        return self.proto.SerializeToString()
+        return serialized(self.proto)
 
 
 def fix_model(path: Path, batch: int, inputs: Arrays | None = None) -> FixedModel:
@@ -88,6 +88,43 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node:
         raise ModelRefused(f"{path} is not an ONNX model, or one without a single node; export it again")
     return model
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """A model with its weights as one ONNX file.
+
+    Raises:
+        ModelRefused: it does not fit into one protobuf message.
+    """
+    if (size := model.ByteSize()) > PROTOBUF_LIMIT_BYTES:
+        raise ModelRefused(f"the model is {size} bytes with its weights; engines take up to {PROTOBUF_LIMIT_BYTES}")
+    return model.SerializeToString()
+
+
+def zero_randomly(graph: onnx.GraphProto, zeros: Mapping[str, float] | None, seed: int) -> None:
+    """Set a random fraction of initializers to zero, in place; see `impose_zeros`.
+
+    Raises:
+        ValueError: no such initializer, one that does not hold floats, or a fraction outside [0, 1].
+    """
+    prepare_zeros(graph, zeros)
+    impose_zeros(graph, zeros or {}, seed)
+
+
+def prepare_zeros(graph: onnx.GraphProto, zeros: Mapping[str, float] | None) -> None:
+    """Check that these zeros can be drawn, and store the initializers as `impose_zeros` needs them; nothing is drawn.
+
+    Raises:
+        ValueError: as `zero_randomly`.
+    """
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for name, fraction in (zeros or {}).items():
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"a fraction of {fraction} zeros in {name!r}; a fraction is in [0, 1]")
+        if name not in stored or stored[name].data_type not in _ZEROED or 0 in stored[name].dims:
+            raise ValueError(f"zeros in {name!r}, which is no initializer of the graph that holds floats")
+        if not stored[name].raw_data:  # old files keep each value in a field of its own
+            stored[name].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored[name]), name))
 
 
 def runtime_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:

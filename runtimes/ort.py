@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +16,7 @@ import onnx
 from . import host
 from .attribution import covered_outputs
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
-from .model_file import FixedModel, check_inputs, fix_model
+from .model_file import FixedModel, check_inputs, fix_model, zero_randomly
 
 PROVIDERS = ["CPUExecutionProvider"]
 LOG_ERRORS_ONLY = 3
@@ -62,11 +63,14 @@ class OnnxRuntime(Closing):
         iterations: int,
         warmup: int,
         inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`."""
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
         fixed = fix_model(Path(model), batch, inputs)
+        zero_randomly(fixed.proto.graph, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
         with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:

@@ -5,12 +5,15 @@ may as well run on another machine: `ssh HOST COMMAND` is only another command.
 
     request   {"id": 7, "op": "seconds", ...fields}
     reply     {"id": 7, "result": {...}}   or   {"id": 7, "error": {"kind": "refused", "message": "..."}}
+
+Models and samples are sent once: requests name them by their sha256, see `supply`. `worker_loop.py` has the far end.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -19,16 +22,19 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .base import Closing, EngineCrashed, EngineHung, ModelRefused, RuntimeFailure, RuntimeUnavailable, one_line
 
-ERROR_KINDS: dict[str, type[RuntimeFailure]] = {
+ERROR_KINDS: dict[str, type[Exception]] = {
     "refused": ModelRefused,
     "unavailable": RuntimeUnavailable,
+    "crashed": EngineCrashed,
+    "hung": EngineHung,
+    "value": ValueError,
     "failed": RuntimeFailure,
 }
 STOP_SECONDS = 5.0
@@ -45,6 +51,7 @@ class WorkerProcess(Closing):
             RuntimeUnavailable: the command can't be started.
         """
         self.name = name
+        self.sent_bytes = 0
         self.stderr_lines: deque[str] = deque(maxlen=STDERR_LINES)
         try:
             self._process = subprocess.Popen(
@@ -78,11 +85,16 @@ class WorkerProcess(Closing):
         """The process runs and may be asked."""
         return not self._released and self._process.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """The command's return code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
     def request(self, op: str, *, timeout_seconds: float, **fields: Any) -> dict[str, Any]:
         """Ask for one thing and wait for its result.
 
         Raises:
-            RuntimeFailure: the error that the worker replies with, or, after which the worker is dead:
+            RuntimeFailure, ValueError: the error that the worker replies with, or, after which the worker is dead:
             EngineCrashed: the process died, had died before, or wrote something that is no reply.
             EngineHung: no reply within `timeout_seconds`.
         """
@@ -90,30 +102,55 @@ class WorkerProcess(Closing):
             raise EngineCrashed(f"{self.name}'s process has ended, and its sessions with it; open the model again")
         self._last_id += 1
         deadline = time.monotonic() + timeout_seconds
-        self._requests.put(json.dumps({"id": self._last_id, "op": op, **fields}).encode() + b"\n")
+        line = json.dumps({"id": self._last_id, "op": op, **fields}).encode() + b"\n"
+        self.sent_bytes += len(line)
+        self._requests.put(line)
         while True:
             try:
-                line = self._replies.get(timeout=max(deadline - time.monotonic(), 0.0))
+                answer = self._replies.get(timeout=max(deadline - time.monotonic(), 0.0))
             except queue.Empty:
                 self.kill()
                 raise EngineHung(
                     f"{self.name} gave no answer to {op!r} within {timeout_seconds:g} s and was killed; "
                     f"allow it more time if the network is that slow"
                 ) from None
-            if line is None:
+            if answer is None:
                 raise EngineCrashed(self._last_words(op))
-            reply = _parse(line)
+            reply = _parse(answer)
             if reply is None:
                 self.kill()
                 raise EngineCrashed(
                     f"{self.name} wrote something that is no reply to {op!r} and was killed: "
-                    f"{one_line(line.decode(errors='replace'), 120)!r}"
+                    f"{one_line(answer.decode(errors='replace'), 120)!r}"
                 )
             if reply["id"] != self._last_id:
                 continue  # the answer to a request whose caller was interrupted
             if "error" in reply:
                 raise ERROR_KINDS[reply["error"]["kind"]](f"{self.name}: {one_line(reply['error']['message'])}")
             return reply["result"]
+
+    def supply(
+        self, model: bytes, samples: Iterable[np.ndarray], *, timeout_seconds: float
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Make a model and samples known to the worker, sending what it does not have.
+
+        Returns:
+            What the next request calls them: the model's sha256, and for each array its type, shape and sha256.
+        Raises:
+            As `request`.
+        """
+        arrays = list(samples)
+        values = [model, *(array.tobytes() for array in arrays)]
+        names = [hashlib.sha256(value).hexdigest() for value in values]
+        by_name = dict(zip(names, values, strict=True))
+        missing = self.request("missing", timeout_seconds=timeout_seconds, sha256s=list(by_name))["sha256s"]
+        for name in missing:
+            data = base64.b64encode(by_name[name]).decode("ascii")
+            self.request("keep", timeout_seconds=timeout_seconds, sha256=name, data=data)
+        return names[0], [
+            {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": name}
+            for array, name in zip(arrays, names[1:], strict=True)
+        ]
 
     def last_line(self) -> str:
         """The last line on its stderr that isn't empty, or ""."""
@@ -192,18 +229,6 @@ def describe_exit(code: int) -> str:
     if number in {item.value for item in signal.Signals}:
         return f"killed by {signal.Signals(number).name}"
     return f"exit code {code}"
-
-
-def encode_array(array: np.ndarray) -> dict[str, Any]:
-    """An array as JSON: base64 of its bytes in C order, with type and shape."""
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
-
-
-def decode_array(document: Mapping[str, Any]) -> np.ndarray:
-    """The array that `encode_array` wrote."""
-    flat = np.frombuffer(base64.b64decode(document["data"]), dtype=np.dtype(document["dtype"]))
-    return flat.reshape(document["shape"]).copy()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

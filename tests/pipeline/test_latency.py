@@ -1,4 +1,6 @@
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,7 +10,10 @@ from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, imposed, measure_latency, monotone
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import LayerTime, open_runtime
+from onnx_spdy.runtimes.fake import FakeRuntime
+from onnx_spdy.runtimes.remote import RemoteRuntime
+from onnx_spdy.runtimes.ssh import STARTER, Address
 
 LEVELS = levels_for("unstructured")
 
@@ -72,6 +77,44 @@ def test_a_runtime_without_sparse_kernels_promises_nothing(model: onnx.ModelProt
     assert table.highest_speedup == pytest.approx(1.0)
     with pytest.raises(NoSpeedup):
         table.budget(1.5)
+
+
+class Recorder(FakeRuntime):
+    """Keeps what it is asked to profile."""
+
+    def layer_seconds(self, model: Path, **options: Any) -> list[LayerTime]:  # type: ignore[override]
+        self.asked = [*getattr(self, "asked", []), (model.read_bytes(), options["zeros"], options["seed"])]
+        return super().layer_seconds(model, **options)
+
+
+def test_unstructured_levels_are_zeros_in_one_file(model: onnx.ModelProto) -> None:
+    runtime = Recorder()
+    measure_latency(model, runtime, LEVELS[:5], batch=1, rounds=2, rng=np.random.default_rng(0))
+    weights = [layer.weight for layer in find_layers(model) if layer.prunable]
+    expected = [dict.fromkeys(weights, level.sparsity) if level.sparsity else {} for level in LEVELS[:5]] * 2
+    assert len({file for file, _, _ in runtime.asked}) == 1
+    assert sorted(map(str, expected)) == sorted(str(zeros) for _, zeros, _ in runtime.asked)
+    assert len({seed for _, _, seed in runtime.asked}) == 10
+
+
+def test_a_table_that_is_measured_elsewhere_is_the_same(model: onnx.ModelProto) -> None:
+    here = FakeRuntime()
+    there = RemoteRuntime(Address("nowhere", None, "fake"), here, {}, command=[sys.executable, "-c", STARTER])
+    tables = []
+    for runtime in (here, there):
+        with runtime:
+            rng = np.random.default_rng(0)
+            tables.append(measure_latency(model, runtime, LEVELS[:6], batch=2, rounds=1, rng=rng))
+    np.testing.assert_array_equal(tables[0].measured_seconds, tables[1].measured_seconds)
+    assert tables[0].environment == tables[1].environment
+
+
+def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:
+    runtime = Recorder()
+    table = measure_latency(model, runtime, levels_for("2:4"), batch=1, rounds=1, rng=np.random.default_rng(0))
+    assert len({file for file, _, _ in runtime.asked}) == len(levels_for("2:4"))
+    assert not any(zeros for _, zeros, _ in runtime.asked)
+    assert (table.seconds[1:, 1] < table.seconds[1:, 0]).all()  # the first layer has only 3 input channels
 
 
 def test_cleaning_makes_sparse_runs_monotone_and_keeps_their_means() -> None:

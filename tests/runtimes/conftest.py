@@ -26,7 +26,7 @@ def cpu_architecture():
     return Architecture(isa="avx512", vnni=True, vendor_model="stub CPU")
 """,
     "engine.py": """
-import os, sys, time
+import hashlib, os, sys, time
 import numpy
 class Engine:
     input_names, output_names = ["x"], ["y"]
@@ -43,6 +43,10 @@ class Engine:
             print("last words", file=sys.stderr, flush=True)
             time.sleep(60)
         return [numpy.ascontiguousarray(inputs[0].sum(axis=(1, 2, 3)))]
+def model_debug_analysis(path, inputs, **options):
+    digest = hashlib.sha256(open(path, "rb").read()).hexdigest()
+    row = dict(name=digest, canonical_name="a", average_run_time_in_ms=1.0, kernel_sparsity=0.5, kernel_dims=[1])
+    return {"layer_info": [row]}
 """,
 }
 
@@ -82,17 +86,22 @@ def conv_net(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def stub_runtime(tmp_path: Path):
-    """A maker of DeepSparse runtimes whose worker is the real one, and whose engine is ENGINE_PARTS."""
+def stub_command(tmp_path: Path) -> list[str]:
+    """The command line of the real DeepSparse worker with ENGINE_PARTS for an engine."""
     package = tmp_path / "stub" / "deepsparse"
     package.mkdir(parents=True)
     for name, text in ENGINE_PARTS.items():
         (package / name).write_text(text)
-    command = ["env", "-u", "NM_DISABLE_ANALYTICS", f"PYTHONPATH={package.parent}", sys.executable, str(WORKER)]
+    return ["env", "-u", "NM_DISABLE_ANALYTICS", f"PYTHONPATH={package.parent}", sys.executable, str(WORKER)]
+
+
+@pytest.fixture
+def stub_runtime(stub_command: list[str]):
+    """A maker of DeepSparse runtimes with that worker."""
     made = []
 
     def make(**options) -> DeepSparse:
-        made.append(DeepSparse(command=command, **options))
+        made.append(DeepSparse(command=stub_command, **options))
         return made[-1]
 
     yield make

@@ -17,21 +17,34 @@ from onnx_spdy.runtimes import (
     RUNTIMES,
     Environment,
     ModelRefused,
+    Runtime,
     RuntimeFailure,
     RuntimeUnavailable,
     UnknownRuntime,
     measure_interleaved,
     open_runtime,
 )
+from onnx_spdy.runtimes.remote import RemoteRuntime
+from onnx_spdy.runtimes.ssh import STARTER, Address
 
 BATCH = 3
 LAYER_OUTPUTS = {"a", "c", "y"}
+FAR = "in a process like on another machine: "
 NAMES = [pytest.param(name, marks=pytest.mark.engine if name == "deepsparse" else ()) for name in sorted(RUNTIMES)]
+NAMES += [FAR + "fake", FAR + "onnxruntime"]
+
+
+def open_here_or_far(name: str) -> Runtime:
+    if not name.startswith(FAR):
+        return open_runtime(name)
+    engine = name.removeprefix(FAR)
+    command = [sys.executable, "-c", STARTER]
+    return RemoteRuntime(Address("nowhere", None, engine), open_runtime(engine), {}, command=command)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def runtime(request):
-    with open_runtime(request.param) as opened:
+    with open_here_or_far(request.param) as opened:
         try:
             opened.check()
         except RuntimeUnavailable as exc:
@@ -74,6 +87,22 @@ def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_ne
     for row in rows:
         if row.sparse:
             assert row.kernel_sparsity == pytest.approx(0.95, abs=0.01)
+
+
+def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
+    zeros = {"w0": 0.95, "w1": 0.9}
+    rows = runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, zeros=zeros, seed=1)
+    sparsity = {row.outputs[0]: row.kernel_sparsity for row in rows if row.sparse}
+    assert bool(sparsity) == runtime.sparse
+    for output, fraction in zip("ac", zeros.values(), strict=True):
+        if output in sparsity:
+            assert sparsity[output] == pytest.approx(fraction, abs=0.03)
+
+
+@pytest.mark.parametrize("zeros", [{"w9": 0.5}, {"w0": 1.5}, {"w0": -0.1}])
+def test_impossible_zeros_are_an_error(runtime, conv_net, zeros):
+    with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
+        runtime.layer_seconds(conv_net(), batch=1, iterations=1, warmup=0, zeros=zeros)
 
 
 def test_environment_is_complete_and_survives_json(runtime, session):

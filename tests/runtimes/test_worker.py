@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,10 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_spdy.runtimes import EngineCrashed, EngineHung, ModelRefused, RuntimeUnavailable, open_runtime
+from onnx_spdy.runtimes import (
+    EngineCrashed,
+    EngineHung,
+    ModelRefused,
+    RuntimeUnavailable,
+    open_runtime,
+    zero_randomly,
+)
 from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
 from onnx_spdy.runtimes.deepsparse_log import fallback_reasons
-from onnx_spdy.runtimes.worker_process import WorkerProcess, decode_array, describe_exit, encode_array
+from onnx_spdy.runtimes.model_file import fix_model
+from onnx_spdy.runtimes.uv_command import find_uv
+from onnx_spdy.runtimes.worker_loop import Kept, decode_array, encode_array
+from onnx_spdy.runtimes.worker_process import WorkerProcess, describe_exit
 
 
 def python_worker(tmp_path: Path, text: str) -> list[str]:
@@ -102,6 +114,71 @@ def test_a_worker_that_ends_gives_its_exit_code_and_last_line(tmp_path):
     worker = WorkerProcess("quitter", python_worker(tmp_path, text))
     with pytest.raises(EngineCrashed, match=r"exit code 3; its last words: no such wheel"):
         worker.request("hello", timeout_seconds=10)
+
+
+def test_a_worker_of_another_version_is_not_used(tmp_path):
+    text = "import json; print(json.dumps({'id': 1, 'result': {'version': '1.8.0'}}), flush=True); input()"
+    with pytest.raises(RuntimeUnavailable, match=r"speaks version None of the protocol, this package version \d"):
+        DeepSparse(command=python_worker(tmp_path, text)).check()
+
+
+def test_a_model_and_its_samples_cross_once(stub_runtime, conv_net):
+    runtime, path = stub_runtime(), conv_net()
+    profile = {"batch": 4, "iterations": 1, "warmup": 0}
+    runtime.layer_seconds(path, **profile)
+    sent = runtime.worker().sent_bytes
+    assert sent > path.stat().st_size
+    for seed in range(5):
+        runtime.layer_seconds(path, **profile, zeros={"w0": 0.5}, seed=seed)
+    with runtime.open(path, batch=4) as session:
+        session.seconds(2)
+    assert runtime.worker().sent_bytes - sent < 10_000
+
+
+def test_the_worker_draws_the_zeros_that_are_drawn_here(stub_runtime, conv_net):
+    zeros = {"w0": 0.9, "w2": 0.4}
+    rows = stub_runtime().layer_seconds(conv_net(opset=19), batch=2, iterations=1, warmup=0, zeros=zeros, seed=7)
+    fixed = fix_model(conv_net(opset=19), 2)
+    fixed.proto.ir_version = 9
+    zero_randomly(fixed.proto.graph, zeros, 7)
+    assert rows[0].kernel == hashlib.sha256(fixed.to_bytes()).hexdigest()
+
+
+def kept(store: Kept, *values: bytes) -> list[bytes]:
+    """Send values as `supply` does; returns those that had to be sent."""
+    names = {hashlib.sha256(value).hexdigest(): value for value in values}
+    missing = store.missing({"sha256s": list(names)})["sha256s"]
+    for name in missing:
+        store.keep({"sha256": name, "data": base64.b64encode(names[name]).decode()})
+    assert all(store[name] == value for name, value in names.items())
+    return [names[name] for name in missing]
+
+
+def test_what_was_named_longest_ago_is_forgotten_first():
+    store = Kept(limit_bytes=3)
+    assert kept(store, b"a", b"b", b"c") == [b"a", b"b", b"c"]
+    assert kept(store, b"a") == []
+    assert kept(store, b"d") == [b"d"]
+    assert kept(store, b"a", b"c") == []
+    assert kept(store, b"b") == [b"b"]
+    assert kept(store, b"larger than all", b"a") == [b"larger than all"]
+
+
+def test_damaged_bytes_are_not_kept():
+    with pytest.raises(ValueError, match="try again"):
+        Kept().keep({"sha256": "0" * 64, "data": ""})
+
+
+def test_uv_is_found_without_its_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "uv", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_uv() is None
+    for folder in (".cargo/bin", ".local/bin", "bin"):
+        uv = tmp_path / folder / "uv"
+        uv.parent.mkdir(parents=True)
+        uv.touch(mode=0o755)
+        assert find_uv() == str(uv)
 
 
 def test_a_worker_ends_with_its_parent_even_when_busy(stub_runtime, conv_net, tmp_path):
