@@ -174,19 +174,18 @@ def latency_table(
     """The latency table in a file, measured first when there is none.
 
     Raises:
-        ArtifactError: the file was measured for another network, runtime, batch or levels.
+        ArtifactError: the file was measured for another network, other levels, or in another environment.
     """
     if path.exists():
         table = LatencyTable.load(path)
+        with runtime.open(path.with_name("dense.onnx"), batch=batch, threads=threads, inputs=inputs) as session:
+            here = session.environment
+        fields = table.environment.mismatch(here)
         check_same(
             path,
-            {
-                "model_sha256": (table.model_sha256, model_sha256(dense)),
-                "runtime": (table.environment.runtime, runtime.name),
-                "batch": (table.environment.batch, batch),
-                "threads": (table.environment.threads, threads or table.environment.threads),
-                "levels": ([*map(str, table.levels)], [*map(str, levels)]),
-            },
+            {"model_sha256": (table.model_sha256, model_sha256(dense))}
+            | {name: (getattr(table.environment, name), getattr(here, name)) for name in fields}
+            | {"levels": ([*map(str, table.levels)], [*map(str, levels)])},
         )
         return table
     table = measure_latency(
