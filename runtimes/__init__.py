@@ -14,7 +14,8 @@ from .base import (
 from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .measurement import Measurement, measure_interleaved, ratio_confidence
-from .registry import RUNTIMES, UnknownRuntime, open_runtime
+from .registry import RUNTIMES, UnknownRuntime, open_runtime, runtime_spec
+from .vino import UnknownPrecision
 
 __all__ = [
     "DEEPSPARSE_LICENCE_NOTE",
@@ -29,6 +30,7 @@ __all__ = [
     "RuntimeFailure",
     "RuntimeUnavailable",
     "Session",
+    "UnknownPrecision",
     "UnknownRuntime",
     "allowed_cpus",
     "cpu_model",
@@ -37,4 +39,5 @@ __all__ = [
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
+    "runtime_spec",
 ]

@@ -1,4 +1,4 @@
-"""The runtimes by name: one line each."""
+"""The runtimes by name: one line each. Those with a choice of precision take it after a colon."""
 
 from __future__ import annotations
 
@@ -9,27 +9,42 @@ from .base import Runtime
 from .deepsparse_client import DeepSparse
 from .fake import FakeRuntime
 from .ort import OnnxRuntime
+from .vino import OpenVino
 
 RUNTIMES: dict[str, Callable[..., Runtime]] = {
     "deepsparse": DeepSparse,
     "fake": FakeRuntime,
     "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
 }
+WITH_PRECISION = frozenset({"openvino"})
 
 
 class UnknownRuntime(ValueError):
-    """No runtime has that name; the message lists those there are."""
+    """No runtime has that name, or it has no such choice; the message lists those there are."""
 
 
-def open_runtime(name: str, **options: Any) -> Runtime:
+def open_runtime(spec: str, **options: Any) -> Runtime:
     """A runtime by name; its engine starts at the first call.
 
     Args:
-        name: a key of RUNTIMES.
+        spec: a key of RUNTIMES; for those in WITH_PRECISION maybe a colon and a precision: "openvino:bf16".
         options: of that runtime's class, such as `seconds_per_mac` for "fake".
     Raises:
-        UnknownRuntime: no such name.
+        UnknownRuntime: no such name, or one that has no choice of precision.
+        ValueError: no such precision; the message lists those there are.
     """
+    name, colon, precision = spec.partition(":")
     if name not in RUNTIMES:
-        raise UnknownRuntime(f"no runtime is called {name!r}; there are {', '.join(sorted(RUNTIMES))}")
-    return RUNTIMES[name](**options)
+        raise UnknownRuntime(f"no runtime is called {spec!r}; there are {', '.join(sorted(RUNTIMES))}")
+    if not colon:
+        return RUNTIMES[name](**options)
+    if name not in WITH_PRECISION:
+        raise UnknownRuntime(f"{name} has no choice of precision, so there is no {spec!r}; write {name}")
+    return RUNTIMES[name](precision=precision, **options)
+
+
+def runtime_spec(runtime: Runtime) -> str:
+    """The argument of `open_runtime` that makes such a runtime."""
+    precision = getattr(runtime, "precision", None)
+    return f"{runtime.name}:{precision}" if precision else runtime.name

@@ -47,7 +47,9 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="FILE.onnx, or FILE.py:FUNCTION -> (module, example_inputs)")
 ]
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help="calibration samples: FILE.npz or FILE.py:FUNCTION")]
-RuntimeName = Annotated[str, typer.Option("--runtime", metavar="R", help="deepsparse, onnxruntime or fake")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", metavar="R", help="deepsparse, onnxruntime, openvino[:bf16] or fake")
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="default: all physical cores")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
