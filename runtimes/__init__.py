@@ -16,7 +16,8 @@ from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .measurement import Measurement, measure_interleaved, ratio_confidence
 from .model_file import zero_randomly
-from .registry import RUNTIMES, open_runtime
+from .registry import RUNTIMES, open_runtime, runtime_spec
+from .vino import UnknownPrecision
 
 __all__ = [
     "DEEPSPARSE_LICENCE_NOTE",
@@ -31,6 +32,7 @@ __all__ = [
     "RuntimeFailure",
     "RuntimeUnavailable",
     "Session",
+    "UnknownPrecision",
     "UnknownRuntime",
     "allowed_cpus",
     "cpu_model",
@@ -39,5 +41,6 @@ __all__ = [
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
+    "runtime_spec",
     "zero_randomly",
 ]

@@ -50,6 +50,7 @@ class DeepSparse(Closing):
     Args:
         python: an interpreter that has deepsparse, instead of uv; default: ONNX_SPDY_DEEPSPARSE_PYTHON.
         command: the whole command line of the worker, instead of either.
+        download: False takes what uv has from an earlier start, and is unavailable where that is nothing.
         start_seconds: allowed for the worker's start, a first download of the engine included.
         request_seconds: allowed for each answer after that.
     """
@@ -62,11 +63,13 @@ class DeepSparse(Closing):
         *,
         python: str | None = None,
         command: Sequence[str] | None = None,
+        download: bool = True,
         start_seconds: float = 900.0,
         request_seconds: float = 600.0,
     ) -> None:
         self._python = python or os.environ.get(PYTHON_VARIABLE)
         self._command = command
+        self._download = download
         self._start_seconds = start_seconds
         self._request_seconds = request_seconds
         self._process: WorkerProcess | None = None
@@ -177,7 +180,8 @@ class DeepSparse(Closing):
         if self._python:
             return [self._python, str(WORKER)]
         if uv := find_uv():
-            return [uv, "run", "--quiet", "--script", str(WORKER)]
+            offline = [] if self._download else ["--offline"]
+            return [uv, "run", "--quiet", *offline, "--script", str(WORKER)]
         raise RuntimeUnavailable(
             f"deepsparse needs uv to get its own Python 3.11; install uv, or name an interpreter that has "
             f"deepsparse==1.8.0 in {PYTHON_VARIABLE}"

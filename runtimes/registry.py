@@ -1,8 +1,9 @@
-"""The runtimes by name: one line each."""
+"""The runtimes by name: one line each. Those with a choice of precision take it after a colon."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .base import Runtime, UnknownRuntime
@@ -11,28 +12,47 @@ from .fake import FakeRuntime
 from .ort import OnnxRuntime
 from .remote import RemoteRuntime
 from .ssh import PREFIX, Address
+from .vino import OpenVino
 
 RUNTIMES: dict[str, Callable[..., Runtime]] = {
     "deepsparse": DeepSparse,
     "fake": FakeRuntime,
     "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
 }
+WITH_PRECISION = frozenset({"openvino"})
 
 
-def open_runtime(name: str, **options: Any) -> Runtime:
+def open_runtime(spec: str, **options: Any) -> Runtime:
     """A runtime by name; its engine starts, and another machine is connected, at the first call.
 
     Args:
-        name: a key of RUNTIMES, or ssh://[USER@]HOST[:PORT]/KEY for that runtime on another machine.
+        spec: a key of RUNTIMES; for those in WITH_PRECISION maybe a colon and a precision: "openvino:bf16". With
+            ssh://[USER@]HOST[:PORT]/ before it, that runtime on another machine.
         options: of that runtime's class, such as `seconds_per_mac` for "fake". With ssh:// `python` is an
             interpreter on that machine, see `RemoteRuntime`.
     Raises:
-        UnknownRuntime: no such name.
+        UnknownRuntime: no such name, or one that has no choice of precision.
+        ValueError: no such precision; the message lists those there are.
     """
-    if name.startswith(PREFIX):
-        address, python = Address.parse(name), options.pop("python", None)
-        return RemoteRuntime(address, open_runtime(address.engine, **options), options, python=python)
+    if spec.startswith(PREFIX):
+        address, python = Address.parse(spec), options.pop("python", None)
+        engine, _, precision = address.engine.partition(":")
+        here = open_runtime(address.engine, **options)  # refuses what doesn't exist before anything is connected
+        options |= {"precision": precision} if precision else {}
+        return RemoteRuntime(replace(address, engine=engine), here, options, python=python)
+    name, colon, precision = spec.partition(":")
     if name not in RUNTIMES:
         known = ", ".join(sorted(RUNTIMES))
-        raise UnknownRuntime(f"no runtime is called {name!r}; there are {known}, and ssh://HOST/NAME for one elsewhere")
-    return RUNTIMES[name](**options)
+        raise UnknownRuntime(f"no runtime is called {spec!r}; there are {known}, and ssh://HOST/NAME for one elsewhere")
+    if not colon:
+        return RUNTIMES[name](**options)
+    if name not in WITH_PRECISION:
+        raise UnknownRuntime(f"{name} has no choice of precision, so there is no {spec!r}; write {name}")
+    return RUNTIMES[name](precision=precision, **options)
+
+
+def runtime_spec(runtime: Runtime) -> str:
+    """The argument of `open_runtime` that makes such a runtime."""
+    precision = getattr(runtime, "precision", None)
+    return f"{runtime.name}:{precision}" if precision else runtime.name

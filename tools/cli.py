@@ -49,7 +49,12 @@ ModelArgument = Annotated[
 ]
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help="calibration samples: FILE.npz or FILE.py:FUNCTION")]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", metavar="R", help="deepsparse, onnxruntime or fake; ssh://HOST/R for one elsewhere")
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="R",
+        help="deepsparse, onnxruntime, openvino[:bf16], fake; ssh://HOST/R for one elsewhere",
+    ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="default: all physical cores")]

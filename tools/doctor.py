@@ -10,6 +10,7 @@ NOTES = {
     "deepsparse": DEEPSPARSE_LICENCE_NOTE,
     "fake": "a formula of the non-zeros, not an engine: for tests and dry runs",
     "onnxruntime": "no sparse kernels: a dense baseline",
+    "openvino": "no sparse kernels for unstructured sparsity: a dense baseline in fp32 and bf16",
 }
 
 

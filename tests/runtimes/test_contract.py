@@ -23,6 +23,7 @@ from onnx_spdy.runtimes import (
     UnknownRuntime,
     measure_interleaved,
     open_runtime,
+    runtime_spec,
 )
 from onnx_spdy.runtimes.remote import RemoteRuntime
 from onnx_spdy.runtimes.ssh import STARTER, Address
@@ -30,8 +31,10 @@ from onnx_spdy.runtimes.ssh import STARTER, Address
 BATCH = 3
 LAYER_OUTPUTS = {"a", "c", "y"}
 FAR = "in a process like on another machine: "
-NAMES = [pytest.param(name, marks=pytest.mark.engine if name == "deepsparse" else ()) for name in sorted(RUNTIMES)]
+SPECS = sorted([*RUNTIMES, "openvino:bf16"])
+NAMES = [pytest.param(spec, marks=pytest.mark.engine if spec == "deepsparse" else ()) for spec in SPECS]
 NAMES += [FAR + "fake", FAR + "onnxruntime"]
+BF16_TOLERANCE = 0.02  # of the largest output: bf16 keeps 8 bits
 
 
 def open_here_or_far(name: str) -> Runtime:
@@ -63,7 +66,10 @@ def test_outputs_agree_with_onnx_runtime(session, conv_net):
     reference = onnxruntime.InferenceSession(conv_net(), providers=["CPUExecutionProvider"])
     outputs = session.run({"x": x})
     assert list(outputs) == ["y"]
-    np.testing.assert_allclose(outputs["y"], reference.run(None, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    expected = reference.run(None, {"x": x})[0]
+    bf16 = session.environment.precision == "bf16"
+    tolerance = BF16_TOLERANCE * np.abs(expected).max() if bf16 else 1e-4
+    np.testing.assert_allclose(outputs["y"], expected, rtol=1e-4, atol=tolerance)
 
 
 def test_times_are_positive_and_as_many_as_asked(session):
@@ -176,11 +182,24 @@ def test_two_sessions_are_timed_interleaved(runtime, conv_net):
 
 
 def test_importing_the_runtimes_imports_no_engine():
-    code = "import sys, onnx_spdy.runtimes; print({'onnxruntime', 'deepsparse', 'torch', 'uv'} & set(sys.modules))"
+    engines = {"onnxruntime", "deepsparse", "openvino", "torch", "uv"}
+    code = f"import sys, onnx_spdy.runtimes; print({engines} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_an_unknown_runtime_lists_the_known_ones():
-    with pytest.raises(UnknownRuntime, match=r"'abacus'.*deepsparse, fake, onnxruntime"):
+    with pytest.raises(UnknownRuntime, match=r"'abacus'.*deepsparse, fake, onnxruntime, openvino"):
         open_runtime("abacus")
+
+
+@pytest.mark.parametrize("name", sorted(set(RUNTIMES) - {"openvino"}))
+def test_a_runtime_without_a_choice_of_precision_refuses_one(name):
+    with pytest.raises(UnknownRuntime, match=f"{name} has no choice of precision.*write {name}"):
+        open_runtime(f"{name}:bf16")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_runtime_tells_how_to_open_it_again(spec):
+    with open_runtime(spec) as runtime, open_runtime(runtime_spec(runtime)) as again:
+        assert (type(again), runtime_spec(again)) == (type(runtime), runtime_spec(runtime))

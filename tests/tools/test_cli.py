@@ -186,7 +186,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 def test_doctor_names_every_runtime(folder: Path, cli: Cli) -> None:
     done = cli("doctor", cwd=folder)
     assert done.code == 0
-    for name in ("deepsparse", "onnxruntime", "fake"):
+    for name in ("deepsparse", "onnxruntime", "openvino", "fake"):
         assert name in done.out
 
 
