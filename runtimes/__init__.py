@@ -16,7 +16,7 @@ from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .measurement import Measurement, measure_interleaved, ratio_confidence
 from .model_file import zero_randomly
-from .registry import RUNTIMES, open_runtime, runtime_spec
+from .registry import RUNTIMES, location, open_runtime, runtime_spec
 from .vino import UnknownPrecision
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "allowed_cpus",
     "cpu_model",
     "instruction_set",
+    "location",
     "measure_interleaved",
     "open_runtime",
     "physical_cores",

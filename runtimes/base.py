@@ -159,7 +159,16 @@ class Runtime(Protocol):
         """
         ...
 
-    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> Session:
+    def open(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> Session:
         """Compile an ONNX file for one batch.
 
         Args:
@@ -168,9 +177,13 @@ class Runtime(Protocol):
             threads: None takes the physical cores that this process may use.
             inputs: samples to time with (first axis = samples), for some or all inputs. Needed where
                 another axis than the first is dynamic. Otherwise fixed random values are used.
+            zeros: initializer name -> fraction of it to set to zero first, at random. An engine elsewhere gets the
+                file once and draws the zeros itself, every time; the same ones as anywhere else.
+            seed: of these zeros.
         Raises:
             ModelRefused: the file is missing or broken, has another fixed batch, or the engine won't take it.
             RuntimeUnavailable: the engine can't be used here.
+            ValueError: `zeros` names no initializer that holds floats, or a fraction outside [0, 1].
         """
         ...
 
@@ -185,15 +198,21 @@ class Runtime(Protocol):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """One profile of an ONNX file by the engine's own profiler; other arguments and errors as in `open`.
 
         Args:
-            zeros: initializer name -> fraction of it to set to zero first, at random. An engine elsewhere gets the
-                file once and draws the zeros itself, for every profile; the same ones as anywhere else.
-            seed: of these zeros.
-        Raises:
-            ValueError: `zeros` names no initializer that holds floats, or a fraction outside [0, 1].
+            iterations, warmup: profiled runs, and those before.
+            merged: True is the network as `open` runs it. False asks an engine that merges layers not to, so that
+                every layer has a row of its own and tells its kernel.
+        """
+        ...
+
+    def foreign_cores(self) -> float | None:
+        """Mean number of cores that other programs kept busy, where the engine runs, since the last call.
+
+        The first call starts the count and returns 0. None where it can't be known. See `ForeignLoad`.
         """
         ...
 

@@ -24,6 +24,7 @@ from .base import (
     RuntimeUnavailable,
 )
 from .deepsparse_log import fallback_reasons
+from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model, prepare_zeros
 from .opset import lower_versions
 from .uv_command import find_uv
@@ -44,7 +45,7 @@ _SOURCE_LOCATION = re.compile(r"(NM: error: )|(/\S+\.(cc|cpp|h|hpp):\d+ .*\) )|(
 _ORDINAL = re.compile(r"[_ ]\d+$")
 
 
-class DeepSparse(Closing):
+class DeepSparse(WatchesLoad):
     """DeepSparse 1.8.0 in a worker that `uv` gives its own Python 3.11 and dependencies.
 
     Args:
@@ -81,12 +82,22 @@ class DeepSparse(Closing):
         return str(self._hello["version"])
 
     def open(
-        self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> DeepSparseSession:
         """See `Runtime.open`."""
         fixed = _engine_copy(Path(model), batch, inputs)
+        prepare_zeros(fixed.proto.graph, zeros)
         worker = self.worker()
-        opened = self._ask_with(worker, fixed, "open", batch=batch, threads=threads)
+        opened = self._ask_with(
+            worker, fixed, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
+        )  # fmt: skip
         if opened["inputs"] != list(fixed.inputs):
             raise ModelRefused(f"deepsparse takes inputs {opened['inputs']}, the graph has {list(fixed.inputs)}")
         environment = Environment(
@@ -115,13 +126,11 @@ class DeepSparse(Closing):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
-        fused: bool = False,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. The engine rounds each run's times to microseconds.
 
-        Args:
-            fused: False gives a row for each layer. True is what the user runs: the engine merges layers
-                into rows whose kernels it doesn't tell (sparse=False, kernel_sparsity=None).
+        Rows of merged layers don't tell their kernels (sparse=False, kernel_sparsity=None).
         """
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
@@ -129,7 +138,7 @@ class DeepSparse(Closing):
         prepare_zeros(fixed.proto.graph, zeros)
         answer = self._ask_with(
             self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
-            zeros=dict(zeros or {}), seed=seed, optimization_level=int(fused),
+            zeros=dict(zeros or {}), seed=seed, optimization_level=int(merged),
         )  # fmt: skip
         return _layer_times(fixed, answer["rows"])
 
@@ -201,7 +210,7 @@ class DeepSparse(Closing):
         """Open the model once more in a worker that logs its reasons: the level is read at import only."""
         worker, _ = self._start(["--diagnose"])
         with worker:
-            self._ask_with(worker, fixed, "open", batch=batch, threads=threads)
+            self._ask_with(worker, fixed, "open", batch=batch, threads=threads, zeros={}, seed=0)
         reasons = "; ".join(fallback_reasons(worker.stderr_lines)) or "the engine gives no reason"
         return f"only {supported:.0%} of the operators run optimised, ONNX Runtime runs the rest: {reasons}"
 

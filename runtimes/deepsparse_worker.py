@@ -105,7 +105,7 @@ def open_session(request):
     from deepsparse.engine import Engine
 
     inputs = [decode(array) for array in request["inputs"]]
-    with ModelInMemory(kept[request["model"]]) as path:
+    with ModelInMemory(model_of(request)) as path:
         try:
             engine = Engine(path, batch_size=request["batch"], num_cores=request["threads"])
         except (RuntimeError, ValueError) as exc:
@@ -145,10 +145,7 @@ def layers(request):
     """The engine's own profile: one row a layer, in the order in which they run."""
     from deepsparse.engine import model_debug_analysis
 
-    model = kept[request["model"]]
-    if request["zeros"]:
-        model = beside("random_zeros").model_with_zeros(model, request["zeros"], request["seed"])
-    with ModelInMemory(model) as path:
+    with ModelInMemory(model_of(request)) as path:
         try:
             analysis = model_debug_analysis(
                 path,
@@ -204,6 +201,14 @@ def cpu_model():
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         fields = (line.partition(":") for line in file)
         return next((value.strip() for key, _, value in fields if key.strip() == "model name"), None)
+
+
+def model_of(request):
+    """The bytes of the model in a request, with the zeros that it asks for."""
+    model = kept[request["model"]]
+    if request["zeros"]:
+        model = beside("random_zeros").model_with_zeros(model, request["zeros"], request["seed"])
+    return model
 
 
 def decode(document):

@@ -11,7 +11,7 @@ and skips the zeros. Every other node costs `node_seconds`. The numbers come fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,19 @@ class FakeRuntime(Closing):
         """The version of the formula; it works everywhere."""
         return VERSION
 
-    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> FakeSession:
+    def open(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> FakeSession:
         """See `Runtime.open`."""
         fixed = fix_model(Path(model), batch, inputs)
+        zero_randomly(fixed.proto.graph, zeros, seed)
         environment = Environment(
             runtime=self.name,
             version=VERSION,
@@ -64,7 +74,7 @@ class FakeRuntime(Closing):
             threads=host.threads_or_cores(threads),
             batch=batch,
             host=host.host_name(),
-            options=tuple((key, repr(value)) for key, value in sorted(vars(self).items()) if key != "_random"),
+            options=tuple(sorted((one.name, repr(getattr(self, one.name))) for one in fields(FakeRuntime) if one.init)),
         )
         total = sum(row.seconds for row in self._rows(fixed))
         return FakeSession(environment, fixed, total, self.noise, self._random)
@@ -80,6 +90,7 @@ class FakeRuntime(Closing):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: the formula's terms, each with noise of its own, whatever the iterations."""
         fixed = fix_model(Path(model), batch, inputs)
@@ -87,6 +98,10 @@ class FakeRuntime(Closing):
         rows = self._rows(fixed)
         factors = np.exp(self.noise * self._random.standard_normal(len(rows)))
         return [replace(row, seconds=float(row.seconds * factor)) for row, factor in zip(rows, factors, strict=True)]
+
+    def foreign_cores(self) -> float | None:
+        """0: a formula doesn't mind company."""
+        return 0.0
 
     def close(self) -> None:
         """Nothing to release."""

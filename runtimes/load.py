@@ -11,8 +11,12 @@ import os
 import time
 from pathlib import Path
 
+from .base import Closing
+
 PROC = Path("/proc")
 _AFTER_NAME = 2  # /proc/PID/stat: fields after the name in parentheses start with field 3
+_STEAL = 8  # /proc/stat, first line
+STOLEN = (0, 0)  # the key of the host among those of processes
 _PARENT, _USER, _SYSTEM, _STARTED = 4, 14, 15, 22
 
 
@@ -37,7 +41,7 @@ class ForeignLoad:
     def cores(self) -> float | None:
         """Mean number of cores that others kept busy since then; None where the system doesn't tell (no /proc).
 
-        Processes that came and went in between aren't seen.
+        What a virtual machine's host took away (steal) counts too. Processes that came and went in between aren't seen.
         """
         now = _foreign_ticks()
         if now is None or self._before is None:
@@ -46,8 +50,23 @@ class ForeignLoad:
         return used / self._ticks / max(1e-9, time.monotonic() - self._since)
 
 
+class WatchesLoad(Closing):
+    """`Runtime.foreign_cores` for an engine on this machine."""
+
+    _load: ForeignLoad | None = None
+
+    def foreign_cores(self) -> float | None:
+        """See `Runtime.foreign_cores`."""
+        if self._load is None:
+            self._load = ForeignLoad()
+            return 0.0
+        cores = self._load.cores()
+        self._load.restart()
+        return cores
+
+
 def _foreign_ticks() -> dict[tuple[int, int], int] | None:
-    """(process id, start time) -> CPU ticks, of processes that don't descend from this one."""
+    """(process id, start time) -> CPU ticks, of processes that don't descend from this one, and of the host."""
     if not (PROC / "self" / "stat").exists():
         return None
     parents: dict[int, int] = {}
@@ -63,7 +82,14 @@ def _foreign_ticks() -> dict[tuple[int, int], int] | None:
         process = int(folder.name)
         parents[process] = number[_PARENT]
         ticks[process, number[_STARTED]] = number[_USER] + number[_SYSTEM]
-    return {key: value for key, value in ticks.items() if not _descends(key[0], parents)}
+    strangers = {key: value for key, value in ticks.items() if not _descends(key[0], parents)}
+    return {**strangers, STOLEN: _stolen_ticks()}
+
+
+def _stolen_ticks() -> int:
+    """Ticks in which a virtual CPU wanted to run and its host ran something else, of all CPUs."""
+    fields = (PROC / "stat").read_text(encoding="utf8").split("\n", 1)[0].split()
+    return int(fields[_STEAL]) if len(fields) > _STEAL else 0
 
 
 def _descends(process: int, parents: dict[int, int]) -> bool:

@@ -16,6 +16,7 @@ import onnx
 from . import host
 from .attribution import covered_outputs
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
+from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model, zero_randomly
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -25,7 +26,7 @@ REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
 OUTSIDE = "outside the nodes"
 
 
-class OnnxRuntime(Closing):
+class OnnxRuntime(WatchesLoad):
     """ONNX Runtime's CPU provider in this process."""
 
     name = "onnxruntime"
@@ -35,11 +36,21 @@ class OnnxRuntime(Closing):
         """The version of ONNX Runtime; raises RuntimeUnavailable where it can't be imported."""
         return str(_import_engine().__version__)
 
-    def open(self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None) -> OrtSession:
+    def open(
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> OrtSession:
         """See `Runtime.open`."""
         engine = _import_engine()
         threads = host.threads_or_cores(threads)
         fixed = fix_model(Path(model), batch, inputs)
+        zero_randomly(fixed.proto.graph, zeros, seed)
         session = create_session(fixed.to_bytes(), session_options(threads))
         environment = Environment(
             runtime=self.name,
@@ -65,6 +76,7 @@ class OnnxRuntime(Closing):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`."""
         if iterations < 1:

@@ -55,4 +55,9 @@ def open_runtime(spec: str, **options: Any) -> Runtime:
 def runtime_spec(runtime: Runtime) -> str:
     """The argument of `open_runtime` that makes such a runtime."""
     precision = getattr(runtime, "precision", None)
-    return f"{runtime.name}:{precision}" if precision else runtime.name
+    return location(runtime) + (f"{runtime.name}:{precision}" if precision else runtime.name)
+
+
+def location(runtime: Runtime) -> str:
+    """What stands before the name in `open_runtime` for a runtime on the same machine: "", or "ssh://HOST/"."""
+    return runtime.location if isinstance(runtime, RemoteRuntime) else ""

@@ -26,7 +26,7 @@ from .base import (
     one_line,
 )
 from .model_file import read_model, serialized
-from .ssh import PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, luggage, ssh_command
+from .ssh import PREFIX, PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, luggage, ssh_command
 from .worker_loop import decode_array, encode_array
 from .worker_process import WorkerProcess
 
@@ -67,16 +67,36 @@ class RemoteRuntime(Closing):
         self._process: WorkerProcess | None = None
         self._hello: dict[str, Any] = {}  # what the other end says of itself
 
+    @property
+    def location(self) -> str:
+        """The address without the engine."""
+        port = f":{self._address.port}" if self._address.port else ""
+        return f"{PREFIX}{self._address.target}{port}/"
+
+    @property
+    def precision(self) -> str | None:
+        """Of a runtime that has a choice of it."""
+        return self._options.get("precision")
+
     def check(self) -> str:
         """The engine's version there; connects."""
         return str(self.ask(self.worker(), "check")["version"])
 
     def open(
-        self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> RemoteSession:
         """See `Runtime.open`."""
         data, worker = _model_bytes(model), self.worker()
-        opened = self._ask_with(worker, data, inputs, "open", batch=batch, threads=threads)
+        opened = self._ask_with(
+            worker, data, inputs, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
+        )  # fmt: skip
         return RemoteSession(
             self, worker, opened["session"], Environment.from_json(opened["environment"]), opened["fallback"]
         )
@@ -92,14 +112,19 @@ class RemoteRuntime(Closing):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`."""
         data, worker = _model_bytes(model), self.worker()
         answer = self._ask_with(
             worker, data, inputs, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
-            zeros=dict(zeros or {}), seed=seed,
+            zeros=dict(zeros or {}), seed=seed, merged=merged,
         )  # fmt: skip
         return [LayerTime(**{**row, "outputs": tuple(row["outputs"])}) for row in answer["rows"]]
+
+    def foreign_cores(self) -> float | None:
+        """See `Runtime.foreign_cores`; of that machine."""
+        return self.ask(self.worker(), "foreign_cores")["cores"]
 
     def close(self) -> None:
         """Disconnect, which ends everything there."""

@@ -66,6 +66,7 @@ class Server:
             "run": self._run,
             "seconds": self._seconds,
             "layers": self._layers,
+            "foreign_cores": self._foreign_cores,
             "close": self._close,
         }
 
@@ -77,7 +78,7 @@ class Server:
 
     def _open(self, request: Request) -> Request:
         with self._model(request) as (path, arguments):
-            session = self._runtime.open(path, **arguments)
+            session = self._runtime.open(path, **arguments, zeros=request["zeros"], seed=request["seed"])
         number = next(self._numbers)
         self._sessions[number] = session
         return {"session": number, "environment": session.environment.to_json(), "fallback": session.fallback}
@@ -91,10 +92,13 @@ class Server:
         return {"seconds": self._sessions[request["session"]].seconds(request["iterations"], request["warmup"])}
 
     def _layers(self, request: Request) -> Request:
-        profile = {name: request[name] for name in ("iterations", "warmup", "zeros", "seed")}
+        profile = {name: request[name] for name in ("iterations", "warmup", "zeros", "seed", "merged")}
         with self._model(request) as (path, arguments):
             rows = self._runtime.layer_seconds(path, **arguments, **profile)
         return {"rows": [dataclasses.asdict(row) for row in rows]}
+
+    def _foreign_cores(self, request: Request) -> Request:
+        return {"cores": self._runtime.foreign_cores()}
 
     def _close(self, request: Request) -> Request:
         self._sessions.pop(request["session"]).close()

@@ -16,6 +16,7 @@ import onnx
 from . import host
 from .attribution import covered_outputs
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
+from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model, zero_randomly
 
 DEVICE = "CPU"
@@ -30,7 +31,7 @@ class UnknownPrecision(ValueError):
     """OpenVINO isn't run in that precision; the message lists those there are."""
 
 
-class OpenVino(Closing):
+class OpenVino(WatchesLoad):
     """OpenVINO's CPU plugin in this process.
 
     Args:
@@ -56,11 +57,19 @@ class OpenVino(Closing):
         return _version()
 
     def open(
-        self, model: Path, *, batch: int, threads: int | None = None, inputs: Arrays | None = None
+        self,
+        model: Path,
+        *,
+        batch: int,
+        threads: int | None = None,
+        inputs: Arrays | None = None,
+        zeros: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> OpenVinoSession:
         """See `Runtime.open`."""
         threads = host.threads_or_cores(threads)
         fixed = fix_model(Path(model), batch, inputs)
+        zero_randomly(fixed.proto.graph, zeros, seed)
         compiled = self._compile(fixed, threads)
         environment = Environment(
             runtime=self.name,
@@ -86,6 +95,7 @@ class OpenVino(Closing):
         inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
+        merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. The engine rounds each run's times down to microseconds."""
         if iterations < 1:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Operation = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-PROTOCOL = 2  # of the requests and replies; 2: models and samples are sent once and named by their sha256
+PROTOCOL = 3  # of the requests and replies
 KEPT_BYTES = 2**29
 
 

@@ -97,7 +97,9 @@ def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_ne
 
 def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
     zeros = {"w0": 0.95, "w1": 0.9}
-    rows = runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, zeros=zeros, seed=1)
+    rows = runtime.layer_seconds(
+        conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, zeros=zeros, seed=1, merged=False
+    )
     sparsity = {row.outputs[0]: row.kernel_sparsity for row in rows if row.sparse}
     assert bool(sparsity) == runtime.sparse
     for output, fraction in zip("ac", zeros.values(), strict=True):
@@ -105,10 +107,36 @@ def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
             assert sparsity[output] == pytest.approx(fraction, abs=0.03)
 
 
+def test_zeros_are_imposed_before_a_session_runs(runtime, conv_net):
+    """With every weight of the last layer at 0 its output is its bias, whatever goes in."""
+    x = np.random.default_rng(0).standard_normal((BATCH, 8, 12, 12)).astype(np.float32)
+    with runtime.open(conv_net(), batch=BATCH, threads=1, zeros={"w2": 1.0}, seed=3) as session:
+        outputs = session.run({"x": x})["y"]
+    np.testing.assert_allclose(outputs, outputs[:1].repeat(BATCH, axis=0), atol=1e-5)
+
+
+def test_merged_rows_and_single_ones_cover_the_same_layers(runtime, conv_net):
+    profiles = [
+        runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, merged=merged)
+        for merged in (True, False)
+    ]
+    merged, single = [LAYER_OUTPUTS.intersection(name for row in rows for name in row.outputs) for rows in profiles]
+    assert merged == single == LAYER_OUTPUTS
+    assert all(len(LAYER_OUTPUTS.intersection(row.outputs)) <= 1 for row in profiles[1])
+
+
+def test_the_load_of_its_machine_is_told(runtime):
+    assert runtime.foreign_cores() == 0.0  # the count starts
+    cores = runtime.foreign_cores()
+    assert cores is None or cores >= 0
+
+
 @pytest.mark.parametrize("zeros", [{"w9": 0.5}, {"w0": 1.5}, {"w0": -0.1}])
 def test_impossible_zeros_are_an_error(runtime, conv_net, zeros):
     with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
         runtime.layer_seconds(conv_net(), batch=1, iterations=1, warmup=0, zeros=zeros)
+    with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
+        runtime.open(conv_net(), batch=1, zeros=zeros)
 
 
 def test_environment_is_complete_and_survives_json(runtime, session):

@@ -30,7 +30,9 @@ from onnx_spdy.runtimes import (
     RuntimeUnavailable,
     UnknownRuntime,
     bootstrap,
+    location,
     open_runtime,
+    runtime_spec,
 )
 from onnx_spdy.runtimes.remote import RemoteRuntime
 from onnx_spdy.runtimes.serve import error_kind
@@ -496,7 +498,14 @@ def test_over_ssh_deepsparse_profiles(over_ssh, conv_net):
             here.check()
         except RuntimeUnavailable as exc:
             pytest.skip(str(exc))
-    rows = over_ssh("deepsparse").layer_seconds(conv_net(), **PROFILE, zeros={"w1": 0.95})
+    rows = over_ssh("deepsparse").layer_seconds(conv_net(), **PROFILE, zeros={"w1": 0.95}, merged=False)
     (sparse,) = [row for row in rows if row.sparse]
     assert sparse.outputs[0] == "c"
     assert sparse.kernel_sparsity == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("spec", ["ssh://me@board:22/openvino:bf16", "ssh://board/deepsparse", "openvino:bf16", "fake"])
+def test_a_runtime_tells_its_name_and_where_it_is(spec: str) -> None:
+    runtime = open_runtime(spec)
+    assert runtime_spec(runtime) == spec
+    assert location(runtime) == (spec.rpartition("/")[0] + "/" if "/" in spec else "")
