@@ -22,13 +22,14 @@ from onnx_spdy.runtimes import (
     Runtime,
     RuntimeFailure,
     Session,
+    location,
     measure_interleaved,
     open_runtime,
     ratio_confidence,
     runtime_spec,
 )
 
-ROUNDS = 15
+ROUNDS = 12
 ITERATIONS = 3
 CONFIDENCE = 0.95
 DENSE, PRUNED = "dense", "pruned"
@@ -123,7 +124,7 @@ def measure_alternatives(
             try:
                 sessions[DENSE, spec] = _open_other(stack, spec, dense, arguments)
             except RuntimeFailure as exc:
-                missing[spec.replace(":", " ")] = str(exc)
+                missing[spec.removeprefix(location(runtime)).replace(":", " ")] = str(exc)
         times = measure_interleaved(
             {" ".join(key): session for key, session in sessions.items()},
             rounds=rounds, iterations=ITERATIONS, progress=progress,
@@ -169,13 +170,13 @@ def verdict(alternatives: Alternatives) -> str:
 def _others(runtime: Runtime) -> list[str]:
     if runtime.name == FORMULA:
         return []
-    return [spec for spec in BASELINES if spec != runtime_spec(runtime)]
+    return [location(runtime) + spec for spec in BASELINES if location(runtime) + spec != runtime_spec(runtime)]
 
 
 def _open_other(stack: contextlib.ExitStack, spec: str, dense: Path, arguments: Mapping[str, Any]) -> Session:
     """The dense network in another runtime, which has run it once."""
     # A comparison must not make a user fetch an engine, nor agree to its licence.
-    options = {"download": False} if spec == "deepsparse" else {}
+    options = {"download": False} if spec.rpartition("/")[2] == "deepsparse" else {}
     runtime = stack.enter_context(open_runtime(spec, **options))
     session = stack.enter_context(runtime.open(dense, **arguments))
     session.seconds(1)  # some refuse a network only when it runs

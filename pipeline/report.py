@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.aim import Outcome
+from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.profile import Profile
 
 VERSION = 1
 
@@ -55,6 +54,7 @@ def make_report(
     *,
     metric_name: str | None,
     metrics: tuple[float, float] | None,
+    alternatives: Alternatives,
     corrected: str,
     stages: Sequence[Mapping[str, Any]],
 ) -> Report:
@@ -63,12 +63,14 @@ def make_report(
     Args:
         outcome: the profile that was kept and what it measured, and all that were tried.
         metric_name, metrics: name and (dense, pruned) values, or None when there was nothing to evaluate on.
+        alternatives: the dense network in every runtime and precision of this machine.
         corrected: whether statistics were corrected, or why not.
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
     dense_metric, pruned_metric = metrics or (None, None)
     weights = sum(int(network.dense(layer.weight).numel()) for layer in network.layers)
+    choice = [table.levels.index(profile.levels[layer.name]) for layer in network.layers]
     zeros = sum(int((network.get(layer.weight) == 0).sum()) for layer in network.layers)
     return Report(
         {
@@ -79,6 +81,9 @@ def make_report(
             "missed": outcome.missed(profile.target_speedup),
             "attempts": [attempt.to_json() for attempt in outcome.attempts],
             "highest_speedup": table.highest_speedup,
+            "prediction": table.prediction and vars(table.prediction),
+            "table_foreign_cores": table.foreign_cores,
+            "alternatives": alternatives.to_json(),
             "metric_name": metric_name,
             "metric_dense": dense_metric,
             "metric_pruned": pruned_metric,
@@ -91,7 +96,7 @@ def make_report(
             "statistics_correction": corrected,
             "made_from": dict(profile.made_from),
             "stages": list(stages),
-            "layers": [_layer_row(network, table, database, profile, layer) for layer in network.layers],
+            "layers": [_layer_row(network, table, database, choice, row) for row in range(len(choice))],
             "skipped": [{"name": layer.name, "op": layer.op, "reason": layer.skip} for layer in network.skipped],
             "rest": [
                 {"kernel": kernel, "outputs": outputs, "seconds": seconds} for kernel, outputs, seconds in table.others
@@ -102,24 +107,25 @@ def make_report(
 
 
 def _layer_row(
-    network: Network, table: LatencyTable, database: LayerDatabase, profile: Profile, layer: Layer
+    network: Network, table: LatencyTable, database: LayerDatabase, choice: Sequence[int], row: int
 ) -> dict[str, Any]:
-    row, level = table.layers.index(layer.name), profile.levels[layer.name]
-    column = table.levels.index(level)
+    layer, column = network.layers[row], choice[row]
     weight = network.get(layer.weight)
+    break_even = table.break_even(row)
     return {
         "name": layer.name,
         "op": layer.op,
         "initializer": layer.weight,
         "shape": list(layer.shape),
-        "level": str(level),
+        "level": str(table.levels[column]),
         "sparsity": float((weight == 0).float().mean()),
-        "dense_seconds": float(table.seconds[row, 0]),
-        "seconds": float(table.seconds[row, column]),
+        "dense_seconds": float(table.costs.of_layers([0] * len(choice))[row]),
+        "seconds": float(table.costs.of_layers(choice)[row]),
         "kernel": table.kernels[row][column],
         "dense_kernel": table.kernels[row][0],
+        "break_even": break_even and str(break_even),
         "error": float(database.errors([layer.name])[0, column]),
-        "note": _why(table, row, column, level == DENSE),
+        "note": _why(table, row, column, table.levels[column] == DENSE),
     }
 
 

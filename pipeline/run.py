@@ -19,14 +19,16 @@ import onnx
 
 from onnx_spdy.models import load_model, model_sha256, save_model
 from onnx_spdy.pipeline.aim import reach
+from onnx_spdy.pipeline.alternatives import measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, build_database
 from onnx_spdy.pipeline.deploy import deploy
-from onnx_spdy.pipeline.latency import LatencyTable, measure_latency
+from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.loss import Loss
+from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
@@ -64,6 +66,7 @@ def run(
     search_samples: int = SEARCH_SAMPLES,
     seed: int = 0,
     time_limit_seconds: float | None = None,
+    allow_busy: bool = False,
     watch: Watch = ignore,
 ) -> Report:
     """Prune a network to a speedup that is measured in the runtime.
@@ -84,6 +87,7 @@ def run(
         search_samples: of the calibration samples, how many a profile is scored on.
         seed: of everything random.
         time_limit_seconds: for the search; the best profile so far is taken then.
+        allow_busy: measure even while other programs use the CPU.
         watch: called with (stage, done, total, note).
     Returns:
         The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed.
@@ -106,6 +110,7 @@ def run(
             threads=threads,
             inputs=inputs,
             seed=seed,
+            allow_busy=allow_busy,
             watch=watch,
         )
     table.budget(speedup)  # refuse the impossible before the long work
@@ -134,13 +139,19 @@ def run(
 
     with clock("validate"):
         outcome = reach(speedup, first, lambda aim: finder.aim(first, aim), realise)
+    with clock("alternatives"):
+        alternatives = measure_alternatives(
+            out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
+            progress=lambda done, total: watch("alternatives", done, total, "dense, in every runtime"),
+        )  # fmt: skip
     metrics = None
     if evaluation is not None and metric is not None:
         with clock("evaluate"):
             metrics = compare_metric(evaluation, metric, out, watch)
     report = make_report(
         network, table, database, outcome,
-        metric_name=metric_name, metrics=metrics, corrected=stitching.corrected, stages=clock.stages,
+        metric_name=metric_name, metrics=metrics, alternatives=alternatives, corrected=stitching.corrected,
+        stages=clock.stages,
     )  # fmt: skip
     report.save(out / "report.json")
     return report
@@ -169,6 +180,7 @@ def latency_table(
     threads: int | None,
     inputs: dict[str, np.ndarray] | None,
     seed: int,
+    allow_busy: bool = False,
     watch: Watch = ignore,
 ) -> LatencyTable:
     """The latency table in a file, measured first when there is none.
@@ -188,12 +200,11 @@ def latency_table(
             | {"levels": ([*map(str, table.levels)], [*map(str, levels)])},
         )
         return table
-    table = measure_latency(
-        dense, runtime, levels, batch=batch, threads=threads, inputs=inputs, rng=np.random.default_rng(seed),
-        progress=lambda done, total: watch("measure", done, total, ""),
+    return measure_latency(
+        dense, runtime, levels, batch=batch, threads=threads, inputs=inputs, seed=seed,
+        save=path, allow_busy=allow_busy,
+        progress=lambda done, total, note: watch("measure", done, total, note),
     )  # fmt: skip
-    table.save(path)
-    return table
 
 
 class Stitching:

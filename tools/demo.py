@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
     with open_runtime(name) as runtime, ProgressBars() as watch:
         report = run(
             dense, samples, runtime, SPEEDUP, out, batch=BATCH, evaluation=evaluation, metric=top1, metric_name="top1",
-            search_samples=512, seed=SEED, watch=watch,
+            search_samples=512, seed=SEED, allow_busy=True, watch=watch,
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
     show.report(report.content, out)

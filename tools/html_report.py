@@ -88,6 +88,10 @@ def render(report: Mapping[str, Any]) -> str:
         dense_layer_seconds=math.fsum(layer["dense_seconds"] for layer in report["layers"]),
         rest=[part for part in parts if not part.is_layer],
         rest_rows=REST_ROWS,
+        alternatives=sorted(report["alternatives"]["measured"], key=lambda one: one["median_seconds"]),
+        pruned_alternative_seconds=next(
+            one["median_seconds"] for one in report["alternatives"]["measured"] if one["role"] == "pruned"
+        ),
         stage_seconds=math.fsum(stage["seconds"] for stage in report["stages"]),
         colours=COLOURS,
         layers_plot=Markup(_layers_plot(report)),

@@ -13,7 +13,10 @@ from rich.table import Table
 
 from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.measure import BUSY_SHARE
 from onnx_spdy.tools.doctor import Finding
+
+NAMED = 8  # layers in a line
 
 
 def _console() -> Console:
@@ -60,22 +63,43 @@ def layers(model: onnx.ModelProto) -> None:
 
 def table(found: LatencyTable) -> None:
     """What the latency table says about each layer, and how far pruning can get."""
-    grid = _grid("Layers by the latency table", ("layer", "dense ms", "best ms", "at", "faster from", "kernel"))
+    grid = _grid(
+        "Layers by the latency table",
+        ("layer", "dense ms", "best ms", "± at best", "at", "break-even", "kernel, dense and best"),
+    )
     for row, name in enumerate(found.layers):
         seconds = found.seconds[row]
         best = int(seconds.argmin())
-        faster = [str(level) for level, value in zip(found.levels, seconds, strict=True) if value < 0.98 * seconds[0]]
+        break_even, kernels = found.break_even(row), found.kernels[row]
         _row(
-            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", found.levels[best],
-            faster[0] if faster else "never", found.kernels[row][best],
+            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", f"{found.spread[row][best]:.0%}",
+            found.levels[best], break_even or "none: pruning it is in vain",
+            kernels[0] if kernels[best] == kernels[0] else f"{kernels[0]}, {kernels[best]}",
         )  # fmt: skip
     _console().print(grid)
     print(environment(found.environment.to_json()))
     print(f"dense, end to end: {1e3 * found.dense.median:.3f} ms (spread {found.dense.spread:.1%})")
     print(f"outside the prunable layers: {1e3 * found.base_seconds:.3f} ms")
     print(f"highest reachable speedup by the table: {found.highest_speedup:.2f}x")
+    if found.prediction:
+        one = found.prediction
+        print(
+            f"the table foretold {one.networks} networks, measured only afterwards, with a median error of "
+            f"{one.median:.1%}, the largest {one.largest:.1%}"
+        )
+    if in_vain := [name for row, name in enumerate(found.layers) if found.break_even(row) is None]:
+        share = sum(float(found.seconds[found.layers.index(name), 0]) for name in in_vain) / found.dense_seconds
+        print(
+            f"pruning is in vain in {len(in_vain)} of {len(found.layers)} layers, {share:.0%} of the time: "
+            f"{', '.join(in_vain[:NAMED])}{' ...' if len(in_vain) > NAMED else ''}"
+        )
+    if found.foreign_cores and found.foreign_cores > BUSY_SHARE * found.environment.cores:
+        print(
+            f"measured while other programs kept up to {found.foreign_cores:.1f} of {found.environment.cores} cores "
+            "busy: don't trust these times"
+        )
     if found.fallback:
-        print(f"not optimised by the engine: {found.fallback}")
+        print(f"not optimised by the engine, and pruning it is in vain: {found.fallback}")
 
 
 def validation(content: Mapping[str, Any]) -> None:
@@ -86,6 +110,9 @@ def validation(content: Mapping[str, Any]) -> None:
         f"measured speedup {content['measured_speedup']:.3f}x "
         f"(95 % bounds {content['measured_speedup_lower']:.3f} to {content['measured_speedup_upper']:.3f})"
     )
+    cores = content["environment"]["cores"]
+    if (content.get("foreign_cores") or 0.0) > BUSY_SHARE * cores:
+        print(f"other programs kept {content['foreign_cores']:.1f} of {cores} cores busy meanwhile: measure again")
     if content.get("metric_name"):
         print(f"{content['metric_name']}: dense {content['metric_dense']:.4f}, pruned {content['metric_pruned']:.4f}")
     if content.get("fallback"):
@@ -119,6 +146,7 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
         print("These times come from a formula, not from an engine: they say nothing about real hardware.")
     elif content["measured_speedup_lower"] < content["target_speedup"]:
         print("The measured lower bound is below the target.")
+    print(content["alternatives"]["verdict"])
     print(f"sparsity of the prunable weights {content['sparsity']:.1%}; report: {folder / 'report.html'}")
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SearchProblem:
 
     Attributes:
         levels: dense first, then from lowest to highest sparsity.
-        seconds: (layers, levels), by the latency table.
+        costs: times of layers x levels, by the latency table.
         errors: (layers, levels), relative squared output error of each layer, by the database.
         budget_seconds: for all these layers together.
         loss: (layers,) level indices -> calibration loss of the stitched network; repeated profiles cost nothing.
@@ -29,7 +29,7 @@ class SearchProblem:
     """
 
     levels: tuple[Level, ...]
-    seconds: np.ndarray
+    costs: Costs
     errors: np.ndarray
     budget_seconds: float
     loss: Callable[[np.ndarray], float]
@@ -40,18 +40,18 @@ class SearchProblem:
 
     @cached_property
     def layer_count(self) -> int:
-        return len(self.seconds)
+        return len(self.costs.seconds)
 
     def time_of(self, choice: np.ndarray) -> float:
         """Seconds of a choice by the table."""
-        return float(self.seconds[np.arange(self.layer_count), choice].sum())
+        return self.costs.total(choice)
 
     def is_feasible(self, choice: np.ndarray) -> bool:
         return self.time_of(choice) <= self.budget_seconds
 
     def solve(self, errors: np.ndarray) -> np.ndarray:
         """The choice of least total error within the budget, for these (layers, levels) errors."""
-        return solve(errors, self.seconds, self.budget_seconds)
+        return solve(errors, self.costs, self.budget_seconds)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def uniform(problem: SearchProblem) -> SearchResult:
         choice = np.full(problem.layer_count, index)
         if problem.is_feasible(choice):
             return SearchResult(choice)
-    times = problem.seconds.sum(axis=0)
+    times = np.array([problem.time_of(np.full(problem.layer_count, index)) for index in range(len(problem.levels))])
     raise InfeasibleTarget(
         f"no uniform sparsity meets the budget of {problem.budget_seconds:.6g} s; the fastest, "
         f"{problem.levels[times.argmin()]}, takes {times.min():.6g} s; lower --speedup or use another --search"

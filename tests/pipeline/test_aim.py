@@ -74,10 +74,32 @@ def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() 
     def realise(one: Profile) -> Validation:
         deployed.append(one)
         speedup = next(answers)
-        return dataclasses.replace(Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup)
+        pruned = Measurement((1 / speedup,) * 6)
+        return dataclasses.replace(
+            Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup, pruned=pruned
+        )
 
-    outcome = reach(2.0, profile(2.0), profile, realise)
+    outcome = reach(2.0, profile(2.0), profile, realise, attempts=6)
     kept, attempts = outcome.kept, outcome.attempts
     meeting = [one for one in attempts if one.meets(2.0)]
     assert kept.profile.loss == min(one.profile.loss for one in meeting)
     assert deployed[-1] is kept.profile
+    # It was measured again at the end, and both measurements count.
+    assert len(kept.validation.pruned.seconds) == 12
+    assert kept.validation.upper == pytest.approx(9.9)
+
+
+def test_where_steps_are_coarse_the_next_one_is_taken() -> None:
+    """A profile that is a little faster than was aimed at, and measures a little too slow: the same again won't do."""
+    engine = Engine(0.98)
+
+    def resolve(aim: float) -> Profile:
+        step = next(one for one in (2.0, 2.2, 2.6, 3.0) if one >= aim)
+        return dataclasses.replace(profile(step), aim_speedup=aim, predicted_speedup=step)
+
+    def realise(one: Profile) -> Validation:
+        return engine.realise(dataclasses.replace(one, aim_speedup=one.predicted_speedup))
+
+    outcome = reach(2.0, resolve(1.9), resolve, realise)
+    assert outcome.kept.validation.lower >= 2.0
+    assert outcome.kept.profile.predicted_speedup == 2.2

@@ -3,7 +3,7 @@ import pytest
 
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.searches import SEARCHES, SearchProblem, UnknownSearch, search_named
-from onnx_spdy.pipeline.solve import InfeasibleTarget
+from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget
 
 LEVELS = levels_for("unstructured")
 LAYERS = 12
@@ -27,7 +27,7 @@ class Scripted:
         density = np.array([1.2, *(1.3 * (1 - level.sparsity) + 0.1 for level in LEVELS[1:])])
         return SearchProblem(
             levels=LEVELS,
-            seconds=dense * density,
+            costs=Costs(dense * density),
             errors=np.square(np.arange(42) / 41) * np.ones((LAYERS, 1)),
             budget_seconds=budget * float(dense.sum()),
             loss=self.loss,

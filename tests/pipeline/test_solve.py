@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, solve
 
 
 def random_instance(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -21,7 +21,7 @@ def test_equals_brute_force_on_200_small_instances() -> None:
     for _ in range(200):
         layers, levels, buckets = int(rng.integers(1, 6)), int(rng.integers(1, 6)), 10_000
         errors, seconds, budget = random_instance(rng, layers, levels)
-        choice = solve(errors, seconds, budget, buckets)
+        choice = solve(errors, Costs(seconds), budget, buckets)
         every = [np.array(one) for one in itertools.product(range(levels), repeat=layers)]
         # The best of those that fit when every time is rounded up; the true optimum may use the last buckets.
         rounded = np.ceil(seconds * buckets / budget) * budget / buckets
@@ -40,28 +40,28 @@ def test_equals_brute_force_exactly_where_times_are_whole_buckets() -> None:
         exact = min((total(errors, one) for one in every if total(seconds, one) <= budget), default=None)
         if exact is None:
             with pytest.raises(InfeasibleTarget):
-                solve(errors, seconds, budget, buckets=64)
+                solve(errors, Costs(seconds), budget, buckets=64)
         else:
-            assert total(errors, solve(errors, seconds, budget, buckets=64)) == pytest.approx(exact, abs=1e-12)
+            assert total(errors, solve(errors, Costs(seconds), budget, buckets=64)) == pytest.approx(exact, abs=1e-12)
 
 
 def test_never_exceeds_the_budget_on_1000_instances() -> None:
     rng = np.random.default_rng(2)
     for _ in range(1000):
         errors, seconds, budget = random_instance(rng, int(rng.integers(1, 30)), int(rng.integers(1, 43)))
-        assert total(seconds, solve(errors, seconds, budget, buckets=500)) <= budget
+        assert total(seconds, solve(errors, Costs(seconds), budget, buckets=500)) <= budget
 
 
 def test_takes_the_fastest_when_only_that_fits() -> None:
     rng = np.random.default_rng(3)
     errors, seconds = rng.random((20, 42)), rng.random((20, 42))
-    choice = solve(errors, seconds, seconds.min(axis=1).sum())
+    choice = solve(errors, Costs(seconds), seconds.min(axis=1).sum())
     assert (choice == seconds.argmin(axis=1)).all()
 
 
 def test_refuses_the_impossible_with_both_numbers() -> None:
     with pytest.raises(InfeasibleTarget, match=r"budget is 1\.5 s.*takes 2 s"):
-        solve(np.zeros((2, 2)), np.array([[1.0, 2.0], [1.0, 2.0]]), 1.5)
+        solve(np.zeros((2, 2)), Costs(np.array([[1.0, 2.0], [1.0, 2.0]])), 1.5)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,69 @@ def test_refuses_the_impossible_with_both_numbers() -> None:
     ],
 )
 def test_refuses_tables_that_make_no_sense(errors: np.ndarray, seconds: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="errors"):
-        solve(errors, seconds, 10.0)
+    with pytest.raises(ValueError, match=r"errors|seconds"):
+        solve(errors, Costs(seconds), 10.0)
 
 
 def test_layers_that_cost_nothing_stay_at_their_best() -> None:
-    assert solve(np.array([[1.0, 0.0, 2.0]]), np.zeros((1, 3)), 0.0)[0] == 1
+    assert solve(np.array([[1.0, 0.0, 2.0]]), Costs(np.zeros((1, 3))), 0.0)[0] == 1
+
+
+def random_costs(rng: np.random.Generator, layers: int, levels: int) -> Costs:
+    """Whole numbers of seconds, with layers that others wait for, and levels that run dense."""
+    seconds = rng.integers(2, 12, (layers, levels)).astype(float)
+    entry = rng.integers(-2, 6, (layers, levels)).astype(float)
+    before = np.array([rng.integers(NONE_BEFORE, layer) if layer else NONE_BEFORE for layer in range(layers)])
+    dense = rng.random((layers, levels)) < 0.4
+    return Costs(seconds, entry, before, dense)
+
+
+def plain_total(costs: Costs, choice: tuple[int, ...]) -> float:
+    """The definition, layer by layer."""
+    spent = 0.0
+    for layer, level in enumerate(choice):
+        source = int(costs.before[layer])
+        after_dense = source != NONE_BEFORE and costs.dense[source, choice[source]]
+        spent += costs.seconds[layer, level] + (costs.entry[layer, level] if after_dense else 0.0)
+    return spent
+
+
+def test_neighbours_are_counted_as_defined_and_the_fastest_profile_is_found() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(100):
+        layers, levels = int(rng.integers(1, 7)), int(rng.integers(1, 5))
+        costs = random_costs(rng, layers, levels)
+        every = list(itertools.product(range(levels), repeat=layers))
+        for choice in every[:: max(1, len(every) // 20)]:
+            assert costs.total(choice) == pytest.approx(plain_total(costs, choice))
+        assert costs.total(costs.fastest()) == pytest.approx(min(plain_total(costs, one) for one in every))
+
+
+def test_equals_brute_force_where_neighbours_cost() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        layers, levels = int(rng.integers(1, 7)), int(rng.integers(1, 5))
+        costs, errors, budget = random_costs(rng, layers, levels), rng.random((layers, levels)), 40.0
+        every = [np.array(one) for one in itertools.product(range(levels), repeat=layers)]
+        exact = min((total(errors, one) for one in every if costs.total(one) <= budget), default=None)
+        if exact is None:
+            with pytest.raises(InfeasibleTarget):
+                solve(errors, costs, budget, buckets=40)
+        else:
+            choice = solve(errors, costs, budget, buckets=40)
+            assert costs.total(choice) <= budget
+            assert total(errors, choice) == pytest.approx(exact, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entry", "before", "match"),
+    [
+        (np.zeros((2, 3)), np.array([-1, 0]), "don't fit"),
+        (np.full((2, 2), -2.0), np.array([-1, 0]), "negative"),
+        (np.zeros((2, 2)), np.array([-1, 1]), "earlier layer"),
+        (np.zeros((2, 2)), np.array([-2, 0]), "earlier layer"),
+    ],
+)
+def test_refuses_neighbours_that_make_no_sense(entry: np.ndarray, before: np.ndarray, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Costs(np.ones((2, 2)), entry, before)

@@ -85,6 +85,7 @@ def test_run_then_every_single_step_by_hand_gives_the_same_network(folder: Path,
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
     assert "measured speedup" in done.stdout
     assert "come from a formula" in done.stdout
+    assert "every dense alternative" in done.stdout
     report = json.loads((folder / "whole" / "report.json").read_text())
     assert report["measured_speedup"] > 1.2
     assert "<html" in (folder / "whole" / "report.html").read_text()
@@ -105,6 +106,10 @@ def test_run_then_every_single_step_by_hand_gives_the_same_network(folder: Path,
         made = cli(*step, cwd=folder)
         assert made.code == 0, (step, made.err)
         assert made.out
+        if step[0] == "measure":
+            assert "break-even" in made.out
+            assert "highest reachable speedup" in made.out
+            assert "the table foretold" in made.out
     assert (folder / "model.onnx").read_bytes() == (folder / "whole" / "model.onnx").read_bytes()
     assert json.loads((folder / "validation.json").read_text())["measured_speedup"] == report["measured_speedup"]
 

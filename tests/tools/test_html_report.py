@@ -40,7 +40,17 @@ def realistic(layers: int = 20, target: float = 2.0, measured: float = 2.02) -> 
     speedup, lower, upper = ratio_confidence(one, other)
     return {
         "format": "onnx_spdy.report", "version": 1, "runtime": "deepsparse",
-        "target_speedup": target, "highest_speedup": 3.4,
+        "target_speedup": target, "highest_speedup": 3.4, "foreign_cores": 0.01, "table_foreign_cores": 0.02,
+        "prediction": {"networks": 8, "median": 0.012, "largest": 0.034},
+        "alternatives": {
+            "measured": [
+                {"name": "deepsparse fp32", "role": "pruned", "median_seconds": 0.0278, "fallback": None},
+                {"name": "deepsparse fp32", "role": "dense", "median_seconds": 0.0561, "fallback": None},
+                {"name": "openvino bf16", "role": "dense", "median_seconds": 0.0139, "fallback": "half of it"},
+            ],
+            "missing": {"onnxruntime": "it is not installed"},
+            "verdict": "The dense network in openvino bf16 is 2.00x as fast as the pruned one.",
+        },
         "predicted_speedup": 0.0561 / (6.4e-3 + sum(row["seconds"] for row in rows)),
         "measured_speedup": speedup, "measured_speedup_lower": lower, "measured_speedup_upper": upper,
         "dense_seconds": one.median, "pruned_seconds": other.median, "dense": one.to_json(), "pruned": other.to_json(),
@@ -68,6 +78,7 @@ def _layer(index: int, layers: int, rng: np.random.Generator) -> dict[str, Any]:
         "name": f"/layer{4 * index // layers + 1}/layer{4 * index // layers + 1}.{index}/conv{index % 2 + 1}/Conv",
         "op": "Conv", "initializer": f"w{index}", "shape": [width, width, 3, 3],
         "level": f"unstructured@{sparsity:.4f}" if sparsity else "dense", "sparsity": sparsity,
+        "break_even": "unstructured@0.4000" if sparsity else None,
         "dense_seconds": dense, "seconds": dense * min(1.0, (1 - sparsity) / 0.6 + 0.05) if sparsity else dense,
         "dense_kernel": "conv_winograd", "kernel": "conv_sparse_im2col" if sparsity else "conv_winograd",
         "error": 0.02 * sparsity**4, "note": "" if sparsity else "left dense; at best 2.1x faster",
@@ -244,3 +255,14 @@ def test_the_file_holds_the_page(tmp_path: Path, page: str) -> None:
 def test_rounding_never_lifts_a_speedup_to_its_target(words: Callable[..., str]) -> None:
     text = words(measured_speedup=1.9996, measured_speedup_lower=1.9991)
     assert "1.999x as fast" in text and "95 % bounds 1.999x to" in text
+
+
+def test_dense_alternatives_are_set_beside_the_pruned_network() -> None:
+    page = render(realistic())
+    assert "The dense network in openvino bf16 is 2.00x as fast as the pruned one." in page
+    start = page.index("The dense network elsewhere")
+    section = page[start : page.index("Where the remaining time is")]
+    assert section.index("openvino bf16") < section.index("deepsparse fp32")  # the fastest first
+    assert "2.00x" in section[section.index("<tbody>") :]
+    assert "half of it" in section
+    assert "not measured: it is not installed" in section

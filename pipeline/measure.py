@@ -1,0 +1,483 @@
+"""Measuring the latency model: in the runtime, with the batch and threads of the user, on this machine or another.
+
+First the engine says from which level on it runs each layer in a sparse kernel. Then networks whose layers are at
+random levels are measured, each twice: the engine's own profile of it, and its time as a whole in turns with the
+dense network. What a layer takes depends on its neighbours, and only mixed networks show that; and because every
+level occurs all over the measurement, drift of the machine hits all of them alike. `latency_fit.py` makes the table of
+it. The last networks are the ones that a search would choose; the model has to foretell them before it may learn
+from them.
+
+Random zeros do, although the trained masks don't exist yet: an engine's time depends on where they are only weakly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from onnx_spdy.models import Layer, find_layers, from_canonical, model_sha256, save_model, write_weights
+from onnx_spdy.pipeline.artifact import check_same, read_json, write_json
+from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, Prediction
+from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, solve
+from onnx_spdy.runtimes import (
+    Environment,
+    LayerTime,
+    Measurement,
+    Runtime,
+    RuntimeFailure,
+    Session,
+    measure_interleaved,
+    zero_randomly,
+)
+
+VERSION = 1
+PARTIAL = ".partial.json"
+DENSE_ROUNDS = 12
+NETWORKS = 24  # of random levels
+DENSE_EVERY = 8  # one of so many is the dense network
+CHOSEN_NETWORKS = 8  # of those that a search would choose
+MORE_NETWORKS = 8  # at most, while the model doesn't foretell them
+FORETOLD = 0.02  # median error that is good enough
+DENSE_SHARE = 0.3  # of the layers, in networks that have dense ones
+PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.6  # of each network, so that small ones are run more often
+RUNS_A_ROUND = 2
+FEWEST_ROUNDS, MOST_ROUNDS = 4, 40
+FEWEST_ITERATIONS, MOST_ITERATIONS = 3, 40
+WARMUP = 2
+MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
+
+MAD_TO_SIGMA = 1.4826
+LEAST_NOISE = 0.005
+
+BUSY_SHARE = 0.1  # of the cores: a program that uses more spoils a measurement
+BUSY_WAITS_SECONDS = (1, 5, 10, 20, 30)
+
+_SPARSITY = re.compile(r"-\d+(\.\d+)?%$")
+
+Progress = Callable[[int, int, str], None]  # (measured, to measure, note)
+
+
+class MachineBusy(ValueError):
+    """Other programs use the CPU, so that nothing true can be measured."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One network as it was measured.
+
+    Attributes:
+        choice: (layers,) level indices.
+        rows: the engine's profile of it.
+        dense, network: seconds of the dense network and of this one, in turns.
+        foreign_cores: that other programs kept busy meanwhile; None if that isn't known.
+        foretold: what the model said of `network` / `dense` before; None if there was none yet.
+    """
+
+    choice: tuple[int, ...]
+    rows: tuple[LayerTime, ...]
+    dense: tuple[float, ...]
+    network: tuple[float, ...]
+    foreign_cores: float | None
+    foretold: float | None
+
+    @property
+    def relative(self) -> float:
+        """Seconds of the network / those of the dense one."""
+        return math.exp(float(np.median(np.log(self.network) - np.log(self.dense))))
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the log of `relative`, by the rounds' median absolute deviation."""
+        ratios = np.log(self.network) - np.log(self.dense)
+        deviation = MAD_TO_SIGMA * float(np.median(np.abs(ratios - np.median(ratios))))
+        return deviation * math.sqrt(math.pi / 2 / len(ratios))  # of a median of normal values
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Observation:
+        rows = tuple(LayerTime(**{**row, "outputs": tuple(row["outputs"])}) for row in document["rows"])
+        tuples = {name: tuple(document[name]) for name in ("choice", "dense", "network")}
+        return cls(**{**document, **tuples, "rows": rows})
+
+
+def measure_latency(
+    model: onnx.ModelProto,
+    runtime: Runtime,
+    levels: Sequence[Level],
+    *,
+    batch: int,
+    threads: int | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    save: Path | None = None,
+    allow_busy: bool = False,
+    progress: Progress = lambda done, total, note: None,
+) -> LatencyTable:
+    """Measure every prunable layer at every level.
+
+    Args:
+        model: the prepared dense network.
+        runtime: the one that will run it.
+        levels: dense first.
+        batch, threads, inputs: as in `Runtime.open`.
+        seed: of the networks' levels and zeros.
+        save: latency.json, written at the end. Until then what was measured is kept beside it, in
+            latency.partial.json, and continued from.
+        allow_busy: measure even while other programs use the CPU; the table says how much they used.
+        progress: called with (measured, to measure, note).
+    Raises:
+        NoSpeedup: the engine falls back for every prunable layer.
+        MachineBusy: other programs used the CPU all the time; what was measured before is kept.
+        RuntimeFailure: the engine is missing, refuses the network, crashes or hangs; the same.
+        ArtifactError: what was kept is of another network, environment or question.
+    """
+    keep = save and save.with_suffix(PARTIAL)
+    with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+        work = _Work(model, runtime, levels, batch, threads, inputs, seed, Path(folder), allow_busy, progress)
+        try:
+            table = work.measure(keep)
+        except (RuntimeFailure, MachineBusy) as exc:
+            if keep is None or not work.observations:
+                raise
+            raise type(exc)(
+                f"{str(exc).rstrip('.')}; {len(work.observations)} measured networks are kept in {keep}, start again "
+                "to go on from there"
+            ) from exc
+    if save and keep:
+        table.save(save)
+        keep.unlink(missing_ok=True)
+    return table
+
+
+class _Work:
+    """One measurement."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        runtime: Runtime,
+        levels: Sequence[Level],
+        batch: int,
+        threads: int | None,
+        inputs: Mapping[str, np.ndarray] | None,
+        seed: int,
+        folder: Path,
+        allow_busy: bool,
+        progress: Progress,
+    ) -> None:
+        self._model, self._runtime, self._levels, self._seed = model, runtime, tuple(levels), seed
+        self._arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
+        self._layers = [layer for layer in find_layers(model) if layer.prunable]
+        self._before, self._source_of = layers_before(model.graph, self._layers)
+        self._folder, self._allow_busy, self._progress = folder, allow_busy, progress
+        self._row_of = {layer.output: row for row, layer in enumerate(self._layers)}
+        self._path = folder / "dense.onnx"
+        self.observations: list[Observation] = []
+
+    def measure(self, keep: Path | None) -> LatencyTable:
+        save_model(self._model, self._path)
+        with self._runtime.open(self._path, **self._arguments) as dense:
+            question = self._question(dense.environment)
+            if keep and keep.exists():
+                self._continue(keep, question)
+            self._runtime.foreign_cores()  # the count starts
+            reference = measure_interleaved({"dense": dense}, rounds=DENSE_ROUNDS)["dense"]
+            self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, "kernels")
+            sparse, kernels = self._kernels(dense)
+
+            def measure(choice: np.ndarray, foretold: float | None, left: int) -> None:
+                self.observations.append(self._observe(dense, reference, choice, foretold))
+                if keep:
+                    content = {**question, "observations": [asdict(one) for one in self.observations]}
+                    write_json(keep, "measurement", VERSION, content)
+                self._progress(len(self.observations), len(self.observations) + left, "")
+
+            plan = plan_networks(sparse, self._levels, np.random.default_rng(self._seed))
+            for choice in plan[len(self.observations) :]:
+                measure(choice, None, len(plan) - len(self.observations) - 1 + CHOSEN_NETWORKS * bool(sparse.any()))
+            fit = self._fit(sparse)
+            while (left := self._networks_to_choose(sparse)) > 0:
+                choice = self._chosen(fit, sparse)
+                measure(choice, self._foretell(fit, sparse, choice), left - 1)
+                fit = self._fit(sparse)
+            return self._table(fit, sparse, kernels, dense)
+
+    def _question(self, environment: Environment) -> dict[str, Any]:
+        return {
+            "model_sha256": model_sha256(self._model),
+            "environment": environment.to_json(),
+            "levels": [*map(str, self._levels)],
+            "seed": self._seed,
+        }
+
+    def _continue(self, keep: Path, question: Mapping[str, Any]) -> None:
+        content = read_json(keep, "measurement", VERSION)
+        compared = {name: (content[name], question[name]) for name in ("model_sha256", "levels", "seed")}
+        there, here = (Environment.from_json(one["environment"]) for one in (content, question))
+        check_same(
+            keep, compared | {name: (getattr(there, name), getattr(here, name)) for name in there.mismatch(here)}
+        )
+        self.observations = [Observation.from_json(one) for one in content["observations"]]
+
+    def _kernels(self, dense: Session) -> tuple[np.ndarray, list[list[str]]]:
+        """For each layer and level whether the engine takes a sparse kernel, and its name.
+
+        Where a layer changes to a sparse kernel is found by halving, for all layers at once.
+        """
+        highest = len(self._levels) - 1
+        last_dense = np.zeros(len(self._layers), np.int64)
+        _, dense_names = self._kernels_at(0, dense)
+        is_sparse, sparse_names = self._kernels_at(highest, dense)
+        first_sparse = np.where(is_sparse, highest, highest + 1)
+        level = 1  # most likely all of them
+        while (between := np.flatnonzero(is_sparse & (first_sparse - last_dense > 1))).size:
+            kinds, _ = self._kernels_at(level, dense)
+            first_sparse = np.where(kinds, np.minimum(first_sparse, level), first_sparse)
+            last_dense = np.where(~kinds & (level < first_sparse), np.maximum(last_dense, level), last_dense)
+            between = np.flatnonzero(is_sparse & (first_sparse - last_dense > 1))
+            level = int(last_dense[between[0]] + first_sparse[between[0]]) // 2 if between.size else level
+        sparse = np.arange(highest + 1) >= first_sparse[:, None]
+        names = [
+            [sparse_name if one else dense_name for one in row]
+            for row, dense_name, sparse_name in zip(sparse, dense_names, sparse_names, strict=True)
+        ]
+        return sparse, names
+
+    def _kernels_at(self, level: int, dense: Session) -> tuple[np.ndarray, list[str]]:
+        """(layers,) bool whether each layer runs in a sparse kernel when all are at this level, and their names."""
+        path, zeros = self._imposed(np.full(len(self._layers), level), level)
+        rows = self._runtime.layer_seconds(
+            path, **self._arguments, iterations=1, warmup=0, zeros=zeros, seed=level, merged=False
+        )
+        sparse, names = np.zeros(len(self._layers), bool), ["none of its own"] * len(self._layers)
+        for one in rows:
+            for row in self._layers_in(one):
+                sparse[row], names[row] = one.sparse, _SPARSITY.sub("", one.kernel)
+        if level == 0 and not any(self._layers_in(one) for one in rows):
+            raise NoSpeedup(
+                f"{dense.environment.runtime} runs no prunable layer of this network by itself, so pruning can't "
+                f"help: {dense.fallback or 'its profile names none of them'}"
+            )
+        return sparse, names
+
+    def _layers_in(self, row: LayerTime) -> tuple[int, ...]:
+        return tuple(self._row_of[name] for name in row.outputs if name in self._row_of)
+
+    def _imposed(self, choice: np.ndarray, seed: int) -> tuple[Path, dict[str, float]]:
+        """A file, and the zeros to draw in it where the engine is: the network travels once."""
+        levels = {layer: self._levels[index] for layer, index in zip(self._layers, choice, strict=True)}
+        zeros = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
+        others = {layer: level for layer, level in levels.items() if level.pattern not in ("unstructured", "dense")}
+        if not others:
+            return self._path, zeros
+        path = self._folder / "network.onnx"
+        save_model(imposed(self._model, others, np.random.default_rng(seed)), path)
+        return path, zeros
+
+    def _observe(
+        self, dense: Session, reference: Measurement, choice: np.ndarray, foretold: float | None
+    ) -> Observation:
+        """Measure one network; again while other programs disturb."""
+        for wait in (*BUSY_WAITS_SECONDS, None):
+            found = self._observe_once(dense, reference, choice, foretold)
+            busy = (found.foreign_cores or 0.0) > BUSY_SHARE * dense.environment.cores
+            if not busy or self._allow_busy:
+                return found
+            if wait:
+                self._note(f"other programs keep {found.foreign_cores:.1f} cores busy, waiting")
+                time.sleep(wait)
+        raise MachineBusy(
+            f"other programs keep {found.foreign_cores:.1f} of the {dense.environment.cores} cores of "
+            f"{dense.environment.host} busy, so the times would be wrong; stop them, or measure all the same with "
+            "--allow-busy"
+        )
+
+    def _observe_once(
+        self, dense: Session, reference: Measurement, choice: np.ndarray, foretold: float | None
+    ) -> Observation:
+        seed = self._seed + len(self.observations)
+        path, zeros = self._imposed(choice, seed)
+        iterations = _between(FEWEST_ITERATIONS, PROFILE_SECONDS / reference.median, MOST_ITERATIONS)
+        rounds = _between(
+            FEWEST_ROUNDS, ROUNDS_SECONDS / (2 * (1 + RUNS_A_ROUND) * reference.median), MOST_ROUNDS
+        )  # fmt: skip
+        self._runtime.foreign_cores()
+        rows = self._runtime.layer_seconds(
+            path, **self._arguments, iterations=iterations, warmup=WARMUP, zeros=zeros, seed=seed
+        )
+        with self._runtime.open(path, **self._arguments, zeros=zeros, seed=seed) as network:
+            times = measure_interleaved(
+                {"dense": dense, "network": network}, rounds=rounds, iterations=RUNS_A_ROUND, warmup=WARMUP
+            )
+        return Observation(
+            choice=tuple(map(int, choice)),
+            rows=tuple(rows),
+            dense=times["dense"].seconds,
+            network=times["network"].seconds,
+            foreign_cores=self._runtime.foreign_cores(),
+            foretold=foretold,
+        )
+
+    def _note(self, note: str) -> None:
+        self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, note)
+
+    def _dense(self) -> Measurement:
+        """The dense network in all the turns."""
+        return Measurement(tuple(value for one in self.observations for value in one.dense))
+
+    def _fit(self, sparse: np.ndarray) -> Fit:
+        # One for all: a few rounds can't tell the noise of one network.
+        noise = max(LEAST_NOISE, float(np.median([one.noise for one in self.observations])))
+        trials = [self._trial(one, noise) for one in self.observations]
+        sparsities = [level.sparsity for level in self._levels]
+        return fit_latency(trials, self._before, self._source_of, sparsities, sparse, self._dense().median)
+
+    def _trial(self, observation: Observation, noise: float) -> Trial:
+        rows, pending = [], 0.0
+        for time_ in observation.rows:
+            pending += time_.seconds
+            if time_.outputs:
+                layers = self._layers_in(time_)
+                others = tuple(name for name in time_.outputs if name not in self._row_of)
+                rows.append(Row(layers, others, pending))
+                pending = 0.0
+        return Trial(observation.choice, tuple(rows), pending, observation.relative, noise)
+
+    def _networks_to_choose(self, sparse: np.ndarray) -> int:
+        """How many networks of a search's choice are still to be measured."""
+        errors = [abs(math.log(one.foretold / one.relative)) for one in self.observations if one.foretold]
+        if not sparse.any():
+            return 0
+        if len(errors) < CHOSEN_NETWORKS:
+            return CHOSEN_NETWORKS - len(errors)
+        good = np.median(errors[-CHOSEN_NETWORKS:]) <= FORETOLD
+        return 0 if good or len(errors) >= CHOSEN_NETWORKS + MORE_NETWORKS else 1
+
+    def _chosen(self, fit: Fit, sparse: np.ndarray) -> np.ndarray:
+        """(layers,) levels as a search chooses them: for some target, and errors as SPDY's search draws them."""
+        rng = np.random.default_rng([self._seed, len(self.observations)])
+        costs = Costs(fit.seconds, fit.entry, self._before, ~sparse)
+        fastest = costs.total(costs.fastest())
+        slowest = costs.total(np.zeros(len(self._layers), np.int64))
+        prior = np.square(np.arange(len(self._levels)) / (len(self._levels) - 1))
+        # Evenly in the speedup of the layers, so that targets of 1.5x and 3x are equally likely.
+        budget = slowest / rng.uniform(1.0, max(1.0, slowest / fastest))
+        try:
+            return solve(rng.random((len(self._layers), 1)) * prior, costs, max(budget, fastest))
+        except InfeasibleTarget:  # by rounding only
+            return costs.fastest()
+
+    def _foretell(self, fit: Fit, sparse: np.ndarray, choice: np.ndarray) -> float:
+        costs = Costs(fit.seconds, fit.entry, self._before, ~sparse)
+        dense = fit.base_seconds + costs.total(np.zeros(len(self._layers), np.int64))
+        return (fit.base_seconds + costs.total(choice)) / dense
+
+    def _table(self, fit: Fit, sparse: np.ndarray, kernels: list[list[str]], dense: Session) -> LatencyTable:
+        errors = [abs(one.foretold / one.relative - 1) for one in self.observations if one.foretold]
+        loads = [one.foreign_cores for one in self.observations if one.foreign_cores is not None]
+        kernel_of = {row.outputs: row.kernel for one in self.observations for row in one.rows}
+        others = [
+            (next((kernel for names, kernel in kernel_of.items() if name in names), ""), name, seconds)
+            for name, seconds in fit.others.items()
+        ]
+        unnamed = fit.base_seconds - sum(fit.others.values())
+        return LatencyTable(
+            layers=tuple(layer.name for layer in self._layers),
+            levels=self._levels,
+            seconds=fit.seconds,
+            entry=fit.entry,
+            before=np.asarray(self._before),
+            spread=fit.spread,
+            sparse=sparse,
+            kernels=tuple(map(tuple, kernels)),
+            base_seconds=fit.base_seconds,
+            others=(*others, ("what belongs to no tensor", "", unnamed)),
+            dense=self._dense(),
+            prediction=Prediction(len(errors), float(np.median(errors)), max(errors)) if errors else None,
+            foreign_cores=max(loads) if loads else None,
+            fallback=dense.fallback,
+            environment=dense.environment,
+            model_sha256=model_sha256(self._model),
+        )
+
+
+def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Generator) -> np.ndarray:
+    """(networks, layers) level indices: random ones from several ranges, and now and then the dense network.
+
+    Each layer's levels are spread evenly over the networks of a range. Where no level has a sparse kernel, only the
+    dense network is left: the others would take the same time.
+    """
+    if not sparse.any():
+        return np.zeros((NETWORKS // DENSE_EVERY, len(sparse)), np.int64)
+    plan = np.zeros((NETWORKS, len(sparse)), np.int64)
+    mixed = np.flatnonzero(np.arange(NETWORKS) % DENSE_EVERY)
+    middle = (len(levels) - 1) // 2 + 1
+    highest = len(levels)
+    ranges = [
+        (1, highest, DENSE_SHARE),
+        (1, middle, 0.0),
+        (1, highest, DENSE_SHARE),
+        (min(middle, highest - 1), highest, 0.0),
+    ]
+    for number, (lowest, end, dense_share) in enumerate(ranges):
+        networks = mixed[number::4]
+        for layer in range(len(sparse)):
+            place = (rng.permutation(len(networks)) + rng.random(len(networks))) / len(networks)  # in [0, 1)
+            found = lowest + (place * (end - lowest)).astype(np.int64)
+            dense = rng.permutation(len(networks)) < dense_share * len(networks)
+            plan[networks, layer] = np.where(dense, 0, found)
+    return plan
+
+
+def layers_before(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:
+    """Which layer each tensor comes from, by the first input that is computed, through everything between.
+
+    Returns:
+        (layers,) index of the layer that each one reads from, or NONE_BEFORE; and the same for every tensor that a
+        node makes. Layers that would have more than MOST_AWAITED others waiting for them at once have none.
+    """
+    number_of = {layer.output: number for number, layer in enumerate(layers)}
+    source: dict[str, int] = {}
+    before = np.full(len(layers), NONE_BEFORE)
+    for node in graph.node:
+        read = next((number_of.get(name, source.get(name)) for name in node.input if name in source), NONE_BEFORE)
+        for name in node.output:
+            source[name] = NONE_BEFORE if read is None else read
+            if name in number_of:
+                before[number_of[name]] = source[name]
+    for number in range(len(layers)):
+        awaited = {int(one) for one in before[number + 1 :] if NONE_BEFORE < one <= number}
+        for one in sorted(awaited)[: max(0, len(awaited) - MOST_AWAITED)]:
+            before[number + 1 :][before[number + 1 :] == one] = NONE_BEFORE
+    return before, source
+
+
+def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.random.Generator) -> onnx.ModelProto:
+    """A copy of the network in which each of these layers has random zeros in the pattern of its level."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {}
+    for layer, level in levels.items():
+        if level.pattern not in ("dense", "unstructured"):
+            values = onnx.numpy_helper.to_array(initializers[layer.weight])
+            keep = select_mask(torch.from_numpy(rng.random(layer.shape, np.float32)), level)
+            weights[layer.weight] = np.where(from_canonical(layer, keep.numpy()), values, 0)
+    written = write_weights(model, {name: array.astype(np.float32, copy=False) for name, array in weights.items()})
+    unstructured = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
+    zero_randomly(written.graph, unstructured, int(rng.integers(2**32)))
+    return written
+
+
+def _between(least: int, value: float, most: int) -> int:
+    return int(min(max(least, value), most))

@@ -1,0 +1,185 @@
+"""How well the latency model predicts whole networks, in a real runtime, beside the plain sum of layer times.
+
+    python -m onnx_spdy.tools.bench_latency MODEL --runtime deepsparse --batch 16 --table latency.json
+
+The table is measured when the file isn't there yet. Then networks that it has never seen are measured in turns with
+the dense one: random levels for each layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is
+visited several times, in a new order, because a disturbance of the machine lasts longer than a visit; how far the
+visits disagree is the noise below which no prediction can be told from a better one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from onnx_spdy.models import Layer, find_layers, save_model
+from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.level import Level, levels_for
+from onnx_spdy.pipeline.measure import measure_latency
+from onnx_spdy.runtimes import Runtime, Session, measure_interleaved, open_runtime
+from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.specs import load_network
+
+LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the highest level
+VISIT_SECONDS = 2.5
+RUNS_A_ROUND = 2
+
+
+def bench(
+    model: Annotated[str, typer.Argument()],
+    runtime: Annotated[str, typer.Option()] = "deepsparse",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    table: Annotated[Path, typer.Option(help="latency.json; measured when it isn't there")] = Path("latency.json"),
+    networks: Annotated[int, typer.Option(min=1)] = 50,
+    visits: Annotated[int, typer.Option(min=2)] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="of the networks; the table has its own")] = 1,
+    out: Annotated[Path | None, typer.Option(help="all figures as JSON")] = None,
+) -> None:
+    """Measure random mixed networks and print the errors of the model and of the plain sum."""
+    levels = levels_for("unstructured")
+    dense = load_network(model)
+    with open_runtime(runtime) as engine, ProgressBars() as watch:
+        engine.check()
+        if not table.exists():
+            measure_latency(
+                dense, engine, levels, batch=batch, threads=threads, save=table,
+                progress=lambda done, total, note: watch("table", done, total, note),
+            )  # fmt: skip
+        found = LatencyTable.load(table)
+        layers = [layer for layer in find_layers(dense) if layer.prunable]
+        choices = random_choices(levels, len(layers), networks, np.random.default_rng(seed))
+        with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+            path = Path(folder) / "dense.onnx"
+            save_model(dense, path)
+            plain = PlainSum(engine, path, layers, levels, batch, threads, watch)
+            measured = np.zeros((networks, visits))
+            with engine.open(path, batch=batch, threads=threads) as reference:
+                if wrong := found.environment.mismatch(reference.environment):
+                    raise ValueError(f"{table} was measured in another environment: {wrong} differ; remove it")
+                visit = Visit(engine, path, reference, layers, levels, batch, threads)
+                order = [(n, v) for v in range(visits) for n in np.random.default_rng(seed + v).permutation(networks)]
+                for done, (number, time) in enumerate(order):
+                    measured[number, time] = visit(choices[number], seed + int(number))
+                    watch("networks", done + 1, len(order), "")
+    report(found, choices, plain, measured, out)
+
+
+def random_choices(levels: tuple[Level, ...], layers: int, networks: int, rng: np.random.Generator) -> np.ndarray:
+    """(networks, layers) level indices: sparsities drawn evenly from one of the ranges, to the nearest level."""
+    sparsities = np.array([level.sparsity for level in levels])
+    drawn = [rng.uniform(LOWEST[number % len(LOWEST)], sparsities[-1], layers) for number in range(networks)]
+    return np.abs(np.array(drawn)[:, :, None] - sparsities).argmin(axis=2)
+
+
+class PlainSum:
+    """What is published: each layer's time from profiles of networks with one level everywhere, summed.
+
+    Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.1.
+    """
+
+    def __init__(
+        self,
+        engine: Runtime,
+        path: Path,
+        layers: list[Layer],
+        levels: tuple[Level, ...],
+        batch: int,
+        threads: int | None,
+        watch: ProgressBars,
+    ) -> None:
+        self._seconds = np.zeros((len(layers), len(levels)))
+        rest = []
+        row_of = {layer.output: row for row, layer in enumerate(layers)}
+        for index, level in enumerate(levels):
+            zeros = {layer.weight: level.sparsity for layer in layers} if level.sparsity else {}
+            rest.append(0.0)
+            for row in engine.layer_seconds(
+                path, batch=batch, threads=threads, iterations=8, warmup=2, zeros=zeros, seed=index, merged=False
+            ):
+                own = [row_of[name] for name in row.outputs if name in row_of]
+                rest[-1] += 0.0 if own else row.seconds
+                self._seconds[own, index] += row.seconds / max(1, len(own))
+            watch("plain sum", index + 1, len(levels), "")
+        self._rest = float(np.median(rest))
+
+    def __call__(self, choice: np.ndarray) -> float:
+        return self._rest + float(self._seconds[np.arange(len(choice)), choice].sum())
+
+
+class Visit:
+    """Measures a network in turns with the dense one."""
+
+    def __init__(
+        self,
+        engine: Runtime,
+        path: Path,
+        reference: Session,
+        layers: list[Layer],
+        levels: tuple[Level, ...],
+        batch: int,
+        threads: int | None,
+    ) -> None:
+        self._engine, self._path, self._reference, self._layers, self._levels = engine, path, reference, layers, levels
+        self._arguments: dict[str, Any] = {"batch": batch, "threads": threads}
+        dense = float(np.median(reference.seconds(5, warmup=3)))
+        self._rounds = max(5, round(VISIT_SECONDS / (2 * dense * (1 + RUNS_A_ROUND))))
+
+    def __call__(self, choice: np.ndarray, seed: int) -> float:
+        """Seconds of the network / those of the dense one."""
+        chosen = zip(self._layers, choice, strict=True)
+        zeros = {layer.weight: self._levels[index].sparsity for layer, index in chosen if index}
+        with self._engine.open(self._path, **self._arguments, zeros=zeros, seed=seed) as network:
+            times = measure_interleaved(
+                {"dense": self._reference, "network": network},
+                rounds=self._rounds,
+                iterations=RUNS_A_ROUND,
+                warmup=2,
+            )
+        return math.exp(float(np.median(np.log(times["network"].seconds) - np.log(times["dense"].seconds))))
+
+
+def report(table: LatencyTable, choices: np.ndarray, plain: PlainSum, measured: np.ndarray, out: Path | None) -> None:
+    """Print errors of predicted speedups, and keep the figures."""
+    truth = np.exp(np.log(measured).mean(axis=1))
+    noise = np.abs(np.log(measured[:, 0] / measured[:, 1]))
+    dense = np.zeros(choices.shape[1], np.int64)
+    predictions = {
+        "model": np.array([table.predict(choice) for choice in choices]) / table.dense_seconds,
+        "plain sum": np.array([plain(choice) for choice in choices]) / plain(dense),
+    }
+    environment = table.environment
+    print(f"{environment.runtime} {environment.version}, batch {environment.batch}, {environment.threads} threads")
+    print(f"{len(truth)} networks, measured speedups {1 / truth.max():.2f} to {1 / truth.min():.2f}")
+    print(f"two visits of one network differ by {np.median(noise):.1%} (median), {noise.max():.1%} (largest)")
+    for name, predicted in predictions.items():
+        error = truth / predicted - 1  # of the speedup: positive is promised too much
+        size = np.abs(error)
+        print(
+            f"{name}: median {np.median(size):.1%}, 90 % within {np.quantile(size, 0.9):.1%}, "
+            f"largest {size.max():.1%}; bias {np.median(error):+.1%}"
+        )
+    if out:
+        figures = {name: values.tolist() for name, values in predictions.items()}
+        content = {"environment": environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
+        out.write_text(json.dumps({**content, "predicted": figures}, indent=1), encoding="utf8")
+
+
+def main() -> None:
+    """The command line."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(bench)
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()
