@@ -29,8 +29,10 @@ from onnx_spdy.runtimes import (
     runtime_spec,
 )
 
-ROUNDS = 12
-ITERATIONS = 3
+VISITS = 6
+ROUNDS = 3  # of each visit
+ITERATIONS = 2
+WARMUP = 2
 CONFIDENCE = 0.95
 DENSE, PRUNED = "dense", "pruned"
 BASELINES = ("deepsparse", "onnxruntime", "openvino:fp32", "openvino:bf16")
@@ -44,7 +46,7 @@ class Alternative:
     Attributes:
         name: runtime and precision, such as "openvino bf16".
         role: "dense" or "pruned".
-        seconds: round i of every alternative was measured in the same turn.
+        seconds: one median for each visit; in a visit, all alternatives are opened and measured in turns.
         environment: in which it was measured.
         fallback: which part the engine doesn't optimise and why, or None.
     """
@@ -99,7 +101,7 @@ def measure_alternatives(
     batch: int,
     threads: int | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
-    rounds: int = ROUNDS,
+    visits: int = VISITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Alternatives:
     """Measure the pruned network in its runtime and the dense one in every runtime and precision, in turns.
@@ -108,29 +110,38 @@ def measure_alternatives(
         dense, pruned: ONNX files.
         runtime: the one that will run the pruned network.
         batch, threads, inputs: as in `Runtime.open`; the same for all.
-        rounds: in each, every network is timed.
-        progress: called with (rounds done, rounds).
+        visits: in each, every network is opened anew; see `validate`.
+        progress: called with (visits done, visits).
     Raises:
         RuntimeFailure: of `runtime`; another one that fails is in `missing`.
     """
     arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
-    missing: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        sessions = {
-            (PRUNED, ""): stack.enter_context(runtime.open(pruned, **arguments)),
-            (DENSE, ""): stack.enter_context(runtime.open(dense, **arguments)),
-        }
-        for spec in _others(runtime):
-            try:
-                sessions[DENSE, spec] = _open_other(stack, spec, dense, arguments)
-            except RuntimeFailure as exc:
-                missing[spec.removeprefix(location(runtime)).replace(":", " ")] = str(exc)
-        times = measure_interleaved(
-            {" ".join(key): session for key, session in sessions.items()},
-            rounds=rounds, iterations=ITERATIONS, progress=progress,
-        )  # fmt: skip
-        measured = [_alternative(role, session, times[f"{role} {spec}"]) for (role, spec), session in sessions.items()]
-    return Alternatives(tuple(measured), missing)
+    others, missing = _others(runtime), {}
+    measured: dict[tuple[str, str], Alternative] = {}
+    for visit in range(visits):
+        runtime.close()
+        with contextlib.ExitStack() as stack:
+            sessions = {
+                (PRUNED, ""): stack.enter_context(runtime.open(pruned, **arguments)),
+                (DENSE, ""): stack.enter_context(runtime.open(dense, **arguments)),
+            }
+            for spec in tuple(others):
+                try:
+                    sessions[DENSE, spec] = _open_other(stack, spec, dense, arguments)
+                except RuntimeFailure as exc:
+                    missing[spec.removeprefix(location(runtime)).replace(":", " ")] = str(exc)
+                    others.remove(spec)
+            times = measure_interleaved(
+                {" ".join(key): session for key, session in sessions.items()},
+                rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
+            )  # fmt: skip
+            measured = {
+                key: _alternative(key[0], session, times[" ".join(key)], measured.get(key))
+                for key, session in sessions.items()
+            }
+        if progress:
+            progress(visit + 1, visits)
+    return Alternatives(tuple(measured.values()), missing)
 
 
 def fastest_dense(alternatives: Alternatives) -> Alternative:
@@ -183,11 +194,12 @@ def _open_other(stack: contextlib.ExitStack, spec: str, dense: Path, arguments: 
     return session
 
 
-def _alternative(role: str, session: Session, seconds: Measurement) -> Alternative:
+def _alternative(role: str, session: Session, times: Measurement, before: Alternative | None) -> Alternative:
+    """What was measured before, and this visit."""
     environment = session.environment
-    return Alternative(
-        f"{environment.runtime} {environment.precision}", role, seconds, environment, session.fallback
-    )  # fmt: skip
+    visits = (*(before.seconds.seconds if before else ()), times.median)
+    name = f"{environment.runtime} {environment.precision}"
+    return Alternative(name, role, Measurement(visits), environment, session.fallback)
 
 
 def _milliseconds(alternative: Alternative) -> str:

@@ -75,7 +75,6 @@ class Fit:
         spread: (layers, levels), relative standard deviation of `seconds`.
         others: seconds of each other tensor that has rows of its own.
         base_seconds: outside the layers.
-        residuals: (trials,) log of predicted / measured.
     """
 
     seconds: np.ndarray
@@ -83,7 +82,6 @@ class Fit:
     spread: np.ndarray
     others: dict[str, float]
     base_seconds: float
-    residuals: np.ndarray
 
 
 def fit_latency(
@@ -137,7 +135,7 @@ class _System:
         self._per_layer = self._curves.shape[2] + 2
         # Tensors that are always in a row with layers belong to these.
         alone = {name for trial in trials for row in trial.rows if not row.layers for name in row.others}
-        self._others = sorted(alone)
+        self._others = {name: number for number, name in enumerate(sorted(alone))}
         self._other_before = [other_before[name] for name in self._others]
         self._base = len(before) * self._per_layer + 2 * len(self._others)
         self._dense_seconds = dense_seconds
@@ -150,7 +148,7 @@ class _System:
         self._relative = np.array([trial.relative for trial in trials])
         is_dense = np.array([not any(trial.choice) for trial in trials])
         self._noise = np.where(is_dense, DENSE_NOISE, [trial.noise for trial in trials])
-        self._typical = self._typical_seconds(trials)
+        self._prior = self._beliefs(*self._typical_seconds(trials))
 
     @property
     def _size(self) -> int:
@@ -162,7 +160,7 @@ class _System:
         return np.linalg.lstsq(left, right, rcond=None)[0]
 
     def _equations(self, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        left, right = [self._prior()], [np.zeros(len(self._prior()))]
+        left, right = [self._prior], [np.zeros(len(self._prior))]
         for rows, seconds in zip(self._rows_of, self._row_seconds, strict=True):
             expected, steady = seconds, seconds
             if last is not None:
@@ -206,7 +204,6 @@ class _System:
             spread=np.divide(spread, seconds, out=np.zeros_like(spread), where=seconds > 0),
             others=others,
             base_seconds=float(max(0.0, solution[self._base])) + sum(others.values()),
-            residuals=np.log(self._totals @ solution / (self._relative * self._dense_seconds)),
         )
 
     def _row_equations(self, trial: Trial) -> np.ndarray:
@@ -216,7 +213,7 @@ class _System:
                 self._add_layer(equation, layer, trial.choice)
             for name in row.others:
                 if name in self._others:
-                    self._add_other(equation, self._others.index(name), trial.choice)
+                    self._add_other(equation, self._others[name], trial.choice)
         equations[-1, self._base] = 1
         return equations
 
@@ -245,8 +242,8 @@ class _System:
     def _other(self, number: int) -> int:
         return len(self._before) * self._per_layer + 2 * number
 
-    def _typical_seconds(self, trials: Sequence[Trial]) -> np.ndarray:
-        """(layers,) the median of what each layer's rows take, shared by the layers in a row."""
+    def _typical_seconds(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
+        """(layers,) and (others,) the median of what the rows of each take, shared by those in a row."""
         found: list[list[float]] = [[] for _ in self._before]
         others: list[list[float]] = [[] for _ in self._others]
         for trial in trials:
@@ -255,15 +252,15 @@ class _System:
                     found[layer].append(row.seconds / len(row.layers))
                 if not row.layers:
                     for name in row.others:
-                        others[self._others.index(name)].append(row.seconds / len(row.others))
-        self._typical_other = [float(np.median(values)) for values in others]
-        return np.array([np.median(values) if values else 0.0 for values in found])
+                        others[self._others[name]].append(row.seconds / len(row.others))
+        typical = [np.array([np.median(values) if values else 0.0 for values in those]) for those in (found, others)]
+        return typical[0], typical[1]
 
-    def _prior(self) -> np.ndarray:
+    def _beliefs(self, typical_layers: np.ndarray, typical_others: np.ndarray) -> np.ndarray:
         """What is believed before any measurement, as equations with a right side of 0."""
         points = self._per_layer - 3  # knots
         equations = []
-        for layer, typical in enumerate(np.maximum(self._typical, self._resolution)):
+        for layer, typical in enumerate(np.maximum(typical_layers, self._resolution)):
             start = layer * self._per_layer
 
             def believe(
@@ -281,7 +278,7 @@ class _System:
                 believe({knot: share, knot + 1: -1, knot + 2: 1 - share}, BEND)
             believe({points + 1: 1}, ENTRY)
             believe({points + 2: 1}, ENTRY)
-        for number, typical in enumerate(np.maximum(self._typical_other, self._resolution)):
+        for number, typical in enumerate(np.maximum(typical_others, self._resolution)):
             equation = np.zeros(self._size)
             equation[self._other(number) + 1] = 1 / (ENTRY * typical)
             equations.append(equation)

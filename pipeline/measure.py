@@ -23,15 +23,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
-from onnx_spdy.models import Layer, find_layers, from_canonical, model_sha256, save_model, write_weights
+from onnx_spdy.models import find_layers, model_sha256, save_model
 from onnx_spdy.pipeline.artifact import check_same, read_json, write_json
 from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, Prediction
 from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.mask import select_mask
-from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, solve
+from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed, layers_before, plan_networks
+from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
     Environment,
     LayerTime,
@@ -39,30 +38,23 @@ from onnx_spdy.runtimes import (
     Runtime,
     RuntimeFailure,
     Session,
+    is_busy,
     measure_interleaved,
-    zero_randomly,
+    median_ratio,
 )
 
 VERSION = 1
 PARTIAL = ".partial.json"
 DENSE_ROUNDS = 12
-NETWORKS = 24  # of random levels
-DENSE_EVERY = 8  # one of so many is the dense network
 CHOSEN_NETWORKS = 8  # of those that a search would choose
 MORE_NETWORKS = 8  # at most, while the model doesn't foretell them
 FORETOLD = 0.02  # median error that is good enough
-DENSE_SHARE = 0.3  # of the layers, in networks that have dense ones
 PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.6  # of each network, so that small ones are run more often
 RUNS_A_ROUND = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 40
 FEWEST_ITERATIONS, MOST_ITERATIONS = 3, 40
 WARMUP = 2
-MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
-
-MAD_TO_SIGMA = 1.4826
 LEAST_NOISE = 0.005
-
-BUSY_SHARE = 0.1  # of the cores: a program that uses more spoils a measurement
 BUSY_WAITS_SECONDS = (1, 5, 10, 20, 30)
 
 _SPARSITY = re.compile(r"-\d+(\.\d+)?%$")
@@ -96,14 +88,12 @@ class Observation:
     @property
     def relative(self) -> float:
         """Seconds of the network / those of the dense one."""
-        return math.exp(float(np.median(np.log(self.network) - np.log(self.dense))))
+        return median_ratio(self.network, self.dense)[0]
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the log of `relative`, by the rounds' median absolute deviation."""
-        ratios = np.log(self.network) - np.log(self.dense)
-        deviation = MAD_TO_SIGMA * float(np.median(np.abs(ratios - np.median(ratios))))
-        return deviation * math.sqrt(math.pi / 2 / len(ratios))  # of a median of normal values
+        """Relative standard error of `relative`."""
+        return median_ratio(self.network, self.dense)[1]
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Observation:
@@ -226,9 +216,7 @@ class _Work:
         content = read_json(keep, "measurement", VERSION)
         compared = {name: (content[name], question[name]) for name in ("model_sha256", "levels", "seed")}
         there, here = (Environment.from_json(one["environment"]) for one in (content, question))
-        check_same(
-            keep, compared | {name: (getattr(there, name), getattr(here, name)) for name in there.mismatch(here)}
-        )
+        check_same(keep, compared | there.mismatch(here))
         self.observations = [Observation.from_json(one) for one in content["observations"]]
 
     def _kernels(self, dense: Session) -> tuple[np.ndarray, list[list[str]]]:
@@ -292,8 +280,7 @@ class _Work:
         """Measure one network; again while other programs disturb."""
         for wait in (*BUSY_WAITS_SECONDS, None):
             found = self._observe_once(dense, reference, choice, foretold)
-            busy = (found.foreign_cores or 0.0) > BUSY_SHARE * dense.environment.cores
-            if not busy or self._allow_busy:
+            if self._allow_busy or not is_busy(found.foreign_cores, dense.environment.cores):
                 return found
             if wait:
                 self._note(f"other programs keep {found.foreign_cores:.1f} cores busy, waiting")
@@ -368,7 +355,7 @@ class _Work:
     def _chosen(self, fit: Fit, sparse: np.ndarray) -> np.ndarray:
         """(layers,) levels as a search chooses them: for some target, and errors as SPDY's search draws them."""
         rng = np.random.default_rng([self._seed, len(self.observations)])
-        costs = Costs(fit.seconds, fit.entry, self._before, ~sparse)
+        costs = self._costs(fit, sparse)
         fastest = costs.total(costs.fastest())
         slowest = costs.total(np.zeros(len(self._layers), np.int64))
         prior = np.square(np.arange(len(self._levels)) / (len(self._levels) - 1))
@@ -379,8 +366,11 @@ class _Work:
         except InfeasibleTarget:  # by rounding only
             return costs.fastest()
 
+    def _costs(self, fit: Fit, sparse: np.ndarray) -> Costs:
+        return Costs(fit.seconds, fit.entry, self._before, ~sparse)
+
     def _foretell(self, fit: Fit, sparse: np.ndarray, choice: np.ndarray) -> float:
-        costs = Costs(fit.seconds, fit.entry, self._before, ~sparse)
+        costs = self._costs(fit, sparse)
         dense = fit.base_seconds + costs.total(np.zeros(len(self._layers), np.int64))
         return (fit.base_seconds + costs.total(choice)) / dense
 
@@ -411,72 +401,6 @@ class _Work:
             environment=dense.environment,
             model_sha256=model_sha256(self._model),
         )
-
-
-def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Generator) -> np.ndarray:
-    """(networks, layers) level indices: random ones from several ranges, and now and then the dense network.
-
-    Each layer's levels are spread evenly over the networks of a range. Where no level has a sparse kernel, only the
-    dense network is left: the others would take the same time.
-    """
-    if not sparse.any():
-        return np.zeros((NETWORKS // DENSE_EVERY, len(sparse)), np.int64)
-    plan = np.zeros((NETWORKS, len(sparse)), np.int64)
-    mixed = np.flatnonzero(np.arange(NETWORKS) % DENSE_EVERY)
-    middle = (len(levels) - 1) // 2 + 1
-    highest = len(levels)
-    ranges = [
-        (1, highest, DENSE_SHARE),
-        (1, middle, 0.0),
-        (1, highest, DENSE_SHARE),
-        (min(middle, highest - 1), highest, 0.0),
-    ]
-    for number, (lowest, end, dense_share) in enumerate(ranges):
-        networks = mixed[number::4]
-        for layer in range(len(sparse)):
-            place = (rng.permutation(len(networks)) + rng.random(len(networks))) / len(networks)  # in [0, 1)
-            found = lowest + (place * (end - lowest)).astype(np.int64)
-            dense = rng.permutation(len(networks)) < dense_share * len(networks)
-            plan[networks, layer] = np.where(dense, 0, found)
-    return plan
-
-
-def layers_before(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:
-    """Which layer each tensor comes from, by the first input that is computed, through everything between.
-
-    Returns:
-        (layers,) index of the layer that each one reads from, or NONE_BEFORE; and the same for every tensor that a
-        node makes. Layers that would have more than MOST_AWAITED others waiting for them at once have none.
-    """
-    number_of = {layer.output: number for number, layer in enumerate(layers)}
-    source: dict[str, int] = {}
-    before = np.full(len(layers), NONE_BEFORE)
-    for node in graph.node:
-        read = next((number_of.get(name, source.get(name)) for name in node.input if name in source), NONE_BEFORE)
-        for name in node.output:
-            source[name] = NONE_BEFORE if read is None else read
-            if name in number_of:
-                before[number_of[name]] = source[name]
-    for number in range(len(layers)):
-        awaited = {int(one) for one in before[number + 1 :] if NONE_BEFORE < one <= number}
-        for one in sorted(awaited)[: max(0, len(awaited) - MOST_AWAITED)]:
-            before[number + 1 :][before[number + 1 :] == one] = NONE_BEFORE
-    return before, source
-
-
-def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.random.Generator) -> onnx.ModelProto:
-    """A copy of the network in which each of these layers has random zeros in the pattern of its level."""
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {}
-    for layer, level in levels.items():
-        if level.pattern not in ("dense", "unstructured"):
-            values = onnx.numpy_helper.to_array(initializers[layer.weight])
-            keep = select_mask(torch.from_numpy(rng.random(layer.shape, np.float32)), level)
-            weights[layer.weight] = np.where(from_canonical(layer, keep.numpy()), values, 0)
-    written = write_weights(model, {name: array.astype(np.float32, copy=False) for name, array in weights.items()})
-    unstructured = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
-    zero_randomly(written.graph, unstructured, int(rng.integers(2**32)))
-    return written
 
 
 def _between(least: int, value: float, most: int) -> int:

@@ -96,7 +96,7 @@ def make_report(
             "statistics_correction": corrected,
             "made_from": dict(profile.made_from),
             "stages": list(stages),
-            "layers": [_layer_row(network, table, database, choice, row) for row in range(len(choice))],
+            "layers": _layer_rows(network, table, database, choice),
             "skipped": [{"name": layer.name, "op": layer.op, "reason": layer.skip} for layer in network.skipped],
             "rest": [
                 {"kernel": kernel, "outputs": outputs, "seconds": seconds} for kernel, outputs, seconds in table.others
@@ -106,27 +106,32 @@ def make_report(
     )
 
 
-def _layer_row(
-    network: Network, table: LatencyTable, database: LayerDatabase, choice: Sequence[int], row: int
-) -> dict[str, Any]:
-    layer, column = network.layers[row], choice[row]
-    weight = network.get(layer.weight)
-    break_even = table.break_even(row)
-    return {
-        "name": layer.name,
-        "op": layer.op,
-        "initializer": layer.weight,
-        "shape": list(layer.shape),
-        "level": str(table.levels[column]),
-        "sparsity": float((weight == 0).float().mean()),
-        "dense_seconds": float(table.costs.of_layers([0] * len(choice))[row]),
-        "seconds": float(table.costs.of_layers(choice)[row]),
-        "kernel": table.kernels[row][column],
-        "dense_kernel": table.kernels[row][0],
-        "break_even": break_even and str(break_even),
-        "error": float(database.errors([layer.name])[0, column]),
-        "note": _why(table, row, column, table.levels[column] == DENSE),
-    }
+def _layer_rows(
+    network: Network, table: LatencyTable, database: LayerDatabase, choice: Sequence[int]
+) -> list[dict[str, Any]]:
+    dense_seconds, seconds = table.costs.of_layers([0] * len(choice)), table.costs.of_layers(choice)
+    errors = database.errors([layer.name for layer in network.layers])
+    rows = []
+    for row, (layer, column) in enumerate(zip(network.layers, choice, strict=True)):
+        weight, break_even = network.get(layer.weight), table.break_even(row)
+        rows.append(
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "initializer": layer.weight,
+                "shape": list(layer.shape),
+                "level": str(table.levels[column]),
+                "sparsity": float((weight == 0).float().mean()),
+                "dense_seconds": float(dense_seconds[row]),
+                "seconds": float(seconds[row]),
+                "kernel": table.kernels[row][column],
+                "dense_kernel": table.kernels[row][0],
+                "break_even": break_even and str(break_even),
+                "error": float(errors[row, column]),
+                "note": _why(table, row, column, table.levels[column] == DENSE),
+            }
+        )
+    return rows
 
 
 def _why(table: LatencyTable, row: int, column: int, is_dense: bool) -> str:
@@ -134,8 +139,6 @@ def _why(table: LatencyTable, row: int, column: int, is_dense: bool) -> str:
     dense, fastest = table.seconds[row, 0], table.seconds[row].min()
     if fastest >= dense:
         return "no sparsity makes it faster in this runtime" + ("" if is_dense else "; pruned all the same")
-    if not table.sparse[row].any():
-        return "the engine has no sparse kernel for it"
     if is_dense:
         return f"left dense; at best {dense / fastest:.2f}x faster"
     return "" if table.seconds[row, column] < dense else "not faster at this level"

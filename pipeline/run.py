@@ -192,11 +192,10 @@ def latency_table(
         table = LatencyTable.load(path)
         with runtime.open(path.with_name("dense.onnx"), batch=batch, threads=threads, inputs=inputs) as session:
             here = session.environment
-        fields = table.environment.mismatch(here)
         check_same(
             path,
             {"model_sha256": (table.model_sha256, model_sha256(dense))}
-            | {name: (getattr(table.environment, name), getattr(here, name)) for name in fields}
+            | table.environment.mismatch(here)
             | {"levels": ([*map(str, table.levels)], [*map(str, levels)])},
         )
         return table

@@ -1,8 +1,15 @@
-"""Validation: the whole network, dense and pruned, measured in turns in the runtime; the metric on both."""
+"""Validation: the whole network, dense and pruned, measured in turns in the runtime; the metric on both.
+
+A network that is opened once more is some percent faster or slower than before, in all its runs alike: its memory lies
+elsewhere. Rounds in one pair of sessions can't see that, so the networks are visited several times, each time opened
+anew, and the bounds are those of the visits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +19,22 @@ import numpy as np
 from onnx_spdy.models import fixed_batch, load_model
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.metric import Metric, MetricError
-from onnx_spdy.runtimes import Environment, Measurement, Runtime, measure_interleaved, open_runtime, ratio_confidence
+from onnx_spdy.runtimes import (
+    Environment,
+    Measurement,
+    Runtime,
+    is_busy,
+    measure_interleaved,
+    median_bounds,
+    median_ratio,
+    open_runtime,
+)
 
-ROUNDS = 40
+VISITS = 6  # the fewest whose extremes bound a median with 95 % confidence
+ROUNDS = 7  # of each visit
 ITERATIONS = 2
+WARMUP = 3  # rounds at the beginning of a visit
+BUSY_WAITS_SECONDS = (1, 5, 10)  # before a disturbed visit is repeated, in all of a validation
 CONFIDENCE = 0.95
 EVALUATION_BATCH = 32
 
@@ -25,9 +44,10 @@ class Validation:
     """A measured speedup.
 
     Attributes:
-        speedup: median over the rounds of dense seconds / pruned seconds.
+        speedup: median over the visits of dense seconds / pruned seconds.
         lower, upper: distribution-free 95 % bounds of that median.
-        dense, pruned: the raw rounds.
+        visits: (visits,) dense seconds / pruned seconds of each.
+        dense, pruned: the raw rounds of all of them.
         environment: in which both were measured.
         fallback: which part of the pruned network the engine doesn't optimise, or None.
         foreign_cores: that other programs kept busy meanwhile; None if that isn't known.
@@ -36,6 +56,7 @@ class Validation:
     speedup: float
     lower: float
     upper: float
+    visits: tuple[float, ...]
     dense: Measurement
     pruned: Measurement
     environment: Environment
@@ -44,17 +65,21 @@ class Validation:
 
     def with_more(self, other: Validation) -> Validation:
         """This one and another measurement of the same networks together."""
-        dense = Measurement((*self.dense.seconds, *other.dense.seconds), self.dense.warmup_seconds)
-        pruned = Measurement((*self.pruned.seconds, *other.pruned.seconds), self.pruned.warmup_seconds)
-        bounds = ratio_confidence(dense, pruned, CONFIDENCE)
-        loads = [one for one in (self.foreign_cores, other.foreign_cores) if one is not None]
-        return Validation(*bounds, dense, pruned, other.environment, other.fallback, max(loads, default=None))
+        return _of_visits(
+            (*self.visits, *other.visits),
+            Measurement((*self.dense.seconds, *other.dense.seconds)),
+            Measurement((*self.pruned.seconds, *other.pruned.seconds)),
+            other.environment,
+            other.fallback,
+            (self.foreign_cores, other.foreign_cores),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "measured_speedup": self.speedup,
             "measured_speedup_lower": self.lower,
             "measured_speedup_upper": self.upper,
+            "visits": list(self.visits),
             "dense_seconds": self.dense.median,
             "pruned_seconds": self.pruned.median,
             "dense": self.dense.to_json(),
@@ -73,28 +98,65 @@ def validate(
     batch: int,
     threads: int | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
+    visits: int = VISITS,
     rounds: int = ROUNDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
     """Measure the speedup of a pruned network over its dense original, end to end, in interleaved rounds.
 
+    A visit that other programs disturb is repeated, a few times; if they don't end, `foreign_cores` says so.
+
     Args:
         dense, pruned: ONNX files.
-        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both.
-        rounds: in each, both networks are timed.
+        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both. The runtime's process, if it has one,
+            is started anew for each visit: sessions that are open end.
+        visits: in each, both networks are opened.
+        rounds: of each visit; in each, both networks are timed.
         progress: called with (rounds done, rounds).
+    Raises:
+        ValueError: too few visits for 95 % confidence.
     """
-    arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
-    with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
-        runtime.foreign_cores()  # the count starts
-        times = measure_interleaved(
-            {"dense": one, "pruned": other}, rounds=rounds, iterations=ITERATIONS, progress=progress
-        )
-        speedup, lower, upper = ratio_confidence(times["dense"], times["pruned"], CONFIDENCE)
-        return Validation(
-            speedup, lower, upper, times["dense"], times["pruned"], other.environment, other.fallback,
-            runtime.foreign_cores(),
-        )  # fmt: skip
+    waits = iter(BUSY_WAITS_SECONDS)
+    ratios: list[float] = []
+    times: dict[str, list[float]] = {"dense": [], "pruned": []}
+    loads: list[float | None] = []
+    while len(ratios) < visits:
+        runtime.close()
+        arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
+        with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
+            environment, fallback = other.environment, other.fallback
+            runtime.foreign_cores()  # the count starts
+            found = measure_interleaved(
+                {"dense": one, "pruned": other}, rounds=rounds, iterations=ITERATIONS, warmup=WARMUP
+            )
+            load = runtime.foreign_cores()
+        if is_busy(load, environment.cores) and (wait := next(waits, None)):
+            time.sleep(wait)
+            continue
+        ratios.append(median_ratio(found["dense"].seconds, found["pruned"].seconds)[0])
+        loads.append(load)
+        for name, seconds in times.items():
+            seconds += found[name].seconds
+        if progress:
+            progress(rounds * len(ratios), rounds * visits)
+    return _of_visits(
+        ratios, Measurement(tuple(times["dense"])), Measurement(tuple(times["pruned"])), environment, fallback, loads
+    )
+
+
+def _of_visits(
+    ratios: Sequence[float],
+    dense: Measurement,
+    pruned: Measurement,
+    environment: Environment,
+    fallback: str | None,
+    loads: Sequence[float | None],
+) -> Validation:
+    bounds = median_bounds(ratios, CONFIDENCE)
+    load = max((one for one in loads if one is not None), default=None)
+    return Validation(
+        statistics.median(ratios), *bounds, tuple(ratios), dense, pruned, environment, fallback, load
+    )  # fmt: skip
 
 
 def evaluate(

@@ -14,7 +14,8 @@ from .base import (
 )
 from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
-from .measurement import Measurement, measure_interleaved, ratio_confidence
+from .load import is_busy
+from .measurement import Measurement, measure_interleaved, median_bounds, median_ratio, ratio_confidence
 from .model_file import zero_randomly
 from .registry import RUNTIMES, location, open_runtime, runtime_spec
 from .vino import UnknownPrecision
@@ -37,8 +38,11 @@ __all__ = [
     "allowed_cpus",
     "cpu_model",
     "instruction_set",
+    "is_busy",
     "location",
     "measure_interleaved",
+    "median_bounds",
+    "median_ratio",
     "open_runtime",
     "physical_cores",
     "ratio_confidence",

@@ -77,10 +77,11 @@ class Environment:
         options = tuple((str(key), str(value)) for key, value in document["options"].items())
         return cls(**{**document, "options": options})
 
-    def mismatch(self, other: Environment) -> list[str]:
-        """Names of the fields that make measurements of the two environments incomparable."""
+    def mismatch(self, other: Environment) -> dict[str, tuple[Any, Any]]:
+        """Field -> both values, of those that make measurements of the two environments incomparable."""
         names = (field.name for field in dataclasses.fields(self) if field.name != "host")
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from . import host
 from .attribution import covered_outputs
 from .base import (
     Arrays,
-    Closing,
     EngineCrashed,
     EngineHung,
     Environment,
@@ -29,7 +28,7 @@ from .model_file import FixedModel, check_inputs, fix_model, prepare_zeros
 from .opset import lower_versions
 from .uv_command import find_uv
 from .worker_loop import PROTOCOL, decode_array, encode_array
-from .worker_process import WorkerProcess
+from .worker_process import WorkerProcess, WorkerSession
 
 LICENCE_NOTE = (
     "DeepSparse 1.8.0 is licensed for evaluation in development and test only (no production use, no "
@@ -92,8 +91,7 @@ class DeepSparse(WatchesLoad):
         seed: int = 0,
     ) -> DeepSparseSession:
         """See `Runtime.open`."""
-        fixed = _engine_copy(Path(model), batch, inputs)
-        prepare_zeros(fixed.proto.graph, zeros)
+        fixed = _engine_copy(Path(model), batch, inputs, zeros)
         worker = self.worker()
         opened = self._ask_with(
             worker, fixed, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
@@ -134,8 +132,7 @@ class DeepSparse(WatchesLoad):
         """
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
-        fixed = _engine_copy(Path(model), batch, inputs)
-        prepare_zeros(fixed.proto.graph, zeros)
+        fixed = _engine_copy(Path(model), batch, inputs, zeros)
         answer = self._ask_with(
             self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
             zeros=dict(zeros or {}), seed=seed, optimization_level=int(merged),
@@ -215,7 +212,7 @@ class DeepSparse(WatchesLoad):
         return f"only {supported:.0%} of the operators run optimised, ONNX Runtime runs the rest: {reasons}"
 
 
-class DeepSparseSession(Closing):
+class DeepSparseSession(WorkerSession):
     """One network in the worker."""
 
     def __init__(
@@ -227,11 +224,7 @@ class DeepSparseSession(Closing):
         fixed: FixedModel,
         fallback: str | None,
     ) -> None:
-        self.environment = environment
-        self.fallback = fallback
-        self._runtime = runtime
-        self._worker = worker
-        self._session: int | None = opened["session"]
+        super().__init__(worker, runtime.ask, opened["session"], environment, fallback)
         self._inputs = fixed.inputs
         self._outputs = opened["outputs"]
 
@@ -241,21 +234,6 @@ class DeepSparseSession(Closing):
         arrays = [encode_array(inputs[name]) for name in self._inputs]
         answer = self._ask("run", inputs=arrays)
         return {name: decode_array(array) for name, array in zip(self._outputs, answer["outputs"], strict=True)}
-
-    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
-        """See `Session.seconds`."""
-        return list(self._ask("seconds", iterations=iterations, warmup=warmup)["seconds"])
-
-    def close(self) -> None:
-        """Release the network in the worker."""
-        if self._session is not None and self._worker.alive:
-            self._ask("close")
-        self._session = None
-
-    def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        if self._session is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._runtime.ask(self._worker, op, session=self._session, **fields)
 
 
 def check_machine() -> None:
@@ -270,8 +248,10 @@ def check_machine() -> None:
         raise RuntimeUnavailable(f"deepsparse needs a CPU with AVX2, this one has {found}; measure on another machine")
 
 
-def _engine_copy(path: Path, batch: int, inputs: Arrays | None) -> FixedModel:
+def _engine_copy(path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None) -> FixedModel:
+    """The model as the worker gets it: ready for zeros, which are drawn there."""
     fixed = fix_model(path, batch, inputs)
+    prepare_zeros(fixed.proto.graph, zeros)
     lower_versions(fixed.proto, opset=MAX_OPSET, ir_version=MAX_IR_VERSION, engine="deepsparse")
     return fixed
 

@@ -21,7 +21,7 @@ from onnx import numpy_helper, shape_inference
 
 from . import host
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, one_line
-from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model, zero_randomly
+from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
 from .ort import create_session, run_session, session_options
 
 VERSION = "1"
@@ -62,8 +62,7 @@ class FakeRuntime(Closing):
         seed: int = 0,
     ) -> FakeSession:
         """See `Runtime.open`."""
-        fixed = fix_model(Path(model), batch, inputs)
-        zero_randomly(fixed.proto.graph, zeros, seed)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         environment = Environment(
             runtime=self.name,
             version=VERSION,
@@ -93,8 +92,7 @@ class FakeRuntime(Closing):
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: the formula's terms, each with noise of its own, whatever the iterations."""
-        fixed = fix_model(Path(model), batch, inputs)
-        zero_randomly(fixed.proto.graph, zeros, seed)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         rows = self._rows(fixed)
         factors = np.exp(self.noise * self._random.standard_normal(len(rows)))
         return [replace(row, seconds=float(row.seconds * factor)) for row, factor in zip(rows, factors, strict=True)]

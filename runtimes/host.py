@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FOLDERS = Path("/sys/devices/system/cpu")
@@ -67,6 +68,16 @@ def instruction_set(cpuinfo: Path = CPUINFO) -> str:
     bases = (("avx512", "avx512f"), ("avx2", "avx2"), ("avx", "avx"), ("sve", "sve"), ("neon", "asimd"))
     base = next((name for name, flag in bases if flag in flags), platform.machine())
     return "_".join([base, *(name for name, any_of in EXTENSIONS.items() if flags.intersection(any_of))])
+
+
+def fields() -> dict[str, Any]:
+    """What an `Environment` says of this machine."""
+    return {
+        "cpu": cpu_model(),
+        "instruction_set": instruction_set(),
+        "cores": physical_cores(),
+        "host": host_name(),
+    }
 
 
 def host_name() -> str:

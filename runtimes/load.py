@@ -16,6 +16,7 @@ from .base import Closing
 PROC = Path("/proc")
 _AFTER_NAME = 2  # /proc/PID/stat: fields after the name in parentheses start with field 3
 _STEAL = 8  # /proc/stat, first line
+BUSY_SHARE = 0.1  # of the cores: a program that uses more spoils a measurement
 STOLEN = (0, 0)  # the key of the host among those of processes
 _PARENT, _USER, _SYSTEM, _STARTED = 4, 14, 15, 22
 
@@ -63,6 +64,11 @@ class WatchesLoad(Closing):
         cores = self._load.cores()
         self._load.restart()
         return cores
+
+
+def is_busy(foreign_cores: float | None, cores: int) -> bool:
+    """Whether other programs use so many of the cores that what was measured meanwhile can't be trusted."""
+    return (foreign_cores or 0.0) > BUSY_SHARE * cores
 
 
 def _foreign_ticks() -> dict[tuple[int, int], int] | None:

@@ -113,6 +113,18 @@ def ratio_confidence(dense: Measurement, pruned: Measurement, level: float = 0.9
     return math.exp(statistics.median(logs)), math.exp(lower), math.exp(upper)
 
 
+def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float]:
+    """Median of slow / fast over rounds that pair up, and its standard error by the log's median absolute deviation.
+
+    Returns:
+        (ratio, error): `error` is relative, and that of the median of normal values.
+    """
+    logs = [math.log(one / other) for one, other in zip(slow, fast, strict=True)]
+    middle = statistics.median(logs)
+    deviation = MAD_TO_SIGMA * statistics.median(abs(value - middle) for value in logs)
+    return math.exp(middle), deviation * math.sqrt(math.pi / 2 / len(logs))
+
+
 def measure_interleaved(
     sessions: Mapping[str, Session],
     *,

@@ -41,17 +41,20 @@ class FixedModel:
         return serialized(self.proto)
 
 
-def fix_model(path: Path, batch: int, inputs: Arrays | None = None) -> FixedModel:
-    """Read a model and fix its input shapes: the first axis to `batch`, others as in `inputs`.
+def fix_model(
+    path: Path, batch: int, inputs: Arrays | None = None, zeros: Mapping[str, float] | None = None, seed: int = 0
+) -> FixedModel:
+    """Read a model and fix its input shapes: the first axis to `batch`, others as in `inputs`; draw the zeros.
 
     Raises:
         ModelRefused: the file is missing or broken, has another fixed batch, or an axis that `inputs`
             doesn't tell.
-        ValueError: `inputs` don't fit the graph, or `batch` is less than 1.
+        ValueError: `inputs` or `zeros` don't fit the graph, or `batch` is less than 1.
     """
     if batch < 1:
         raise ValueError(f"batch {batch}; a run takes at least 1 sample")
     proto = read_model(path)
+    zero_randomly(proto.graph, zeros, seed)
     given = dict(inputs or {})
     graph_inputs = runtime_inputs(proto.graph)
     if unknown := set(given) - {value.name for value in graph_inputs}:

@@ -17,7 +17,7 @@ from . import host
 from .attribution import covered_outputs
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
 from .load import WatchesLoad
-from .model_file import FixedModel, check_inputs, fix_model, zero_randomly
+from .model_file import FixedModel, check_inputs, fix_model
 
 PROVIDERS = ["CPUExecutionProvider"]
 LOG_ERRORS_ONLY = 3
@@ -49,19 +49,15 @@ class OnnxRuntime(WatchesLoad):
         """See `Runtime.open`."""
         engine = _import_engine()
         threads = host.threads_or_cores(threads)
-        fixed = fix_model(Path(model), batch, inputs)
-        zero_randomly(fixed.proto.graph, zeros, seed)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         session = create_session(fixed.to_bytes(), session_options(threads))
         environment = Environment(
             runtime=self.name,
             version=engine.__version__,
             precision=fixed.precision,
-            cpu=host.cpu_model(),
-            instruction_set=host.instruction_set(),
-            cores=host.physical_cores(),
             threads=threads,
             batch=batch,
-            host=host.host_name(),
+            **host.fields(),
         )
         return OrtSession(session, environment, fixed)
 
@@ -81,8 +77,7 @@ class OnnxRuntime(WatchesLoad):
         """See `Runtime.layer_seconds`."""
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
-        fixed = fix_model(Path(model), batch, inputs)
-        zero_randomly(fixed.proto.graph, zeros, seed)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
         with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:

@@ -28,7 +28,7 @@ from .base import (
 from .model_file import read_model, serialized
 from .ssh import PREFIX, PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, luggage, ssh_command
 from .worker_loop import decode_array, encode_array
-from .worker_process import WorkerProcess
+from .worker_process import WorkerProcess, WorkerSession
 
 
 class RemoteRuntime(Closing):
@@ -97,9 +97,8 @@ class RemoteRuntime(Closing):
         opened = self._ask_with(
             worker, data, inputs, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
         )  # fmt: skip
-        return RemoteSession(
-            self, worker, opened["session"], Environment.from_json(opened["environment"]), opened["fallback"]
-        )
+        environment = Environment.from_json(opened["environment"])
+        return RemoteSession(worker, self.ask, opened["session"], environment, opened["fallback"])
 
     def layer_seconds(
         self,
@@ -200,42 +199,13 @@ class RemoteRuntime(Closing):
         return f"{self._address}: no connection ({one_line(worker.last_line()).rstrip('.') or 'ssh gives no reason'})"
 
 
-class RemoteSession(Closing):
+class RemoteSession(WorkerSession):
     """One network in a runtime on another machine."""
-
-    def __init__(
-        self,
-        runtime: RemoteRuntime,
-        worker: WorkerProcess,
-        session: int,
-        environment: Environment,
-        fallback: str | None,
-    ) -> None:
-        self.environment = environment
-        self.fallback = fallback
-        self._runtime = runtime
-        self._worker = worker
-        self._session: int | None = session
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """See `Session.run`."""
         answer = self._ask("run", inputs={name: encode_array(array) for name, array in inputs.items()})
         return {name: decode_array(array) for name, array in answer["outputs"].items()}
-
-    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
-        """See `Session.seconds`; timed there."""
-        return list(self._ask("seconds", iterations=iterations, warmup=warmup)["seconds"])
-
-    def close(self) -> None:
-        """Release the network there."""
-        if self._session is not None and self._worker.alive:
-            self._ask("close")
-        self._session = None
-
-    def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        if self._session is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._runtime.ask(self._worker, op, session=self._session, **fields)
 
 
 def _model_bytes(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from . import host
 from .attribution import covered_outputs
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
 from .load import WatchesLoad
-from .model_file import FixedModel, check_inputs, fix_model, zero_randomly
+from .model_file import FixedModel, check_inputs, fix_model
 
 DEVICE = "CPU"
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # our name: OpenVINO's name
@@ -68,19 +68,15 @@ class OpenVino(WatchesLoad):
     ) -> OpenVinoSession:
         """See `Runtime.open`."""
         threads = host.threads_or_cores(threads)
-        fixed = fix_model(Path(model), batch, inputs)
-        zero_randomly(fixed.proto.graph, zeros, seed)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         compiled = self._compile(fixed, threads)
         environment = Environment(
             runtime=self.name,
             version=_version(),
             precision=_precision(compiled, fixed),
-            cpu=host.cpu_model(),
-            instruction_set=host.instruction_set(),
-            cores=host.physical_cores(),
             threads=compiled.get_property("INFERENCE_NUM_THREADS"),
             batch=batch,
-            host=host.host_name(),
+            **host.fields(),
         )
         return OpenVinoSession(compiled, environment, fixed)
 
@@ -100,10 +96,9 @@ class OpenVino(WatchesLoad):
         """See `Runtime.layer_seconds`. The engine rounds each run's times down to microseconds."""
         if iterations < 1:
             raise ValueError(f"a profile of {iterations} iterations; take at least 1")
-        fixed = fix_model(Path(model), batch, inputs)
+        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"{NODE}{number}"  # the profile identifies nodes by name: make them unique
-        zero_randomly(fixed.proto.graph, zeros, seed)
         compiled = self._compile(fixed, host.threads_or_cores(threads), profile=True)
         request = compiled.create_infer_request()
         set_inputs(request, fixed.inputs)

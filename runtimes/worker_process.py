@@ -22,12 +22,21 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .base import Closing, EngineCrashed, EngineHung, ModelRefused, RuntimeFailure, RuntimeUnavailable, one_line
+from .base import (
+    Closing,
+    EngineCrashed,
+    EngineHung,
+    Environment,
+    ModelRefused,
+    RuntimeFailure,
+    RuntimeUnavailable,
+    one_line,
+)
 
 ERROR_KINDS: dict[str, type[Exception]] = {
     "refused": ModelRefused,
@@ -221,6 +230,46 @@ class WorkerProcess(Closing):
         assert pipe is not None
         for line in pipe:
             self.stderr_lines.append(line.decode(errors="replace").rstrip("\n"))
+
+
+class WorkerSession(Closing):
+    """One network that a worker holds; a subclass says how samples travel.
+
+    Args:
+        worker: where it is.
+        ask: called with (worker, op, **fields): a request as the runtime makes it.
+        session: its number there.
+        environment, fallback: see `Session`.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerProcess,
+        ask: Callable[..., dict[str, Any]],
+        session: int,
+        environment: Environment,
+        fallback: str | None,
+    ) -> None:
+        self.environment = environment
+        self.fallback = fallback
+        self._worker = worker
+        self._ask_worker = ask
+        self._session: int | None = session
+
+    def seconds(self, iterations: int, warmup: int = 0) -> list[float]:
+        """See `Session.seconds`; timed there."""
+        return list(self._ask("seconds", iterations=iterations, warmup=warmup)["seconds"])
+
+    def close(self) -> None:
+        """Release the network there."""
+        if self._session is not None and self._worker.alive:
+            self._ask("close")
+        self._session = None
+
+    def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        if self._session is None:
+            raise ValueError("this session is closed; open the model again")
+        return self._ask_worker(self._worker, op, session=self._session, **fields)
 
 
 def describe_exit(code: int) -> str:

@@ -11,7 +11,6 @@ visits disagree is the noise below which no prediction can be told from a better
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from onnx_spdy.models import Layer, find_layers, save_model
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
-from onnx_spdy.runtimes import Runtime, Session, measure_interleaved, open_runtime
+from onnx_spdy.runtimes import Runtime, Session, measure_interleaved, median_ratio, open_runtime
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_network
@@ -64,7 +63,7 @@ def bench(
             measured = np.zeros((networks, visits))
             with engine.open(path, batch=batch, threads=threads) as reference:
                 if wrong := found.environment.mismatch(reference.environment):
-                    raise ValueError(f"{table} was measured in another environment: {wrong} differ; remove it")
+                    raise ValueError(f"{table} was measured in another environment: {[*wrong]} differ; remove it")
                 visit = Visit(engine, path, reference, layers, levels, batch, threads)
                 order = [(n, v) for v in range(visits) for n in np.random.default_rng(seed + v).permutation(networks)]
                 for done, (number, time) in enumerate(order):
@@ -144,7 +143,7 @@ class Visit:
                 iterations=RUNS_A_ROUND,
                 warmup=2,
             )
-        return math.exp(float(np.median(np.log(times["network"].seconds) - np.log(times["dense"].seconds))))
+        return median_ratio(times["network"].seconds, times["dense"].seconds)[0]
 
 
 def report(table: LatencyTable, choices: np.ndarray, plain: PlainSum, measured: np.ndarray, out: Path | None) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline.latency import LatencyTable
-from onnx_spdy.pipeline.measure import BUSY_SHARE
+from onnx_spdy.runtimes import is_busy
 from onnx_spdy.tools.doctor import Finding
 
 NAMED = 8  # layers in a line
@@ -87,13 +87,14 @@ def table(found: LatencyTable) -> None:
             f"the table foretold {one.networks} networks, measured only afterwards, with a median error of "
             f"{one.median:.1%}, the largest {one.largest:.1%}"
         )
-    if in_vain := [name for row, name in enumerate(found.layers) if found.break_even(row) is None]:
-        share = sum(float(found.seconds[found.layers.index(name), 0]) for name in in_vain) / found.dense_seconds
+    if rows := [row for row in range(len(found.layers)) if found.break_even(row) is None]:
+        in_vain = [found.layers[row] for row in rows]
+        share = float(found.seconds[rows, 0].sum()) / found.dense_seconds
         print(
             f"pruning is in vain in {len(in_vain)} of {len(found.layers)} layers, {share:.0%} of the time: "
             f"{', '.join(in_vain[:NAMED])}{' ...' if len(in_vain) > NAMED else ''}"
         )
-    if found.foreign_cores and found.foreign_cores > BUSY_SHARE * found.environment.cores:
+    if is_busy(found.foreign_cores, found.environment.cores):
         print(
             f"measured while other programs kept up to {found.foreign_cores:.1f} of {found.environment.cores} cores "
             "busy: don't trust these times"
@@ -111,7 +112,7 @@ def validation(content: Mapping[str, Any]) -> None:
         f"(95 % bounds {content['measured_speedup_lower']:.3f} to {content['measured_speedup_upper']:.3f})"
     )
     cores = content["environment"]["cores"]
-    if (content.get("foreign_cores") or 0.0) > BUSY_SHARE * cores:
+    if is_busy(content.get("foreign_cores"), cores):
         print(f"other programs kept {content['foreign_cores']:.1f} of {cores} cores busy meanwhile: measure again")
     if content.get("metric_name"):
         print(f"{content['metric_name']}: dense {content['metric_dense']:.4f}, pruned {content['metric_pruned']:.4f}")

@@ -32,7 +32,8 @@ class Engine:
         self.deployed.append(one)
         speedup = one.aim_speedup * self.factor * (1 + self.noise * self.rng.normal())
         times = Measurement((1.0,) * 6), Measurement((1 / speedup,) * 6)
-        return Validation(speedup, speedup * (1 - self.noise), speedup * (1 + self.noise), *times, ENVIRONMENT, None)
+        bounds = speedup * (1 - self.noise), speedup * (1 + self.noise)
+        return Validation(speedup, *bounds, (speedup,) * 6, *times, ENVIRONMENT, None)
 
     def resolve(self, aim: float) -> Profile:
         return profile(min(aim, self.highest))
@@ -74,9 +75,8 @@ def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() 
     def realise(one: Profile) -> Validation:
         deployed.append(one)
         speedup = next(answers)
-        pruned = Measurement((1 / speedup,) * 6)
         return dataclasses.replace(
-            Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup, pruned=pruned
+            Engine(1.0).realise(one), speedup=speedup, lower=speedup, upper=speedup, visits=(speedup,) * 6
         )
 
     outcome = reach(2.0, profile(2.0), profile, realise, attempts=6)
@@ -85,7 +85,7 @@ def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() 
     assert kept.profile.loss == min(one.profile.loss for one in meeting)
     assert deployed[-1] is kept.profile
     # It was measured again at the end, and both measurements count.
-    assert len(kept.validation.pruned.seconds) == 12
+    assert len(kept.validation.visits) == 12
     assert kept.validation.upper == pytest.approx(9.9)
 
 

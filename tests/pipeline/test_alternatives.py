@@ -75,6 +75,8 @@ class ScriptedRuntime:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -89,8 +91,8 @@ def machine(monkeypatch):
     return engines
 
 
-def found(machine, spec: str = "deepsparse", rounds: int = 6) -> Alternatives:
-    return measure_alternatives(DENSE, PRUNED, machine[spec], batch=1, rounds=rounds)
+def found(machine, spec: str = "deepsparse") -> Alternatives:
+    return measure_alternatives(DENSE, PRUNED, machine[spec], batch=1)
 
 
 def test_pruned_and_every_dense_choice_are_measured_once_each(machine):
@@ -152,7 +154,7 @@ def test_deepsparse_is_not_downloaded_for_a_comparison(machine, monkeypatch):
 def test_fake_is_compared_with_itself_only(model: onnx.ModelProto, tmp_path: Path):
     onnx.save(model, tmp_path / "net.onnx")
     with open_runtime("fake") as runtime:
-        result = measure_alternatives(tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=2, rounds=6)
+        result = measure_alternatives(tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=2)
     assert [(one.role, one.name) for one in result.measured] == [("pruned", "fake formula"), ("dense", "fake formula")]
     assert result.missing == {}
 
@@ -230,7 +232,7 @@ def test_real_engines_beside_each_other(model: onnx.ModelProto, tmp_path: Path):
     steps = []
     with open_runtime("onnxruntime") as runtime:
         result = measure_alternatives(
-            tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=8, threads=1, rounds=6,
+            tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=8, threads=1,
             progress=lambda done, total: steps.append((done, total)),
         )  # fmt: skip
     names = [one.name for one in result.measured]

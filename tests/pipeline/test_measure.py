@@ -12,7 +12,8 @@ from onnx_spdy.pipeline import measure
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency import NoSpeedup
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.pipeline.measure import MachineBusy, imposed, layers_before, measure_latency, plan_networks
+from onnx_spdy.pipeline.measure import MachineBusy, measure_latency
+from onnx_spdy.pipeline.mixed_networks import imposed, layers_before, plan_networks
 from onnx_spdy.runtimes import EngineCrashed, LayerTime, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 from onnx_spdy.runtimes.remote import RemoteRuntime

@@ -73,8 +73,9 @@ def test_impossible_times_are_refused(seconds):
 
 
 def test_a_mismatch_names_everything_but_the_host():
-    assert ENVIRONMENT.mismatch(replace(ENVIRONMENT, host="other")) == []
-    assert ENVIRONMENT.mismatch(replace(ENVIRONMENT, batch=2, options=())) == ["batch", "options"]
+    assert ENVIRONMENT.mismatch(replace(ENVIRONMENT, host="other")) == {}
+    other = replace(ENVIRONMENT, batch=2, options=())
+    assert ENVIRONMENT.mismatch(other) == {"batch": (ENVIRONMENT.batch, 2), "options": (ENVIRONMENT.options, ())}
 
 
 def test_a_foreign_environment_is_refused():

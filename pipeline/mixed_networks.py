@@ -1,0 +1,86 @@
+"""Which networks a latency table is measured on: their levels, what of them feeds what, and their random zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import torch
+
+from onnx_spdy.models import Layer, from_canonical, write_weights
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.pipeline.solve import NONE_BEFORE
+from onnx_spdy.runtimes import zero_randomly
+
+NETWORKS = 24  # of random levels
+DENSE_EVERY = 8  # one of so many is the dense network
+DENSE_SHARE = 0.3  # of the layers, in networks that have dense ones
+MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
+
+
+def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Generator) -> np.ndarray:
+    """(networks, layers) level indices: random ones from several ranges, and now and then the dense network.
+
+    Each layer's levels are spread evenly over the networks of a range. Where no level has a sparse kernel, only the
+    dense network is left: the others would take the same time.
+    """
+    if not sparse.any():
+        return np.zeros((NETWORKS // DENSE_EVERY, len(sparse)), np.int64)
+    plan = np.zeros((NETWORKS, len(sparse)), np.int64)
+    mixed = np.flatnonzero(np.arange(NETWORKS) % DENSE_EVERY)
+    middle = (len(levels) - 1) // 2 + 1
+    highest = len(levels)
+    ranges = [
+        (1, highest, DENSE_SHARE),
+        (1, middle, 0.0),
+        (1, highest, DENSE_SHARE),
+        (min(middle, highest - 1), highest, 0.0),
+    ]
+    for number, (lowest, end, dense_share) in enumerate(ranges):
+        networks = mixed[number::4]
+        for layer in range(len(sparse)):
+            place = (rng.permutation(len(networks)) + rng.random(len(networks))) / len(networks)  # in [0, 1)
+            found = lowest + (place * (end - lowest)).astype(np.int64)
+            dense = rng.permutation(len(networks)) < dense_share * len(networks)
+            plan[networks, layer] = np.where(dense, 0, found)
+    return plan
+
+
+def layers_before(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:
+    """Which layer each tensor comes from, by the first input that is computed, through everything between.
+
+    Returns:
+        (layers,) index of the layer that each one reads from, or NONE_BEFORE; and the same for every tensor that a
+        node makes. Layers that would have more than MOST_AWAITED others waiting for them at once have none.
+    """
+    number_of = {layer.output: number for number, layer in enumerate(layers)}
+    source: dict[str, int] = {}
+    before = np.full(len(layers), NONE_BEFORE)
+    for node in graph.node:
+        read = next((number_of.get(name, source[name]) for name in node.input if name in source), NONE_BEFORE)
+        for name in node.output:
+            source[name] = read
+            if name in number_of:
+                before[number_of[name]] = source[name]
+    for number in range(len(layers)):
+        awaited = {int(one) for one in before[number + 1 :] if NONE_BEFORE < one <= number}
+        for one in sorted(awaited)[: max(0, len(awaited) - MOST_AWAITED)]:
+            before[number + 1 :][before[number + 1 :] == one] = NONE_BEFORE
+    return before, source
+
+
+def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.random.Generator) -> onnx.ModelProto:
+    """A copy of the network in which each of these layers has random zeros in the pattern of its level."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {}
+    for layer, level in levels.items():
+        if level.pattern not in ("dense", "unstructured"):
+            values = onnx.numpy_helper.to_array(initializers[layer.weight])
+            keep = select_mask(torch.from_numpy(rng.random(layer.shape, np.float32)), level)
+            weights[layer.weight] = np.where(from_canonical(layer, keep.numpy()), values, 0)
+    written = write_weights(model, {name: array.astype(np.float32, copy=False) for name, array in weights.items()})
+    unstructured = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
+    zero_randomly(written.graph, unstructured, int(rng.integers(2**32)))
+    return written
