@@ -119,7 +119,6 @@ def measure_alternatives(
     others, missing = _others(runtime), {}
     measured: dict[tuple[str, str], Alternative] = {}
     for visit in range(visits):
-        runtime.close()
         with contextlib.ExitStack() as stack:
             sessions = {
                 (PRUNED, ""): stack.enter_context(runtime.open(pruned, **arguments)),

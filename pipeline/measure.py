@@ -113,6 +113,7 @@ def measure_latency(
     seed: int = 0,
     save: Path | None = None,
     allow_busy: bool = False,
+    fit: Callable[..., Fit] = fit_latency,
     progress: Progress = lambda done, total, note: None,
 ) -> LatencyTable:
     """Measure every prunable layer at every level.
@@ -126,6 +127,7 @@ def measure_latency(
         save: latency.json, written at the end. Until then what was measured is kept beside it, in
             latency.partial.json, and continued from.
         allow_busy: measure even while other programs use the CPU; the table says how much they used.
+        fit: makes the times of what was measured.
         progress: called with (measured, to measure, note).
     Raises:
         NoSpeedup: the engine falls back for every prunable layer.
@@ -135,7 +137,7 @@ def measure_latency(
     """
     keep = save and save.with_suffix(PARTIAL)
     with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
-        work = _Work(model, runtime, levels, batch, threads, inputs, seed, Path(folder), allow_busy, progress)
+        work = _Work(model, runtime, levels, batch, threads, inputs, seed, Path(folder), allow_busy, fit, progress)
         try:
             table = work.measure(keep)
         except (RuntimeFailure, MachineBusy) as exc:
@@ -165,13 +167,14 @@ class _Work:
         seed: int,
         folder: Path,
         allow_busy: bool,
+        fit: Callable[..., Fit],
         progress: Progress,
     ) -> None:
         self._model, self._runtime, self._levels, self._seed = model, runtime, tuple(levels), seed
         self._arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
         self._layers = [layer for layer in find_layers(model) if layer.prunable]
         self._before, self._source_of = layers_before(model.graph, self._layers)
-        self._folder, self._allow_busy, self._progress = folder, allow_busy, progress
+        self._folder, self._allow_busy, self._make_fit, self._progress = folder, allow_busy, fit, progress
         self._row_of = {layer.output: row for row, layer in enumerate(self._layers)}
         self._path = folder / "dense.onnx"
         self.observations: list[Observation] = []
@@ -329,7 +332,7 @@ class _Work:
         noise = max(LEAST_NOISE, float(np.median([one.noise for one in self.observations])))
         trials = [self._trial(one, noise) for one in self.observations]
         sparsities = [level.sparsity for level in self._levels]
-        return fit_latency(trials, self._before, self._source_of, sparsities, sparse, self._dense().median)
+        return self._make_fit(trials, self._before, self._source_of, sparsities, sparse, self._dense().median)
 
     def _trial(self, observation: Observation, noise: float) -> Trial:
         rows, pending = [], 0.0

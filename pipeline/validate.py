@@ -1,8 +1,8 @@
 """Validation: the whole network, dense and pruned, measured in turns in the runtime; the metric on both.
 
-A network that is opened once more is some percent faster or slower than before, in all its runs alike: its memory lies
-elsewhere. Rounds in one pair of sessions can't see that, so the networks are visited several times, each time opened
-anew, and the bounds are those of the visits.
+A machine has phases of some seconds or minutes, in which a sparse network suffers more than a dense one or less, and a
+network that is opened again may find better or worse memory. Rounds that follow each other share all that and can't
+see it, so the networks are visited several times, each time opened anew, and the bounds are those of the visits.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def validate(
 
     Args:
         dense, pruned: ONNX files.
-        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both. The runtime's process, if it has one,
-            is started anew for each visit: sessions that are open end.
+        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both.
         visits: in each, both networks are opened.
         rounds: of each visit; in each, both networks are timed.
         progress: called with (rounds done, rounds).
@@ -121,7 +120,6 @@ def validate(
     times: dict[str, list[float]] = {"dense": [], "pruned": []}
     loads: list[float | None] = []
     while len(ratios) < visits:
-        runtime.close()
         arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
         with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
             environment, fallback = other.environment, other.fallback

@@ -2,16 +2,20 @@
 
     python -m onnx_spdy.tools.bench_latency MODEL --runtime deepsparse --batch 16 --table latency.json
 
-The table is measured when the file isn't there yet. Then networks that it has never seen are measured in turns with
-the dense one: random levels for each layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is
-visited several times, in a new order, because a disturbance of the machine lasts longer than a visit; how far the
-visits disagree is the noise below which no prediction can be told from a better one.
+The table is measured when the file isn't there yet; what the parts of its model buy is shown then, too: the same
+measurements are fitted without the terms of neighbouring layers, and without the networks' times as a whole. Then
+networks that the table has never seen are measured in turns with the dense one: random levels for each layer, drawn
+from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order, because a
+disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no prediction
+can be told from a better one.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +24,11 @@ import typer
 
 from onnx_spdy.models import Layer, find_layers, save_model
 from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.latency_fit import Fit, fit_latency
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
-from onnx_spdy.runtimes import Runtime, Session, measure_interleaved, median_ratio, open_runtime
+from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
+from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio, open_runtime
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_network
@@ -30,6 +36,7 @@ from onnx_spdy.tools.specs import load_network
 LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the highest level
 VISIT_SECONDS = 2.5
 RUNS_A_ROUND = 2
+UNSEEN = 1e3  # relative noise of a measurement that is to count for nothing
 
 
 def bench(
@@ -46,11 +53,12 @@ def bench(
     """Measure random mixed networks and print the errors of the model and of the plain sum."""
     levels = levels_for("unstructured")
     dense = load_network(model)
+    parts = Parts()
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
         if not table.exists():
             measure_latency(
-                dense, engine, levels, batch=batch, threads=threads, save=table,
+                dense, engine, levels, batch=batch, threads=threads, save=table, fit=parts.fit,
                 progress=lambda done, total, note: watch("table", done, total, note),
             )  # fmt: skip
         found = LatencyTable.load(table)
@@ -69,7 +77,45 @@ def bench(
                 for done, (number, time) in enumerate(order):
                     measured[number, time] = visit(choices[number], seed + int(number))
                     watch("networks", done + 1, len(order), "")
-    report(found, choices, plain, measured, out)
+    relative = {
+        "model": np.array([found.predict(choice) for choice in choices]) / found.dense_seconds,
+        **parts.without(choices),
+        "plain sum": np.array([plain(choice) for choice in choices]) / plain(np.zeros(len(layers), np.int64)),
+    }
+    report(found.environment, choices, relative, measured, out)
+
+
+class Parts:
+    """The model without some of its parts, from the measurements that it was fitted to."""
+
+    def __init__(self) -> None:
+        self._arguments: tuple[Any, ...] | None = None
+
+    def fit(self, *arguments: Any) -> Fit:
+        """`fit_latency`; remembers what it was called with."""
+        self._arguments = arguments
+        return fit_latency(*arguments)
+
+    def without(self, choices: np.ndarray) -> dict[str, np.ndarray]:
+        """What is left out -> (networks,) seconds relative to the dense network; empty if nothing was fitted."""
+        if self._arguments is None:
+            return {}
+        trials, before, source_of, *rest = self._arguments
+        alone, sources = np.full(len(before), NONE_BEFORE), dict.fromkeys(source_of, NONE_BEFORE)
+        unseen = [replace(trial, noise=UNSEEN) for trial in trials]
+        variants = {
+            "without neighbours": (trials, alone, sources, *rest),
+            "without whole networks": (unseen, before, source_of, *rest),
+            "without both": (unseen, alone, sources, *rest),
+        }
+        return {name: self._relative(arguments, choices) for name, arguments in variants.items()}
+
+    @staticmethod
+    def _relative(arguments: tuple[Any, ...], choices: np.ndarray) -> np.ndarray:
+        fit, (before, sparse) = fit_latency(*arguments), (arguments[1], arguments[4])
+        costs = Costs(fit.seconds, fit.entry, before, ~sparse)
+        totals = [fit.base_seconds + costs.total(choice) for choice in (np.zeros_like(choices[0]), *choices)]
+        return np.array(totals[1:]) / totals[0]
 
 
 def random_choices(levels: tuple[Level, ...], layers: int, networks: int, rng: np.random.Generator) -> np.ndarray:
@@ -146,20 +192,28 @@ class Visit:
         return median_ratio(times["network"].seconds, times["dense"].seconds)[0]
 
 
-def report(table: LatencyTable, choices: np.ndarray, plain: PlainSum, measured: np.ndarray, out: Path | None) -> None:
-    """Print errors of predicted speedups, and keep the figures."""
+def report(
+    environment: Environment,
+    choices: np.ndarray,
+    relative: Mapping[str, np.ndarray],
+    measured: np.ndarray,
+    out: Path | None,
+) -> None:
+    """Print errors of predicted speedups, and keep the figures.
+
+    Args:
+        environment: of all of it.
+        choices: (networks, layers) level indices.
+        relative: model -> (networks,) seconds relative to the dense network, as predicted.
+        measured: (networks, visits), the same as measured.
+        out: a file for all of it, or None.
+    """
     truth = np.exp(np.log(measured).mean(axis=1))
     noise = np.abs(np.log(measured[:, 0] / measured[:, 1]))
-    dense = np.zeros(choices.shape[1], np.int64)
-    predictions = {
-        "model": np.array([table.predict(choice) for choice in choices]) / table.dense_seconds,
-        "plain sum": np.array([plain(choice) for choice in choices]) / plain(dense),
-    }
-    environment = table.environment
     print(f"{environment.runtime} {environment.version}, batch {environment.batch}, {environment.threads} threads")
     print(f"{len(truth)} networks, measured speedups {1 / truth.max():.2f} to {1 / truth.min():.2f}")
     print(f"two visits of one network differ by {np.median(noise):.1%} (median), {noise.max():.1%} (largest)")
-    for name, predicted in predictions.items():
+    for name, predicted in relative.items():
         error = truth / predicted - 1  # of the speedup: positive is promised too much
         size = np.abs(error)
         print(
@@ -167,7 +221,7 @@ def report(table: LatencyTable, choices: np.ndarray, plain: PlainSum, measured: 
             f"largest {size.max():.1%}; bias {np.median(error):+.1%}"
         )
     if out:
-        figures = {name: values.tolist() for name, values in predictions.items()}
+        figures = {name: values.tolist() for name, values in relative.items()}
         content = {"environment": environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
         out.write_text(json.dumps({**content, "predicted": figures}, indent=1), encoding="utf8")
 

@@ -75,8 +75,6 @@ class ScriptedRuntime:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def close(self) -> None: ...
-
 
 @pytest.fixture
 def machine(monkeypatch):
