@@ -30,10 +30,10 @@ from onnx_spdy.runtimes import (
     open_runtime,
 )
 
-VISITS = 6  # the fewest whose extremes bound a median with 95 % confidence
-ROUNDS = 7  # of each visit
+VISITS = 9  # the fewest that bound a median with 95 % confidence when one on each side is an outlier
+ROUNDS = 4  # of each visit
 ITERATIONS = 2
-WARMUP = 3  # rounds at the beginning of a visit
+WARMUP = 2  # rounds at the beginning of a visit
 BUSY_WAITS_SECONDS = (1, 5, 10)  # before a disturbed visit is repeated, in all of a validation
 CONFIDENCE = 0.95
 EVALUATION_BATCH = 32

@@ -5,15 +5,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import Layer, find_layers
+from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline import measure
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency import NoSpeedup
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.measure import MachineBusy, measure_latency
-from onnx_spdy.pipeline.mixed_networks import imposed, layers_before, plan_networks
+from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed
 from onnx_spdy.runtimes import EngineCrashed, LayerTime, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 from onnx_spdy.runtimes.remote import RemoteRuntime
@@ -116,7 +115,7 @@ def test_unstructured_levels_are_zeros_in_one_file(model: onnx.ModelProto) -> No
     measure_latency(model, runtime, LEVELS, batch=1)
     assert len({file for file, _, _ in runtime.asked}) == 1
     networks = runtime.asked[1:]
-    assert len(networks) >= measure.NETWORKS + measure.CHOSEN_NETWORKS
+    assert len(networks) >= NETWORKS + measure.CHOSEN_NETWORKS
     assert len({seed for _, _, seed in networks}) == len(networks)
 
 
@@ -167,7 +166,7 @@ def test_a_busy_machine_is_noticed_and_what_was_measured_is_kept(
     assert save.exists()
     expected = measure_latency(model, FakeRuntime(), LEVELS, batch=2)
     np.testing.assert_allclose(table.seconds, expected.seconds)
-    assert len(again.asked) < measure.NETWORKS + measure.CHOSEN_NETWORKS  # those that were kept weren't repeated
+    assert len(again.asked) < NETWORKS + measure.CHOSEN_NETWORKS  # those that were kept weren't repeated
 
 
 def test_a_passing_disturbance_is_measured_again(
@@ -216,43 +215,3 @@ def test_what_was_kept_for_another_question_is_refused(model: onnx.ModelProto, t
     with pytest.raises(ArtifactError, match="batch"):
         measure_latency(model, FakeRuntime(), LEVELS, batch=3, save=save)
     assert keep.exists()
-
-
-def test_the_plan_shows_every_layer_dense_and_at_all_heights() -> None:
-    plan = plan_networks(np.ones((9, 42), bool), LEVELS, np.random.default_rng(0))
-    assert plan.shape == (measure.NETWORKS, 9)
-    assert (~plan.any(axis=1)).sum() == measure.NETWORKS // measure.DENSE_EVERY
-    mixed = plan[plan.any(axis=1)]
-    assert ((mixed == 0).sum(axis=0) >= 2).all()
-    assert (mixed.max(axis=0) > 37).all()
-    assert (np.where(mixed == 0, 41, mixed).min(axis=0) < 5).all()
-    assert not plan_networks(np.zeros((9, 42), bool), LEVELS, np.random.default_rng(0)).any()
-
-
-def test_the_layer_before_is_found_through_everything_between(model: onnx.ModelProto) -> None:
-    layers = [layer for layer in find_layers(model) if layer.prunable]
-    before, source = layers_before(model.graph, layers)
-    assert before.tolist() == [-1, 0, 1, 2]
-    assert source["flat"] == 1
-    assert source["output"] == 3
-
-
-def test_many_skip_connections_are_cut_down() -> None:
-    """Six layers that all wait until the end: the solver would have to carry all of them."""
-    weight = numpy_helper.from_array(np.ones((16, 16), np.float32), "w")
-    first = [helper.make_node("MatMul", ["input", "w"], [f"a{n}"], f"first{n}") for n in range(6)]
-    last = [helper.make_node("MatMul", [f"a{n}", "w"], [f"b{n}"], f"last{n}") for n in range(6)]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [*first, *last],
-        "skips",
-        [value("input", TensorProto.FLOAT, [4, 16])],
-        [value(f"b{n}", TensorProto.FLOAT, [4, 16]) for n in range(6)],
-        [weight],
-    )
-    layers = [Layer(node.name, "MatMul", "w", None, node.output[0], (16, 16), True, None) for node in graph.node]
-    before, _ = layers_before(graph, layers)
-    assert before.tolist()[:6] == [-1] * 6
-    assert set(before.tolist()[6:]) == {-1, 2, 3, 4, 5}
-    awaited = [len({int(one) for one in before[n + 1 :] if 0 <= one <= n}) for n in range(len(before))]
-    assert max(awaited) == measure.MOST_AWAITED
