@@ -183,9 +183,10 @@ def _apply(weight: torch.Tensor, inverse: torch.Tensor, found: torch.Tensor, gon
     flat = _flat(found, size)
     columns = inverse[row, flat]  # (rows, count, d)
     factor = torch.linalg.cholesky(columns.gather(2, flat.unsqueeze(1).expand(-1, flat.shape[1], -1)))
-    scaled = torch.linalg.solve_triangular(factor, columns, upper=False)
+    unfactor = torch.linalg.solve_triangular(factor, torch.eye(flat.shape[1], dtype=factor.dtype), upper=False)
+    scaled = unfactor @ columns
     flat_weight = weight.view(len(found), -1)
-    removed = torch.linalg.solve_triangular(factor, flat_weight.gather(1, flat).unsqueeze(2), upper=False)
+    removed = unfactor @ flat_weight.gather(1, flat).unsqueeze(2)
     flat_weight -= (scaled.mT @ removed).squeeze(2)
     inverse.baddbmm_(scaled.mT, scaled, alpha=-1)
     weight[gone] = 0.0
@@ -260,9 +261,9 @@ def kept_columns(
 def solutions(
     dense: torch.Tensor, hessian: torch.Tensor, kept: Sequence[tuple[torch.Tensor, list[int]]]
 ) -> list[torch.Tensor]:
-    """The exact least-squares weights (out, d) of each level, float32; `kept` as `kept_columns` gives it."""
+    """The exact least-squares weights (out, d) of each level; `kept` as `kept_columns` gives it."""
     target = dense @ hessian
-    found = [torch.zeros(dense.shape) for _ in (kept[0][1] if kept else [])]
+    found = [torch.zeros_like(dense) for _ in (kept[0][1] if kept else [])]
     for row, (order, counts) in enumerate(kept):
         for weights, one in zip(found, solve_nested(hessian, target[row], order, counts), strict=True):
             weights[row] = one
