@@ -13,6 +13,7 @@ import torch
 
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that the samples barely saw from being overfitted
 ROWS_BYTES = 256 << 20  # of the matrices that are factorised together
+PADDED = 1.1  # how much longer than its shortest row the longest row of a batch may be
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -69,9 +70,7 @@ def reconstruct(
     return weight
 
 
-def solve_rows(
-    hessian: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def solve_rows(hessian: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimise exactly over the weights that the mask keeps; a Cholesky factorisation for each row.
 
     Args:
@@ -87,8 +86,11 @@ def solve_rows(
     rows = torch.argsort(counts)  # neighbours need little padding
     start = int((counts == 0).sum())
     while start < len(rows):
-        widest = min(len(rows), start + max(1, ROWS_BYTES // (4 * 8 * int(counts[rows[start]]) ** 2)))
-        chunk = rows[start:widest]
+        shortest = int(counts[rows[start]])
+        fits = max(1, ROWS_BYTES // (4 * 8 * shortest**2))
+        alike = int((counts[rows] <= PADDED * shortest + 1).sum()) - start
+        stop = start + min(fits, max(1, alike))
+        chunk = rows[start:stop]
         width = int(counts[chunk[-1]])
         kept = mask[chunk].to(torch.uint8).sort(dim=1, descending=True, stable=True)
         columns = kept.indices[:, :width]  # (rows, width); padding at the end of a row
@@ -103,7 +105,7 @@ def solve_rows(
         weight[chunk] = torch.zeros_like(target[chunk]).scatter_(1, columns, values)
         ones = torch.ones_like(target[chunk])
         diagonal[chunk] = ones.scatter_(1, columns, inverses.diagonal(dim1=1, dim2=2))
-        start = widest
+        start = stop
     return weight, diagonal
 
 

@@ -113,7 +113,9 @@ def test_the_unit_of_the_inputs_does_not_matter(pruner: Pruner, scale: float) ->
 def test_no_pruner_does_worse_than_magnitude(pruner: Pruner, pattern: str, shape: tuple[int, ...]) -> None:
     weight, hessian = layer(shape)
     levels = some_levels(pattern)
-    if pruner is PRUNERS["sparsegpt"]:  # its sweep can't adapt what it has passed: with hardly a weight left it can lose
+    if (
+        pruner is PRUNERS["sparsegpt"]
+    ):  # its sweep can't adapt what it has passed: with hardly a weight left it can lose
         levels = tuple(level for level in levels if level.sparsity < 0.9)
     plain = PRUNERS["magnitude"](weight, hessian, levels)
     for one, other in zip(pruner(weight, hessian, levels), plain, strict=True):

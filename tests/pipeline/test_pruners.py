@@ -7,7 +7,6 @@ import torch
 from onnx_spdy.pipeline.hessian import squared_error
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.pruners import Pruner, UnknownPruner, one_level, pruner_named
-from onnx_spdy.pipeline.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.pruners.obc import obc
 from onnx_spdy.pipeline.pruners.obs import obs
 from onnx_spdy.pipeline.pruners.quadratic import damped, reconstruct, solve_nested, solve_rows
@@ -88,10 +87,8 @@ def naive_grouped_obs(weight: torch.Tensor, hessian: torch.Tensor, level: Level)
             spare = [run for run in runs if int(alive[run].sum()) > level.group[0]]
             choices = [one.view(1) for run in spare for one in run if bool(alive[one])]
 
-        def cost(unit: torch.Tensor, inverse: torch.Tensor = inverse) -> float:
-            return float(pruned[unit] @ torch.linalg.solve(inverse[unit[:, None], unit], pruned[unit]))
-
-        unit = min(choices, key=cost)
+        costs = [float(pruned[one] @ torch.linalg.solve(inverse[one[:, None], one], pruned[one])) for one in choices]
+        unit = choices[int(np.argmin(costs))]
         pruned -= inverse[:, unit] @ torch.linalg.solve(inverse[unit[:, None], unit], pruned[unit])
         alive[unit] = False
         pruned[~alive] = 0.0
@@ -116,9 +113,7 @@ def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("trace_width", "most"), [(2304, 1.02), (0, 1.25)], ids=["traces", "ladder"])
-def test_the_default_comes_close_to_exact_obs(
-    monkeypatch: pytest.MonkeyPatch, trace_width: int, most: float
-) -> None:
+def test_the_default_comes_close_to_exact_obs(monkeypatch: pytest.MonkeyPatch, trace_width: int, most: float) -> None:
     monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", trace_width)
     weight, hessian = layer((8, 16, 3, 3), seed=3)
     levels = levels_for("unstructured")[1::10]
