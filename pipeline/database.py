@@ -2,13 +2,16 @@
 
 On disk: `index.json` and one safetensors file for each layer. A sparse level is stored as its non-zero
 values and one bit for each weight, so that 41 levels of a layer take about 7.4 times its dense size instead of 41.
-Built layer by layer; what is there already is kept when the work is continued.
+Built layer by layer; what is there already is kept when the work is continued. Reading maps the file into memory:
+only the level that is asked for is read.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,15 @@ from safetensors.torch import save_file
 from onnx_spdy.models import Layer, from_canonical, to_canonical
 from onnx_spdy.pipeline.artifact import ArtifactError, check_same, file_sha256, read_json, replacing, write_json
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.hessian import collect_hessians, squared_error
+from onnx_spdy.pipeline.deploy import level_violation
+from onnx_spdy.pipeline.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.pruners import Pruner
 
 VERSION = 1
 INDEX = "index.json"
+WORK_BYTES = 1 << 30  # that a pruner may need besides its layer's matrices and weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class LayerDatabase:
     levels: tuple[Level, ...]
     layers: Mapping[str, Mapping[str, Any]]
     made_from: Mapping[str, str]
+    _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
 
     def errors(self, names: Sequence[str]) -> np.ndarray:
         """(layers, levels) relative squared output error of each layer on the calibration samples."""
@@ -59,8 +65,10 @@ class LayerDatabase:
             return network.dense(layer.weight)
         path = self.folder / self.layers[layer.name]["file"]
         try:
-            with safe_open(path, framework="pt") as file:
-                values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            file = self._open[path]
+            values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
         except (OSError, SafetensorError) as exc:
             raise ArtifactError(f"{path} can't be read ({exc}); delete it and build the database again") from exc
         return from_canonical(layer, _unpacked(values, bits, layer.shape))
@@ -97,6 +105,7 @@ def build_database(
     pruner_name: str,
     folder: Path,
     progress: Callable[[str, int, int], None] | None = None,
+    memory_bytes: int | None = None,
 ) -> LayerDatabase:
     """Compress every prunable layer to every level.
 
@@ -107,8 +116,11 @@ def build_database(
         pruner, pruner_name: what compresses, and how the index calls it.
         folder: where the database is written; layers that are there already are kept.
         progress: called with (what, done, total).
+        memory_bytes: of the whole process; where the Hessians of all layers don't fit, the layers are taken in several
+            passes over the samples. None: everything in one pass.
     Raises:
         ArtifactError: the folder holds a database that was made from something else.
+        MemoryTooSmall: not even the widest layer alone fits.
     """
     made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": pruner_name}
     path = folder / INDEX
@@ -120,17 +132,56 @@ def build_database(
         database.verify()
         done = dict(database.layers)
     missing = [layer for layer in network.layers if layer.name not in done]
-    if missing:
+    tell = progress or (lambda what, done, total: None)
+    passes = _passes(missing, len(levels), memory_bytes)
+    for count, group in enumerate(passes, start=1):
         network.reset()
-        tell = progress or (lambda what, done, total: None)
-        hessians = collect_hessians(network, missing, samples, lambda n, total: tell("hessians", n, total))
-        for number, layer in enumerate(network.layers):
-            if layer.name in hessians:
-                hessian = hessians.pop(layer.name)
-                done[layer.name] = _build_layer(network, layer, number, hessian, levels, pruner, folder)
-                _write_index(path, levels, done, made_from)
-            tell("layers", number + 1, len(network.layers))
+        what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
+        hessians = collect_hessians(network, group, samples, lambda n, total, what=what: tell(what, n, total))
+        for layer in group:
+            number = network.layers.index(layer)
+            done[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), levels, pruner, folder)
+            _write_index(path, levels, done, made_from)
+            tell("layers", len(done), len(network.layers))
     return LayerDatabase(folder, tuple(levels), done, made_from)
+
+
+class MemoryTooSmall(ValueError):
+    """The memory that was given doesn't suffice for one layer."""
+
+
+def _passes(layers: Sequence[Layer], levels: int, memory_bytes: int | None) -> list[list[Layer]]:
+    """The layers in graph order, in groups whose Hessians fit in memory together."""
+    if memory_bytes is None:
+        return [list(layers)] if layers else []
+    widest = max((work_bytes(layer, levels) for layer in layers), default=0)
+    present = peak_bytes()
+    passes: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        need = hessian_bytes(layer)
+        if present + widest + need > memory_bytes:
+            raise MemoryTooSmall(
+                f"layer {layer.name!r} needs {(present + widest + need) / 2**30:.1f} GiB with what is in memory "
+                f"already, --memory gives {memory_bytes / 2**30:.1f}; give more, or fewer samples"
+            )
+        if need > room:
+            passes.append([])
+            room = memory_bytes - present - widest
+        passes[-1].append(layer)
+        room -= need
+    return passes
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def work_bytes(layer: Layer, levels: int) -> int:
+    """What a pruner needs for a layer: some matrices in float64, the weights at all levels, and `WORK_BYTES`."""
+    return 32 * int(np.prod(layer.shape[1:])) ** 2 + 8 * levels * int(np.prod(layer.shape)) + WORK_BYTES
 
 
 def _write_index(path: Path, levels: Sequence[Level], layers: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
@@ -173,12 +224,8 @@ def _check(layer: Layer, level: Level, weight: torch.Tensor) -> None:
         raise PrunerFailed(
             f"the pruner gave {tuple(weight.shape)} or NaN for layer {layer.name!r} {layer.shape} at {level}"
         )
-    zeros = int((weight == 0).sum())
-    if level.pattern == "unstructured" and zeros < level.zeros(weight.numel()):
-        raise PrunerFailed(
-            f"the pruner left {zeros} zeros in layer {layer.name!r} at {level}, "
-            f"which promises {level.zeros(weight.numel())}"
-        )
+    if problem := level_violation(weight.numpy(), level):
+        raise PrunerFailed(f"what the pruner gave for layer {layer.name!r} is not {level}: {problem}")
 
 
 def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

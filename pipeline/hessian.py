@@ -1,4 +1,4 @@
-"""Layer Hessians from one pass over the calibration samples.
+"""Layer Hessians from one pass over the calibration samples, or several where memory is short.
 
 For a layer that computes W x on input patches x (d,), the squared output error of changed weights is
 tr((W - W0) H (W - W0)^T) with H = E[x x^T] (d, d), the mean over samples and positions. Everything that
@@ -21,6 +21,11 @@ from onnx_spdy.pipeline.network import Network
 PATCH_BYTES = 64 << 20  # of patches in memory at once
 
 
+def hessian_bytes(layer: Layer) -> int:
+    """Memory that a layer needs while its Hessian is collected: the long sum, the short one and a product."""
+    return 16 * int(np.prod(layer.shape[1:])) ** 2
+
+
 def collect_hessians(
     network: Network,
     layers: Sequence[Layer],
@@ -29,7 +34,11 @@ def collect_hessians(
 ) -> dict[str, torch.Tensor]:
     """The Hessian of each layer on the network's current weights, all from one pass.
 
-    Memory: the sum of 12 d^2 bytes over the layers, and `PATCH_BYTES`.
+    Memory: `hessian_bytes` summed over the layers, and twice `PATCH_BYTES`: patches are copied out a few samples at a
+    time and never kept. Layers may be on any device: products are taken there, the long sum is kept on the CPU.
+
+    An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is singular.
+    Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
 
     Args:
         network: run as it is.
@@ -87,7 +96,7 @@ class _Sum:
 
     def _flush(self) -> None:
         if self._recent is not None:
-            self._total += self._recent
+            self._total += self._recent.cpu()
             self._recent = None
 
     def mean(self) -> torch.Tensor:

@@ -86,17 +86,26 @@ DENSE = Level("dense", 0.0)
 
 
 def levels_for(pattern: str) -> tuple[Level, ...]:
-    """The levels of a search over one pattern, dense first, then from lowest to highest sparsity.
+    """The levels of a search over one or more patterns, dense first, then from lowest to highest sparsity.
 
     Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
-    fraction (9.7 %) of the weights that remain. An N:M pattern is one level.
+    fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Patterns that are joined by commas,
+    such as `unstructured,2:4`, make one list; of levels that are equally sparse those of the pattern that was
+    named first come first.
 
     Source: Frantar & Alistarh, SPDY (ICML 2022), section 4 (sparsity grid).
     """
+    names = [name.strip() for name in pattern.split(",")]
+    if len(set(names)) < len(names):
+        raise LevelError(f"pattern {pattern!r} names one twice; name each once")
+    return DENSE, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
+
+
+def _levels_of(pattern: str) -> list[Level]:
     if pattern == "dense":
         raise LevelError("pattern 'dense' leaves nothing to choose; use unstructured, block4 or N:M such as 2:4")
     if _N_OF_M.fullmatch(pattern):
-        return DENSE, Level.parse(pattern)
+        return [Level.parse(pattern)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
     kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]
-    return DENSE, *(Level(pattern, round(1 - k, 4)) for k in kept)
+    return [Level(pattern, round(1 - k, 4)) for k in kept]

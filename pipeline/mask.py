@@ -8,7 +8,7 @@ from torch.nn import functional
 from onnx_spdy.pipeline.level import Level
 
 
-def select_mask(scores: torch.Tensor, level: Level) -> torch.Tensor:
+def select_mask(scores: torch.Tensor, level: Level, zeros: int | None = None) -> torch.Tensor:
     """Keep the highest scores that the level's pattern allows.
 
     Args:
@@ -16,16 +16,19 @@ def select_mask(scores: torch.Tensor, level: Level) -> torch.Tensor:
         level: unstructured zeros exactly `level.zeros(scores.numel())` weights; block4 zeros whole runs of 4
             input channels (the last run is shorter where in % 4 != 0); N:M keeps N in every M input channels
             for each output channel and kernel position.
+        zeros: how many weights (unstructured) or runs (block4) go, where that isn't what the level says of the whole.
     Returns:
         (out, in, *kernel) bool, True = keep.
     """
     if level.pattern == "dense":
         return torch.ones_like(scores, dtype=torch.bool)
     if level.pattern == "unstructured":
-        return _keep_largest(scores.reshape(-1), scores.numel() - level.zeros(scores.numel())).view(scores.shape)
+        zeros = level.zeros(scores.numel()) if zeros is None else zeros
+        return _keep_largest(scores.reshape(-1), scores.numel() - zeros).view(scores.shape)
     if level.pattern == "block4":
         grouped = _grouped(scores, 4, padding=0.0).sum(-1)  # (out, *kernel, groups)
-        keep = _keep_largest(grouped.reshape(-1), grouped.numel() - level.zeros(grouped.numel()))
+        zeros = level.zeros(grouped.numel()) if zeros is None else zeros
+        keep = _keep_largest(grouped.reshape(-1), grouped.numel() - zeros)
         return _ungrouped(keep.view(grouped.shape).unsqueeze(-1).expand(*grouped.shape, 4), scores)
     kept, size = level.group
     grouped = _grouped(scores, size, padding=-torch.inf)

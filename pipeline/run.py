@@ -32,7 +32,7 @@ from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
@@ -62,6 +62,8 @@ def run(
     loss: str | Loss | None = None,
     pattern: str = "unstructured",
     pruner: str = DEFAULT_PRUNER,
+    prune: Pruner | None = None,
+    memory_bytes: int | None = None,
     search: str = DEFAULT_SEARCH,
     search_samples: int = SEARCH_SAMPLES,
     seed: int = 0,
@@ -84,6 +86,8 @@ def run(
         evaluation, metric, metric_name: what the metric is computed on, and how; None leaves it out.
         loss: see `Objective`.
         pattern, pruner, search: names; see `levels_for`, PRUNERS, SEARCHES.
+        prune: a pruner of your own, which `pruner` then names; None for the one of that name.
+        memory_bytes: see `build_database`.
         search_samples: of the calibration samples, how many a profile is scored on.
         seed: of everything random.
         time_limit_seconds: for the search; the best profile so far is taken then.
@@ -95,7 +99,8 @@ def run(
         NoSpeedup, InfeasibleTarget: the target can't be reached by the table; the message says what can.
         ArtifactError: `out` belongs to another run.
     """
-    levels, prune, _ = levels_for(pattern), pruner_named(pruner), search_named(search)
+    levels, _ = levels_for(pattern), search_named(search)
+    prune = prune or pruner_named(pruner)
     clock = _Stages()
     network = Network(dense)
     inputs = samples.take(slice(0, batch)).inputs if len(samples) >= batch else None
@@ -117,7 +122,7 @@ def run(
     with clock("database"):
         database = build_database(
             network, samples, levels, prune, pruner, out / "database",
-            lambda what, done, total: watch("database", done, total, what),
+            lambda what, done, total: watch("database", done, total, what), memory_bytes,
         )  # fmt: skip
     with clock("search"):
         finder = ProfileSearch(

@@ -21,7 +21,7 @@ from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, PRUNERS
 from onnx_spdy.pipeline.report import Report
 from onnx_spdy.pipeline.run import Stitching
 from onnx_spdy.pipeline.run import run as run_pipeline
@@ -35,7 +35,7 @@ from onnx_spdy.tools.doctor import examine
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.progress import ProgressBars
-from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_samples
+from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
 
 app = typer.Typer(
     add_completion=False,
@@ -59,8 +59,11 @@ RuntimeName = Annotated[
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="default: all physical cores")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
-Pattern = Annotated[str, typer.Option("--pattern", help="unstructured, block4 or N:M")]
-PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME")]
+Pattern = Annotated[str, typer.Option("--pattern", help="unstructured, block4 or N:M; several joined by commas")]
+PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]
+Memory = Annotated[
+    float | None, typer.Option("--memory", metavar="GIB", min=0.1, help="of the process while it builds the database")
+]
 SearchName = Annotated[str, typer.Option("--search", metavar="NAME")]
 LossName = Annotated[
     str | None, typer.Option("--loss", metavar="L", help="kl, cross-entropy, squared-error or FILE.py:FUNCTION")
@@ -86,6 +89,7 @@ def run(
     loss: LossName = None,
     pattern: Pattern = "unstructured",
     pruner: PrunerName = DEFAULT_PRUNER,
+    memory: Memory = None,
     search: SearchName = DEFAULT_SEARCH,
     search_samples: SearchSamples = SEARCH_SAMPLES,
     seed: Seed = 0,
@@ -93,7 +97,9 @@ def run(
     allow_busy: AllowBusy = False,
 ) -> None:
     """Everything: measure, compress, search, write back, and measure the result. Continues where it was stopped."""
-    _check_choices(pattern, pruner, search)
+    levels_for(pattern)
+    search_named(search)
+    pruner_name, prune = load_pruner(pruner)
     target, measure_metric, score = _speedup(speedup), load_metric(metric), load_loss(loss)
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
@@ -104,7 +110,8 @@ def run(
             dense, samples, engine, target, out,
             batch=batch, threads=threads, evaluation=load_samples(evaluation, dense) if evaluation else None,
             metric=measure_metric, metric_name=metric if evaluation else None, loss=score,
-            pattern=pattern, pruner=pruner, search=search, search_samples=search_samples, seed=seed,
+            pattern=pattern, pruner=pruner_name, prune=prune, memory_bytes=_gib(memory),
+            search=search, search_samples=search_samples, seed=seed,
             time_limit_seconds=None if time_limit is None else 60 * time_limit, allow_busy=allow_busy, watch=watch,
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
@@ -155,15 +162,16 @@ def database(
     out: Annotated[Path, typer.Option("--out", metavar="DIR")],
     pattern: Pattern = "unstructured",
     pruner: PrunerName = DEFAULT_PRUNER,
+    memory: Memory = None,
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
-    levels, prune = levels_for(pattern), pruner_named(pruner)
+    levels, (pruner_name, prune) = levels_for(pattern), load_pruner(pruner)
     network = Network(load_network(model))
     samples = load_samples(data, network.model)
     with ProgressBars() as watch:
         build_database(
-            network, samples, levels, prune, pruner, out,
-            lambda what, done, total: watch("database", done, total, what),
+            network, samples, levels, prune, pruner_name, out,
+            lambda what, done, total: watch("database", done, total, what), _gib(memory),
         )  # fmt: skip
     print(f"{len(network.layers)} layers x {len(levels)} levels in {out}")
 
@@ -270,10 +278,8 @@ def doctor() -> None:
     show.doctor(examine())
 
 
-def _check_choices(pattern: str, pruner: str, search_name: str) -> None:
-    levels_for(pattern)
-    pruner_named(pruner)
-    search_named(search_name)
+def _gib(value: float | None) -> int | None:
+    return None if value is None else int(value * 2**30)
 
 
 def _speedup(value: str | float) -> float:

@@ -12,9 +12,11 @@ from typing import Any
 import onnx
 
 from onnx_spdy.models import export_module, input_dtypes, input_shapes, load_model, prepare
+from onnx_spdy.pipeline.artifact import file_sha256
 from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
+from onnx_spdy.pipeline.pruners import Pruner, one_level, pruner_named
 
 _numbers = itertools.count()
 
@@ -127,3 +129,18 @@ def load_loss(spec: str | None) -> str | Loss | None:
     if ".py:" in spec:
         return load_function(spec, "loss")
     raise LossError(f"unknown loss {spec!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")
+
+
+def load_pruner(spec: str) -> tuple[str, Pruner]:
+    """A pruner and what a database calls it: a known name, or FILE.py:FUNCTION, `(weight, hessian, level) -> weight`.
+
+    A function's file is part of its name, by checksum: after a change the database is another one.
+
+    Raises:
+        SpecError, UnknownPruner: it is neither.
+    """
+    if ".py:" not in spec:
+        return spec, pruner_named(spec)
+    function = load_function(spec, "pruner")
+    file = Path(spec.rpartition(":")[0]).expanduser()
+    return f"{spec} {file_sha256(file)[:12]}", one_level(function)

@@ -8,8 +8,11 @@ from typing import Protocol
 import torch
 
 from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.pruners.adaprune import adaprune
 from onnx_spdy.pipeline.pruners.magnitude import magnitude
+from onnx_spdy.pipeline.pruners.obc import obc
 from onnx_spdy.pipeline.pruners.obs import obs
+from onnx_spdy.pipeline.pruners.sparsegpt import sparsegpt
 
 
 class Pruner(Protocol):
@@ -22,7 +25,7 @@ class Pruner(Protocol):
             weight: (out, in, *kernel), dense.
             hessian: (d, d) with d = in * prod(kernel): mean over samples and positions of x x^T, where
                 x (d,) is the layer's input patch and the layer computes `weight.flatten(1) @ x`.
-            levels: from the lowest to the highest sparsity.
+            levels: from the lowest to the highest sparsity; patterns may be mixed, and dense may be among them.
         Yields:
             (out, in, *kernel), exact zeros where the level prunes; a new tensor for each level.
         """
@@ -30,6 +33,9 @@ class Pruner(Protocol):
 
 PRUNERS: dict[str, Pruner] = {
     "magnitude": magnitude,
+    "adaprune": adaprune,
+    "sparsegpt": sparsegpt,
+    "obc": obc,
     "obs": obs,
 }
 

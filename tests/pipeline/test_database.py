@@ -7,9 +7,10 @@ import torch
 from onnx_spdy.models import to_canonical
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database import PrunerFailed, build_database, open_database
-from onnx_spdy.pipeline.hessian import collect_hessians, squared_error
-from onnx_spdy.pipeline.level import DENSE, levels_for
+from onnx_spdy.pipeline.database import MemoryTooSmall, PrunerFailed, build_database, open_database, work_bytes
+from onnx_spdy.pipeline.deploy import level_violation
+from onnx_spdy.pipeline.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.network import Network, Objective
 from onnx_spdy.pipeline.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.pruners.obs import obs
@@ -98,7 +99,7 @@ def test_a_pruner_that_breaks_its_promise_is_an_error(network: Network, samples:
         for _ in levels:
             yield weight.clone()
 
-    with pytest.raises(PrunerFailed, match="which promises"):
+    with pytest.raises(PrunerFailed, match="it promises 173"):
         build_database(network, samples, LEVELS, does_nothing, "nothing", tmp_path)
 
 
@@ -141,3 +142,41 @@ def test_a_stitcher_notices_that_somebody_else_changed_the_network(
     network.set(network.layers[0].weight, torch.zeros_like(network.get(network.layers[0].weight)))
     stitcher.stitch(levels)
     assert all(np.array_equal(network.changed()[name], values) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block4"])
+def test_a_pruner_that_misses_its_pattern_is_an_error(
+    network: Network, samples: Samples, tmp_path: Path, pattern: str
+) -> None:
+    def anywhere(weight, hessian, levels):  # as many zeros as are asked for, but not where
+        yield from magnitude(weight, hessian, [Level("unstructured", level.sparsity) for level in levels])
+
+    with pytest.raises(PrunerFailed, match="non-zeros in a group of 4" if pattern == "2:4" else "blocks are zero"):
+        build_database(network, samples, (DENSE, levels_for(pattern)[-1]), anywhere, "anywhere", tmp_path)
+
+
+def test_levels_of_several_patterns_live_in_one_database(network: Network, samples: Samples, tmp_path: Path) -> None:
+    levels = (DENSE, *levels_for("unstructured,2:4,block4")[1::10], Level.parse("2:4"))
+    database = build_database(network, samples, levels, obs, "obs", tmp_path)
+    for layer in network.layers:
+        for level in database.levels:
+            weight = to_canonical(layer, database.weight(network, layer, level))
+            assert level_violation(weight.numpy(), level) is None
+
+
+def test_little_memory_takes_several_passes_and_gives_the_same(
+    network: Network, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build_database(network, samples, LEVELS, obs, "obs", tmp_path / "whole")
+    monkeypatch.setattr("onnx_spdy.pipeline.database.peak_bytes", lambda: 0)
+    widest = max(hessian_bytes(layer) for layer in network.layers)
+    work = max(work_bytes(layer, len(LEVELS)) for layer in network.layers)
+    seen = []
+    parts = build_database(
+        network, samples, LEVELS, obs, "obs", tmp_path / "parts", lambda what, done, total: seen.append(what),
+        widest + work,
+    )  # fmt: skip
+    assert "hessians, pass 2 of 2" in seen
+    assert parts.layers == whole.layers
+    with pytest.raises(MemoryTooSmall, match=r"--memory gives 0\.0; give more"):
+        build_database(network, samples, LEVELS, obs, "obs", tmp_path / "none", None, 1000)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,3 +43,13 @@ def test_zeros_is_the_nearest_count() -> None:
     assert Level("unstructured", 0.5).zeros(10) == 5
     assert Level("unstructured", 0.99).zeros(1000) == 990
     assert DENSE.zeros(1000) == 0
+
+
+def test_patterns_joined_by_commas_make_one_rising_list() -> None:
+    levels = levels_for("unstructured,2:4,1:4")
+    assert levels[0] == DENSE
+    assert len(levels) == 44
+    assert {level.pattern for level in levels} == {"dense", "unstructured", "2:4", "1:4"}
+    assert all(one.sparsity <= other.sparsity for one, other in itertools.pairwise(levels))
+    with pytest.raises(ValueError, match="names one twice"):
+        levels_for("2:4, 2:4")

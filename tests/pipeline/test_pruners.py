@@ -1,14 +1,15 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 
 from onnx_spdy.pipeline.hessian import squared_error
 from onnx_spdy.pipeline.level import Level, levels_for
-from onnx_spdy.pipeline.pruners import PRUNERS, Pruner, UnknownPruner, one_level, pruner_named
-from onnx_spdy.pipeline.pruners.magnitude import magnitude
-from onnx_spdy.pipeline.pruners.obs import obs, reconstruct
-
-SHAPES = [(12, 16), (8, 12, 3, 3), (6, 20, 1, 1), (4, 16, 3)]
+from onnx_spdy.pipeline.pruners import Pruner, UnknownPruner, one_level, pruner_named
+from onnx_spdy.pipeline.pruners.obc import obc
+from onnx_spdy.pipeline.pruners.obs import obs
+from onnx_spdy.pipeline.pruners.quadratic import damped, reconstruct, solve_nested, solve_rows
 
 
 def layer(shape: tuple[int, ...], seed: int = 0, dead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,46 +20,6 @@ def layer(shape: tuple[int, ...], seed: int = 0, dead: int = 0) -> tuple[torch.T
     inputs[:dead] = 0
     weight = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
     return weight, torch.from_numpy(inputs @ inputs.T / inputs.shape[1])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("pattern", ["unstructured", "block4", "2:4", "4:8"])
-def test_every_pruner_gives_every_level_its_zeros(name: str, pattern: str, shape: tuple[int, ...]) -> None:
-    weight, hessian = layer(shape)
-    levels = levels_for(pattern)[1:]
-    for level, pruned in zip(levels, PRUNERS[name](weight, hessian, levels), strict=True):
-        assert pruned.shape == weight.shape
-        assert pruned.dtype == weight.dtype
-        assert bool(torch.isfinite(pruned).all())
-        zeros = int((pruned == 0).sum())
-        if pattern == "unstructured":
-            assert zeros == level.zeros(weight.numel())
-        elif level.is_n_of_m:
-            kept, size = level.group
-            runs = torch.nn.functional.pad(pruned.movedim(1, -1) != 0, (0, -shape[1] % size)).unflatten(-1, (-1, size))
-            assert int(runs.sum(-1).max()) <= kept
-        else:
-            assert zeros >= 0.9 * level.sparsity * weight.numel()
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_every_pruner_is_deterministic_and_leaves_its_input_alone(name: str) -> None:
-    weight, hessian = layer((8, 12, 3, 3))
-    levels = levels_for("unstructured")[1::10]
-    copies = weight.clone(), hessian.clone()
-    first, second = list(PRUNERS[name](weight, hessian, levels)), list(PRUNERS[name](weight, hessian, levels))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    assert torch.equal(weight, copies[0])
-    assert torch.equal(hessian, copies[1])
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_every_pruner_survives_dead_inputs_and_a_dead_layer(name: str) -> None:
-    for dead in (5, 16):
-        weight, hessian = layer((12, 16), dead=dead)
-        for pruned in PRUNERS[name](weight, hessian, levels_for("unstructured")[1::8]):
-            assert bool(torch.isfinite(pruned).all())
 
 
 def naive_least_squares(weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -99,17 +60,83 @@ def naive_obs(weight: torch.Tensor, hessian: torch.Tensor, zeros: int) -> torch.
     return pruned
 
 
-def test_obs_comes_close_to_exact_greedy_obs_and_well_below_magnitude() -> None:
-    weight, hessian = layer((4, 16), seed=3)
-    levels = levels_for("unstructured")[1:]
-    for level, fast, plain in zip(
-        levels, obs(weight, hessian, levels), magnitude(weight, hessian, levels), strict=True
-    ):
-        if level.sparsity not in (levels[5].sparsity, levels[15].sparsity):
-            continue
-        exact = squared_error(naive_obs(weight, hessian, level.zeros(64)) - weight, hessian)
-        assert squared_error(fast.double() - weight, hessian) < 1.3 * exact
-        assert squared_error(fast.double() - weight, hessian) < 0.6 * squared_error(plain.double() - weight, hessian)
+@pytest.mark.parametrize("shape", [(4, 16), (3, 2, 3, 3)])
+def test_obc_equals_naive_greedy_obs(shape: tuple[int, ...]) -> None:
+    weight, hessian = layer(shape, seed=3)
+    weight = weight.double()  # so that nothing is rounded
+    levels = levels_for("unstructured")[1::5]
+    for level, found in zip(levels, obc(weight, hessian, levels), strict=True):
+        flat = weight.flatten(1)
+        exact = naive_obs(flat, damped(hessian), level.zeros(weight.numel()))
+        torch.testing.assert_close(found.flatten(1), exact, rtol=1e-6, atol=1e-6)
+
+
+def naive_grouped_obs(weight: torch.Tensor, hessian: torch.Tensor, level: Level) -> torch.Tensor:
+    """Exact greedy OBS of one row (d,) in runs: block4 removes whole runs, N:M single weights that a run can spare."""
+    pruned, alive = weight.double().clone(), torch.ones(len(weight), dtype=torch.bool)
+    size = 4 if level.pattern == "block4" else level.group[1]
+    runs = torch.arange(len(weight)).split(size)
+    removals = level.zeros(len(runs)) if level.pattern == "block4" else len(runs) * (size - level.group[0])
+    for _ in range(removals):
+        keep = torch.nonzero(alive).flatten()
+        inverse = torch.zeros_like(hessian)
+        inverse[keep[:, None], keep] = torch.linalg.inv(hessian[keep][:, keep])
+        if level.pattern == "block4":
+            choices = [run for run in runs if bool(alive[run].all())]
+        else:
+            spare = [run for run in runs if int(alive[run].sum()) > level.group[0]]
+            choices = [one.view(1) for run in spare for one in run if bool(alive[one])]
+
+        costs = [float(pruned[one] @ torch.linalg.solve(inverse[one[:, None], one], pruned[one])) for one in choices]
+        unit = choices[int(np.argmin(costs))]
+        pruned -= inverse[:, unit] @ torch.linalg.solve(inverse[unit[:, None], unit], pruned[unit])
+        alive[unit] = False
+        pruned[~alive] = 0.0
+    return pruned
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "block4@0.5000"])
+def test_obc_equals_naive_greedy_obs_in_runs(text: str) -> None:
+    weight, hessian = layer((1, 24), seed=4)
+    weight, level = weight.double(), Level.parse(text)
+    (found,) = obc(weight, hessian, [level])
+    exact = naive_grouped_obs(weight[0], damped(hessian), level)
+    torch.testing.assert_close(found[0], exact, rtol=1e-6, atol=1e-6)
+
+
+def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnx_spdy.pipeline.pruners.elimination.PANEL", 3)  # so that panels and cuts come often
+    monkeypatch.setattr("onnx_spdy.pipeline.pruners.elimination.STATE_BYTES", 1)  # and each row comes alone
+    test_obc_equals_naive_greedy_obs((4, 16))
+    test_obc_equals_naive_greedy_obs_in_runs("2:4")
+    test_obc_equals_naive_greedy_obs_in_runs("block4@0.5000")
+
+
+@pytest.mark.parametrize(("trace_width", "most"), [(2304, 1.02), (0, 1.25)], ids=["traces", "ladder"])
+def test_the_default_comes_close_to_exact_obs(monkeypatch: pytest.MonkeyPatch, trace_width: int, most: float) -> None:
+    monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", trace_width)
+    weight, hessian = layer((8, 16, 3, 3), seed=3)
+    levels = levels_for("unstructured")[1::10]
+    for fast, exact in zip(obs(weight, hessian, levels), obc(weight, hessian, levels), strict=True):
+        errors = [squared_error((pruned - weight).flatten(1).double(), hessian) for pruned in (fast, exact)]
+        assert errors[0] < most * errors[1]
+
+
+def test_rows_are_solved_exactly_one_by_one_and_nested() -> None:
+    weight, hessian = layer((6, 30))
+    mask = torch.rand(6, 30, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[3] = False
+    exact = naive_least_squares(weight, hessian, mask)
+    target = weight.double() @ hessian
+    found, diagonal = solve_rows(hessian, target, mask)
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
+    for row, keep in enumerate(mask):
+        inverse = torch.linalg.inv(hessian[keep][:, keep])
+        torch.testing.assert_close(diagonal[row, keep], inverse.diagonal(), rtol=1e-8, atol=1e-9)
+        order = torch.cat([torch.nonzero(keep).flatten(), torch.nonzero(~keep).flatten()])
+        (nested, nothing) = solve_nested(hessian, target[row], order, [int(keep.sum()), 0])
+        torch.testing.assert_close(nested, exact[row], rtol=1e-8, atol=1e-9)
+        assert not bool(nothing.any())
 
 
 def test_a_users_function_is_a_pruner() -> None:
@@ -122,5 +149,5 @@ def test_a_users_function_is_a_pruner() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownPruner, match="magnitude, obs"):
+    with pytest.raises(UnknownPruner, match="magnitude, adaprune"):
         pruner_named("best")

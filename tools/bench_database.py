@@ -1,0 +1,225 @@
+"""What the layer database costs, and how good its layers are on samples that it hasn't seen.
+
+    python -m onnx_spdy.tools.bench_database MODEL --data DATA --test OTHER_DATA --pruner obs --pruner obc
+
+For each pruner: seconds and peak memory of each layer and in all, and the layers' relative squared output errors on
+the other samples at some sparsities, geometric means over the layers. `--layers` takes some of the layers,
+`--samples 128,512` collects the Hessians from fewer samples too. Exponents are fitted to the time against a layer's
+width d (for each of its rows, and one level list) and against the number of samples; `--plot` draws both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from onnx_spdy.models import Layer, to_canonical
+from onnx_spdy.pipeline.artifact import write_json
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database import peak_bytes
+from onnx_spdy.pipeline.hessian import collect_hessians, squared_error
+from onnx_spdy.pipeline.level import Level, levels_for
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner
+from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.specs import SpecError, load_network, load_pruner, load_samples
+
+GIB = 2**30
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def bench(
+    model: Annotated[str, typer.Argument()],
+    data: Annotated[str, typer.Option(help="calibration samples")],
+    test: Annotated[str | None, typer.Option(help="other samples, for the errors; default: the calibration's")] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    pattern: Annotated[str, typer.Option()] = "unstructured",
+    sparsities: Annotated[str, typer.Option(help="the nearest levels are shown")] = "0.5,0.7,0.8,0.9,0.95,0.98",
+    layers: Annotated[str | None, typer.Option(help="names or numbers, by commas; default: all")] = None,
+    samples: Annotated[str | None, typer.Option(help="numbers of samples to time Hessians with as well")] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="all figures as JSON")] = None,
+    plot: Annotated[Path | None, typer.Option(help="time and memory against width and samples, as an image")] = None,
+) -> None:
+    """Build some layers of a database by each pruner; print times, memory and errors."""
+    if threads:
+        torch.set_num_threads(threads)
+    pruners = [load_pruner(spec) for spec in pruner or [DEFAULT_PRUNER]]
+    levels = levels_for(pattern)[1:]
+    shown = nearest(levels, [float(text) for text in sparsities.split(",")])
+    network = Network(load_network(model))
+    chosen = selected(network, layers)
+    calibration = load_samples(data, network.model)
+    counts = sorted(
+        {*(int(text) for text in samples.split(",") if samples), len(calibration)} if samples else {len(calibration)}
+    )
+    with ProgressBars() as watch:
+
+        def hessians_of(some: Samples, what: str) -> dict[str, torch.Tensor]:
+            return collect_hessians(network, chosen, some, lambda n, total: watch("hessians", n, total, what))
+
+        collected: list[dict[str, Any]] = []
+        for count in counts:
+            with measured(collected, samples=count):
+                hessians = hessians_of(calibration.take(slice(0, count)), f"{count} samples")
+        unseen = hessians_of(load_samples(test, network.model), "other samples") if test else hessians
+        rows: list[dict[str, Any]] = []
+        for number, layer in enumerate(chosen):
+            for name, prune in pruners:
+                watch("layers", number, len(chosen), f"{layer.name} by {name}")
+                rows.append(bench_layer(network, layer, hessians[layer.name], unseen[layer.name], prune, levels, shown))
+                rows[-1]["pruner"] = name
+    found = {
+        "hessians": collected,
+        "layers": rows,
+        "levels": [*map(str, shown)],
+        "exponents": exponents(collected, rows),
+    }
+    show(found)
+    if out:
+        write_json(
+            out, "bench-database", 1, {**found, "peak_gib": peak_bytes() / GIB, "threads": torch.get_num_threads()}
+        )
+    if plot:
+        draw(found, plot)
+
+
+def nearest(levels: Sequence[Level], sparsities: Sequence[float]) -> list[Level]:
+    """The level nearest to each of these sparsities, each once."""
+    return list(dict.fromkeys(min(levels, key=lambda level: abs(level.sparsity - one)) for one in sparsities))
+
+
+def selected(network: Network, names: str | None) -> list[Layer]:
+    """The prunable layers with these names or numbers, in graph order.
+
+    Raises:
+        SpecError: there is no such layer.
+    """
+    if names is None:
+        return list(network.layers)
+    wanted = {name.strip() for name in names.split(",")}
+    known = {key: layer for n, layer in enumerate(network.layers) for key in (str(n), layer.name)}
+    if unknown := wanted - set(known):
+        raise SpecError(
+            f"no layer {min(unknown)!r}; there are 0 to {len(network.layers) - 1}: {', '.join(list(known)[1::2])}"
+        )
+    return [layer for n, layer in enumerate(network.layers) if wanted & {str(n), layer.name}]
+
+
+@contextmanager
+def measured(into: list[dict[str, Any]], **what: Any) -> Iterator[None]:
+    """Append the block's wall seconds and the process's peak memory during it (Linux; elsewhere the peak so far)."""
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # resets the peak
+    start = time.monotonic()
+    yield
+    into.append({**what, "seconds": time.monotonic() - start, "peak_gib": recent_peak() / GIB})
+
+
+def recent_peak() -> int:
+    if not STATUS.exists():
+        return peak_bytes()
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def bench_layer(
+    network: Network,
+    layer: Layer,
+    hessian: torch.Tensor,
+    unseen: torch.Tensor,
+    prune: Pruner,
+    levels: Sequence[Level],
+    shown: Sequence[Level],
+) -> dict[str, Any]:
+    """Time and memory of all levels of a layer, and its errors by the other samples at those that are shown."""
+    dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+    power = squared_error(dense.flatten(1).double(), unseen)
+    kept: dict[Level, torch.Tensor] = {}
+    found: list[dict[str, Any]] = []
+    with measured(found, layer=layer.name, out=layer.shape[0], width=len(hessian)):
+        for level, weight in zip(levels, prune(dense, hessian, levels), strict=True):
+            if level in shown:
+                kept[level] = weight
+    errors = [squared_error((kept[level] - dense).flatten(1).double(), unseen) / max(power, 1e-300) for level in shown]
+    return {**found[0], "errors": errors}
+
+
+def exponents(hessians: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Slopes of log seconds: of the Hessians against samples, of each pruner's seconds a row against the width."""
+    found = {}
+    if len(hessians) > 1:
+        found["hessians by samples"] = slope([one["samples"] for one in hessians], [one["seconds"] for one in hessians])
+    for name in dict.fromkeys(row["pruner"] for row in rows):
+        mine = [row for row in rows if row["pruner"] == name]
+        if len({row["width"] for row in mine}) > 1:
+            widths, seconds = [row["width"] for row in mine], [row["seconds"] / row["out"] for row in mine]
+            found[f"{name} by width"] = slope(widths, seconds)
+    return found
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def show(found: dict[str, Any]) -> None:
+    for one in found["hessians"]:
+        print(f"hessians of {one['samples']:5d} samples {one['seconds']:8.1f} s, peak {one['peak_gib']:.2f} GiB")
+    print(
+        f"{'layer':24s} {'pruner':12s} {'out':>5s} {'width':>5s} {'seconds':>8s} {'GiB':>5s}  "
+        + "  ".join(found["levels"])
+    )
+    for row in found["layers"]:
+        errors = "  ".join(
+            f"{error:<{len(level)}.6f}" for error, level in zip(row["errors"], found["levels"], strict=True)
+        )
+        print(
+            f"{row['layer'][:24]:24s} {row['pruner'][:12]:12s} {row['out']:5d} {row['width']:5d} "
+            f"{row['seconds']:8.1f} {row['peak_gib']:5.2f}  {errors}"
+        )
+    for name in dict.fromkeys(row["pruner"] for row in found["layers"]):
+        mine = [row for row in found["layers"] if row["pruner"] == name]
+        means = np.exp(np.mean(np.log(np.maximum([row["errors"] for row in mine], 1e-300)), axis=0))
+        seconds, peak = sum(row["seconds"] for row in mine), max(row["peak_gib"] for row in mine)
+        print(
+            f"{name}: {seconds:.1f} s, peak {peak:.2f} GiB, geometric mean " + " ".join(f"{mean:.6f}" for mean in means)
+        )
+    for name, value in found["exponents"].items():
+        print(f"seconds grow with exponent {value:.2f}: {name}")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Seconds a row and peak memory against width, and the Hessians' seconds against samples."""
+    import matplotlib as mpl  # slow to import, and few calls draw
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    columns: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("seconds for each row", lambda row: row["seconds"] / row["out"]),
+        ("peak memory, GiB", lambda row: row["peak_gib"]),
+    ]
+    for axis, (title, value) in zip(axes, columns, strict=False):
+        for name in dict.fromkeys(row["pruner"] for row in found["layers"]):
+            mine = [row for row in found["layers"] if row["pruner"] == name]
+            axis.loglog([row["width"] for row in mine], [value(row) for row in mine], "o", label=name)
+        axis.set(xlabel="width d of the layer", ylabel=title)
+        axis.legend()
+    counts, seconds = zip(*((one["samples"], one["seconds"]) for one in found["hessians"]), strict=True)
+    axes[2].loglog(counts, seconds, "o-")
+    axes[2].set(xlabel="calibration samples", ylabel="seconds for the Hessians")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        typer.run(bench)
