@@ -40,7 +40,7 @@ class Network:
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
         self.sha256 = model_sha256(model)
         self.edits = 0
-        self._parameters = dict(self.graph.named_parameters())
+        self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense = {
             name: self._parameters[name].clone()
             for layer in self.layers
@@ -60,6 +60,10 @@ class Network:
         """Exchange the values of one weight or bias, in the shape in which the file stores it."""
         self._parameters[initializer].data.copy_(values)
         self.edits += 1
+
+    def parameter(self, initializer: str) -> torch.nn.Parameter:
+        """What an optimizer trains; whoever changes it ends with `set`."""
+        return self._parameters[initializer]
 
     def changed(self) -> dict[str, np.ndarray]:
         """Initializer name -> values, of those weights and biases that differ from the dense model now."""
