@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -84,7 +84,18 @@ class Network:
 
     def run(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Outputs for one batch."""
-        return self.graph({name: as_tensor(array) for name, array in samples.inputs.items()})
+        return self.graph(_tensors(samples))
+
+    def run_together(
+        self, samples: Samples, after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+    ) -> None:
+        """Run all samples node by node, in one batch or in as many as the graph needs; see `TorchGraph.run_together`.
+
+        Samples that don't fill a batch that the graph fixes are left out.
+        """
+        size = self.batch_size(len(samples))
+        whole = [batch for batch in samples.batches(size) if len(batch) == size]
+        self.graph.run_together([_tensors(batch) for batch in whole], after)
 
     def outputs(self, samples: Samples, *, bfloat16: bool = False) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""
@@ -140,6 +151,10 @@ class Objective:
     def _outputs(self) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         for batch, outputs in self.network.outputs(self.samples, bfloat16=self._bfloat16):
             yield batch, {name: v.float() if v.is_floating_point() else v for name, v in outputs.items()}
+
+
+def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
+    return {name: as_tensor(array) for name, array in samples.inputs.items()}
 
 
 def has_bfloat16() -> bool:

@@ -11,6 +11,7 @@ Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.3 (global AdaPrune).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,9 +26,16 @@ from onnx_spdy.pipeline.loss import relative_squared_error
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.train import BATCH, Checkpoint, Trainer, Training
 
-EPOCHS = 20
+NO_REPAIR = "none"
+REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
+
+STEPS = 300  # so that repair takes about as long whatever the number of samples
+MOST_EPOCHS = 50
 RATE = 0.01
-PATIENCE = 6  # epochs
+
+
+class UnknownRepair(ValueError):
+    """No repair of that name."""
 
 
 class FixedMasks:
@@ -46,12 +54,18 @@ class FixedMasks:
         self._kept = KeptZeros(self._parameters)
 
 
+def check_repair(name: str) -> None:
+    """Raises UnknownRepair: the message lists the known names."""
+    if name not in REPAIRS:
+        raise UnknownRepair(f"unknown repair {name!r}; known: {', '.join(REPAIRS)}")
+
+
 def repair(
     network: Network,
     layers: Sequence[Layer],
     samples: Samples,
     *,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     rate: float = RATE,
     batch: int = BATCH,
     seed: int = 0,
@@ -65,11 +79,13 @@ def repair(
         network: stitched to its profile.
         layers: the pruned ones, whose weights and biases are trained.
         samples: calibration samples, at least 2.
-        epochs, rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
+        epochs: at most; by default as many as make `STEPS` steps, and at most `MOST_EPOCHS`.
+        rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
         checkpoint: file from which a stopped repair goes on; one of another network or profile is replaced.
     Returns:
         The mean relative squared error on held-out samples before and after.
     """
+    epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
     names = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
     saved = None
     if checkpoint:
@@ -79,11 +95,14 @@ def repair(
         )
         if not saved.belongs():
             checkpoint.unlink(missing_ok=True)
-    return Trainer(
+    training = Trainer(
         network, names, samples, DenseOutputs(network, samples, layers), _layer_errors, FixedMasks(network, layers),
-        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, patience=PATIENCE,
+        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, patience=max(5, epochs // 4),
         time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
     ).run()  # fmt: skip
+    if training.interrupted:  # the stages after it would run on
+        raise KeyboardInterrupt
+    return training
 
 
 def _layer_errors(

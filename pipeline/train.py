@@ -44,6 +44,7 @@ class Training:
         epochs: done.
         held_out: samples that weren't trained on.
         stopped: why it ended, in words.
+        interrupted: it can go on from its checkpoint.
     """
 
     loss_before: float
@@ -51,6 +52,7 @@ class Training:
     epochs: int
     held_out: int
     stopped: str
+    interrupted: bool = False
 
 
 class Pruning(Protocol):
@@ -206,7 +208,8 @@ class Trainer:
                 values.grad = None
             self._finish()
         state = self.state
-        return Training(state.before, state.best, state.epoch, len(self.held_index), state.stopped)
+        stopped = state.stopped or f"interrupted after {state.epoch} epochs"
+        return Training(state.before, state.best, state.epoch, len(self.held_index), stopped, not state.stopped)
 
     def _epochs(self, capture: Capture) -> None:
         state = self.state
@@ -223,7 +226,6 @@ class Trainer:
             except KeyboardInterrupt:
                 if not state.best_values:
                     raise
-                state.stopped = f"interrupted after {state.epoch} epochs"
                 return
             state.epoch += 1
             state.elapsed_seconds = time.monotonic() - start
@@ -279,7 +281,9 @@ class Trainer:
         if not count:
             raise DataError(f"{len(self.held_index)} held-out samples don't fill one batch of the network; give more")
         if not math.isfinite(total):
-            raise TrainingDiverged(f"the held-out loss became {total} at step {self.state.step}; lower the learning rate")
+            raise TrainingDiverged(
+                f"the held-out loss became {total} at step {self.state.step}; lower the learning rate"
+            )
         return total / count
 
     def _fraction(self, elapsed: float) -> float:

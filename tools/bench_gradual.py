@@ -69,7 +69,7 @@ def bench(
         found = json.loads((out / f"{path.stem}.json").read_text(encoding="utf8"))
         print(
             f"{path.stem}: {metric} {found['metric']:.4f} ({found['metric'] - reference:+.4f}), predicted "
-            f"{found['predicted_speedup']:.2f}x, held-out loss {found['loss']:.4f}, {found['seconds']:.0f} s in this call"
+            f"{found['predicted_speedup']:.2f}x, held-out loss {found['loss']:.4f}, {found['seconds']:.0f} s"
         )
 
 
