@@ -56,7 +56,7 @@ class StatisticsCorrection:
 
     def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
         """Visit each layer with its outputs; what the visit returns goes on to the next one."""
-        by_module = {self._network.graph.node(layer.name): layer for layer in layers}
+        by_module: dict[torch.nn.Module, Layer] = {self._network.graph.node(layer.name): layer for layer in layers}
 
         def after(module: torch.nn.Module, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
             layer = by_module.get(module)

@@ -18,6 +18,7 @@ import onnx
 import torch
 
 from onnx_spdy.models import changed_initializers, differences, model_sha256, to_canonical, write_weights
+from onnx_spdy.pipeline.checkpoint import Checkpoint
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
@@ -26,7 +27,7 @@ from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.loss import cross_entropy, default_loss, distillation_loss
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.repair import FixedMasks
-from onnx_spdy.pipeline.train import BATCH, Checkpoint, Criterion, Trainer, Training
+from onnx_spdy.pipeline.train import BATCH, Criterion, Trainer, Training
 
 EPOCHS = 10
 RATE = 0.01

@@ -19,12 +19,13 @@ import torch
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.artifact import arrays_sha256
+from onnx_spdy.pipeline.checkpoint import Checkpoint
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.gradual import KeptZeros
 from onnx_spdy.pipeline.loss import relative_squared_error
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.train import BATCH, Checkpoint, Trainer, Training
+from onnx_spdy.pipeline.train import BATCH, Trainer, Training
 
 NO_REPAIR = "none"
 REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune

@@ -262,10 +262,10 @@ class Stitching:
 
 def repair_stitched(
     network: Network, profile: Profile, samples: Samples, *, seed: int, checkpoint: Path | None, watch: Watch = ignore
-) -> Training:
-    """Repair a network that is stitched to a profile, in place."""
+) -> Training | None:
+    """Repair a network that is stitched to a profile, in place; None where the profile prunes nothing."""
     pruned = [layer for layer in network.layers if profile.levels[layer.name] != DENSE]
-    return repair(
+    return None if not pruned else repair(
         network, pruned, samples, seed=seed, checkpoint=checkpoint,
         progress=lambda done, total, note: watch("repair", done, total, note),
     )  # fmt: skip

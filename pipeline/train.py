@@ -7,21 +7,17 @@ goes on to the same result.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from onnx_spdy.models import Layer
-from onnx_spdy.pipeline.artifact import ArtifactError, check_same, replacing
+from onnx_spdy.pipeline.checkpoint import Checkpoint
 from onnx_spdy.pipeline.data import DataError, Samples
 from onnx_spdy.pipeline.dense_outputs import Capture, DenseOutputs
 from onnx_spdy.pipeline.network import Network
@@ -32,7 +28,7 @@ Criterion = Callable[[Outputs, Outputs, torch.Tensor | None], torch.Tensor]  # (
 BATCH = 32
 LARGEST_HELD_OUT = 256
 WARM_UP = 0.05  # of all steps
-VERSION = 1
+SMALLEST_BIAS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,51 +77,6 @@ class _State:
     best_epoch: int = 0
     stopped: str = ""
     best_values: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Checkpoint:
-    """A file from which a training goes on.
-
-    Args:
-        path: of the safetensors file.
-        made_from: what the training belongs to, name -> value.
-    """
-
-    def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
-        self.path, self.made_from = path, {name: str(value) for name, value in made_from.items()}
-
-    def check(self) -> None:
-        """Raises ArtifactError: the file that is there is damaged or belongs to another training."""
-        if self.path.exists():
-            theirs = self._header().get("made_from", {})
-            check_same(self.path, {name: (theirs.get(name), value) for name, value in self.made_from.items()})
-
-    def belongs(self) -> bool:
-        """Whether there is a file, of this training."""
-        return self.path.exists() and self._header().get("made_from") == self.made_from
-
-    def write(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Replace the file."""
-        header = {"format": "onnx_spdy.training", "version": VERSION, "made_from": self.made_from, **numbers}
-        with replacing(self.path) as temporary:
-            contiguous = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-            save_file(contiguous, temporary, metadata={"training": json.dumps(header)})
-
-    def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Raises ArtifactError: see `check`."""
-        self.check()
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, self._header()  # noqa: SIM118  # no iterator
-
-    def _header(self) -> dict[str, Any]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("training", "{}"))
-        except (OSError, SafetensorError, ValueError) as exc:
-            raise ArtifactError(f"{self.path} can't be read ({exc}); delete it to start again") from exc
-        if (header.get("format"), header.get("version")) != ("onnx_spdy.training", VERSION):
-            raise ArtifactError(f"{self.path} is no checkpoint of a training of version {VERSION}; delete it")
-        return header
 
 
 def split(samples: Samples, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +168,8 @@ class Trainer:
             self._load()
         else:
             state.before = self._held_out_loss(capture)
+            if not math.isfinite(state.before):
+                raise TrainingDiverged(f"the held-out loss is {state.before} before any step; check network and data")
             if self.pruning.finished:
                 self._remember(state.before)
         start = time.monotonic() - state.elapsed_seconds
@@ -232,7 +185,7 @@ class Trainer:
             loss = self._held_out_loss(capture)
             if self.pruning.finished and loss < state.best:
                 self._remember(loss)
-            state.stopped = self._why_stop()
+            state.stopped = self._why_stop() if math.isfinite(loss) else self._diverged(loss)
             self._save()
 
     def _epoch(self, capture: Capture, start: float) -> None:
@@ -280,10 +233,6 @@ class Trainer:
                     count += len(part)
         if not count:
             raise DataError(f"{len(self.held_index)} held-out samples don't fill one batch of the network; give more")
-        if not math.isfinite(total):
-            raise TrainingDiverged(
-                f"the held-out loss became {total} at step {self.state.step}; lower the learning rate"
-            )
         return total / count
 
     def _fraction(self, elapsed: float) -> float:
@@ -299,6 +248,12 @@ class Trainer:
         if self.patience and state.best_values and state.epoch - state.best_epoch >= self.patience:
             return f"no better on held-out samples since epoch {state.best_epoch}"
         return ""
+
+    def _diverged(self, loss: float) -> str:
+        reason = f"the held-out loss became {loss} in epoch {self.state.epoch}; lower the learning rate"
+        if not self.state.best_values:
+            raise TrainingDiverged(reason)
+        return reason
 
     def _remember(self, loss: float) -> None:
         self.state.best, self.state.best_epoch = loss, self.state.epoch
@@ -341,10 +296,11 @@ class Trainer:
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer a finite number."""
+    """The loss is no finite number, and there is no earlier state to keep."""
 
 
 def _size(values: torch.Tensor) -> float:
-    """Root mean square of the values that aren't zero; of a tensor of zeros (a bias, say) 1e-2."""
-    kept = values.detach()[values.detach() != 0]
-    return float(kept.float().square().mean().sqrt()) if kept.numel() else 1e-2
+    """Root mean square of the values that aren't zero; at least `SMALLEST_BIAS` for a bias, which may be all zero."""
+    kept = values.detach()[values.detach() != 0].float()
+    size = float(kept.square().mean().sqrt()) if kept.numel() else 0.0
+    return max(size, SMALLEST_BIAS) if values.ndim == 1 else size

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import onnx
 import typer
 
 from onnx_spdy.models import save_model
 from onnx_spdy.pipeline.finetune import EPOCHS, finetune
+from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.train import BATCH
 from onnx_spdy.pipeline.validate import evaluate
@@ -41,28 +43,8 @@ def bench(
     save_model(dense, out / "dense.onnx")
     with ProgressBars() as watch:
         for path in profile:
-            name = path.stem
-            if (out / f"{name}.json").exists():
-                continue
-            start, chosen = time.monotonic(), Profile.load(path)
-            trained = finetune(
-                dense, dense, load_samples(data, dense), levels=chosen.levels, epochs=epochs, batch=batch, seed=seed,
-                checkpoint=out / f"{name}.checkpoint.safetensors",
-                progress=lambda done, total, note, name=name: watch(name, done, total, note),
-            )  # fmt: skip
-            save_model(trained.model, out / f"{name}.onnx")
-            (out / f"{name}.json").write_text(
-                json.dumps(
-                    {
-                        "search": chosen.search,
-                        "predicted_speedup": chosen.predicted_speedup,
-                        "metric": evaluate(out / f"{name}.onnx", load_samples(evaluation, dense), measure),
-                        "loss": trained.training.loss_after,
-                        "seconds": time.monotonic() - start,
-                    }
-                ),
-                encoding="utf8",
-            )
+            if not (out / f"{path.stem}.json").exists():
+                train(dense, path, data, evaluation, measure, out, epochs, batch, seed, watch)
     reference = evaluate(out / "dense.onnx", load_samples(evaluation, dense), measure)
     print(f"{metric} dense {reference:.4f}")
     for path in profile:
@@ -71,6 +53,36 @@ def bench(
             f"{path.stem}: {metric} {found['metric']:.4f} ({found['metric'] - reference:+.4f}), predicted "
             f"{found['predicted_speedup']:.2f}x, held-out loss {found['loss']:.4f}, {found['seconds']:.0f} s"
         )
+
+
+def train(
+    dense: onnx.ModelProto,
+    path: Path,
+    data: str,
+    evaluation: str,
+    measure: Metric,
+    out: Path,
+    epochs: int,
+    batch: int,
+    seed: int,
+    watch: ProgressBars,
+) -> None:
+    """Train the dense network to one profile, and keep the network and its figures."""
+    name, start, chosen = path.stem, time.monotonic(), Profile.load(path)
+    trained = finetune(
+        dense, dense, load_samples(data, dense), levels=chosen.levels, epochs=epochs, batch=batch, seed=seed,
+        checkpoint=out / f"{name}.checkpoint.safetensors",
+        progress=lambda done, total, note: watch(name, done, total, note),
+    )  # fmt: skip
+    save_model(trained.model, out / f"{name}.onnx")
+    figures = {
+        "search": chosen.search,
+        "predicted_speedup": chosen.predicted_speedup,
+        "metric": evaluate(out / f"{name}.onnx", load_samples(evaluation, dense), measure),
+        "loss": trained.training.loss_after,
+        "seconds": time.monotonic() - start,
+    }
+    (out / f"{name}.json").write_text(json.dumps(figures), encoding="utf8")
 
 
 def main() -> None:

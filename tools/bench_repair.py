@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
 from onnx_spdy.models import from_canonical, to_canonical
@@ -76,7 +75,7 @@ def steps(
 ) -> dict[str, float]:
     """The metric after each step, and the seconds of pruning and of repair."""
     layers = network.layers[1:-1]
-    network.reset()
+    correction = StatisticsCorrection(network, samples)  # leaves the network dense
     start = time.monotonic()
     hessians = collect_hessians(network, layers, samples)
     prune = pruner_named(pruner)
@@ -85,10 +84,6 @@ def steps(
         (pruned,) = prune(dense, hessians.pop(layer.name), [level])
         network.set(layer.weight, from_canonical(layer, pruned))
     found = {"prune_seconds": time.monotonic() - start, "pruned": score()}
-    weights = network.changed()
-    correction = StatisticsCorrection(network, samples)  # takes the dense statistics, so it resets the network
-    for name, values in weights.items():
-        network.set(name, torch.from_numpy(values))
     correction.apply(layers)
     found["corrected"] = score()
     start = time.monotonic()

@@ -232,7 +232,9 @@ def deploy(
     print(f"statistics correction: {stitching.corrected}")
     if samples and finetune != NO_REPAIR:
         with ProgressBars() as watch:
-            show.training("repair", repair_stitched(network, chosen, samples, seed=seed, checkpoint=None, watch=watch))
+            repaired = repair_stitched(network, chosen, samples, seed=seed, checkpoint=None, watch=watch)
+        if repaired:
+            show.training("repair", repaired)
     deploy_network(network.model, network.changed(), chosen.levels, out)
     print(f"{out} written")
 

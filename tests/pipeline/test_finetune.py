@@ -70,11 +70,15 @@ def test_layers_that_stay_dense_are_not_touched(network: Network, samples: Sampl
     assert set(network.changed()) == {name for layer in pruned for name in (layer.weight, layer.bias)}
 
 
-def test_repair_never_ends_worse_on_held_out_samples_than_it_began(network: Network, samples: Samples) -> None:
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_repair_never_ends_worse_on_held_out_samples_than_it_began(
+    network: Network, samples: Samples, rate: float
+) -> None:
     prune(network, network.layers)
     before = {layer.weight: network.get(layer.weight).clone() for layer in network.layers}
-    training = repair(network, network.layers, samples, epochs=2, rate=1000.0)  # far too large: it can only get worse
+    training = repair(network, network.layers, samples, epochs=2, rate=rate)  # far too large: it can only get worse
     assert training.loss_after == training.loss_before
+    assert (("became nan" in training.stopped) or ("became inf" in training.stopped)) == (rate > 1e20)
     assert all(torch.equal(network.get(name), values) for name, values in before.items())
 
 
@@ -106,7 +110,7 @@ def test_a_finished_repair_is_not_done_again(network: Network, samples: Samples,
     start = {layer.weight: network.get(layer.weight).clone() for layer in network.layers}
     biases = {layer.bias: network.get(layer.bias).clone() for layer in network.layers}
     first = repair(network, network.layers, samples, epochs=2, checkpoint=tmp_path / "file")
-    weights = network.changed()
+    weights = {name: values.copy() for name, values in network.changed().items()}
     for name, values in (start | biases).items():
         network.set(name, values)
 
