@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -84,6 +85,38 @@ class TorchGraph(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raises ModelError when a graph input is missing or a name is no graph input."""
+        values, device = self._begin(inputs), self._device(inputs)
+        for step in self._steps:
+            self._store(step, values, self._compute(step, values, device))
+        return self._results(values)
+
+    def run_together(
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        after: Callable[[NodeModule, list[Tensor]], list[Tensor]],
+    ) -> list[dict[str, Tensor]]:
+        """Run several batches node by node: each node on all of them before the next node.
+
+        For graphs that fix their batch size, where something has to be known of a node's outputs for many samples
+        before the next node runs. It takes as much memory as one large batch.
+
+        Args:
+            batches: inputs, as `forward` takes them.
+            after: called with each node that has one output and its outputs for all batches; what it returns takes
+                their place. It may change parameters.
+        """
+        runs = [self._begin(inputs) for inputs in batches]
+        device = self._device(batches[0])
+        for step in self._steps:
+            results = [self._compute(step, values, device) for values in runs]
+            if len(step.outputs) == 1:
+                results = after(step.module, results)
+            for values, result in zip(runs, results, strict=True):
+                self._store(step, values, result)
+        return [self._results(values) for values in runs]
+
+    def _begin(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The list of values before the first node runs."""
         if len(inputs) != len(self.input_names) or any(name not in inputs for name in self.input_names):
             raise ModelError(f"the graph's inputs are {list(self.input_names)}, but {list(inputs)} were given")
         values: list[Tensor | None] = [None] * self._value_count
@@ -95,21 +128,25 @@ class TorchGraph(nn.Module):
             values[position] = self._buffers[name]
         for name, position in self._input_positions:
             values[position] = inputs[name]
-        device = self._device(inputs)
-        for step in self._steps:
-            arguments = [values[position] for position in step.inputs]
-            if device is not None:
-                for k in step.moves:
-                    arguments[k] = arguments[k].to(device)  # type: ignore[union-attr]
-            result = step.module(*arguments)
-            if len(step.outputs) == 1:
-                values[step.outputs[0]] = result
-            else:
-                for position, tensor in zip(step.outputs, result, strict=True):
-                    values[position] = tensor
-            del result, arguments
-            for position in step.last_uses:
-                values[position] = None
+        return values
+
+    def _compute(self, step: _Step, values: list[Tensor | None], device: torch.device | None) -> Any:
+        arguments = [values[position] for position in step.inputs]
+        if device is not None:
+            for k in step.moves:
+                arguments[k] = arguments[k].to(device)  # type: ignore[union-attr]
+        return step.module(*arguments)
+
+    def _store(self, step: _Step, values: list[Tensor | None], result: Any) -> None:
+        if len(step.outputs) == 1:
+            values[step.outputs[0]] = result
+        else:
+            for position, tensor in zip(step.outputs, result, strict=True):
+                values[position] = tensor
+        for position in step.last_uses:
+            values[position] = None
+
+    def _results(self, values: list[Tensor | None]) -> dict[str, Tensor]:
         return {name: values[position] for name, position in self._output_positions}  # type: ignore[misc]
 
     def _device(self, inputs: Mapping[str, Tensor]) -> torch.device | None:

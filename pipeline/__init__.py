@@ -9,6 +9,12 @@ solve, searches       which level for each layer
 search                that question, asked of one network, table and database
 stitch, correct       the network at those levels, its statistics repaired
 deploy                the pruned ONNX file
+match, gradual        zeros in a user's own module, while it is trained
+dense_outputs,        what training needs: the dense network's outputs, where it stopped, the loop
+  checkpoint, train
+repair, finetune      the pruned network trained, masks fixed or growing
+for_transformers,     callbacks for the Trainers of others
+  for_lightning
 validate, aim         the speedup and the metric, measured; aimed again until the target is met
 report, run           what was found; all of it
 """

@@ -10,11 +10,11 @@ Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from onnx_spdy.models import Layer, fixed_batch
+from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 
@@ -24,77 +24,94 @@ LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling wo
 
 
 class NotCorrected(ValueError):
-    """The network fixes its batch, so its statistics can't be taken over many samples in one pass."""
+    """There are too few samples for one batch of the network."""
 
 
 class StatisticsCorrection:
     """Corrects a network at any profile; the dense statistics are taken once.
+
+    A network that fixes its batch size runs many batches node by node, so that a channel's statistics are those of
+    all samples here too.
 
     Args:
         network: whose dense weights are what is corrected towards; left with them.
         samples: calibration samples, of which the first `SAMPLES` are used, or as many as fit in
             `LARGEST_ACTIVATION_BYTES`.
     Raises:
-        NotCorrected: the network fixes its batch.
+        NotCorrected: there are fewer samples than the network's batch.
     """
 
     def __init__(self, network: Network, samples: Samples) -> None:
-        if fixed_batch(network.model) is not None:
-            raise NotCorrected("the network fixes its batch size, so channel statistics need a pass for each layer")
+        if len(samples) < (needed := network.batch_size(1)):
+            raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
         network.reset()
-        self._batch = samples.take(slice(0, _affordable(network, network.layers, samples)))
-        self._dense = _dense_statistics(network, network.layers, self._batch)
+        self._batch = samples.take(slice(0, _affordable(network, samples)))
+        self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._run(network.layers, self._remember)
 
     def apply(self, pruned: Sequence[Layer]) -> None:
         """Change weights and biases of the pruned layers in place; the network is stitched to its profile."""
-        network = self._network
-        hooks = [
-            network.graph.node(layer.name).register_forward_hook(_Correction(network, layer, *self._dense[layer.name]))
-            for layer in pruned
-        ]
-        _run(network, self._batch, hooks)
+        self._run(pruned, self._correct)
 
+    def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
+        """Visit each layer with its outputs; what the visit returns goes on to the next one."""
+        by_module: dict[torch.nn.Module, Layer] = {self._network.graph.node(layer.name): layer for layer in layers}
 
-def _affordable(network: Network, layers: Sequence[Layer], samples: Samples) -> int:
-    """How many samples to take, judged by the layers' outputs for one."""
-    largest = 1
+        def after(module: torch.nn.Module, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            layer = by_module.get(module)
+            return outputs if layer is None else visit(layer, outputs)
 
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, output.numel() * output.element_size())
-
-    hooks = [network.graph.node(layer.name).register_forward_hook(hook) for layer in layers]
-    _run(network, samples.take(slice(0, 1)), hooks)
-    return max(1, min(SAMPLES, LARGEST_ACTIVATION_BYTES // largest))
-
-
-def _dense_statistics(
-    network: Network, layers: Sequence[Layer], batch: Samples
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer name -> mean (out,) and standard deviation (out,) of its output channels."""
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(layer: Layer) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            found[layer.name] = _statistics(output, layer)
-
-        return network.graph.node(layer.name).register_forward_hook(hook)
-
-    _run(network, batch, [keep(layer) for layer in layers])
-    return found
-
-
-def _run(network: Network, batch: Samples, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
-    try:
         with torch.inference_mode():
-            network.run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            self._network.run_together(self._batch, after)
+
+    def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self._dense[layer.name] = _statistics(outputs, layer)
+        return outputs
+
+    def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Change the layer's parameters, and its outputs as if they had been changed before."""
+        network = self._network
+        dense_mean, dense_deviation = self._dense[layer.name]
+        mean, deviation = _statistics(outputs, layer)
+        has_signal = deviation > 1e-6 * dense_deviation.clamp_min(1e-12)
+        scale = torch.where(has_signal, dense_deviation / deviation.clamp_min(1e-12), 1.0)
+        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
+        weight = network.get(layer.weight)
+        network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
+        axis = _channel_axis(outputs[0], layer)
+        if layer.bias is None:
+            return [output * _along(scale, output, axis) for output in outputs]
+        bias = network.get(layer.bias).clone()  # (out,)
+        inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
+        shift = (dense_mean - inside) - scale * (mean - inside)
+        network.set(layer.bias, bias + shift)
+        added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
+        return [
+            (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(added, output, axis)
+            for output in outputs
+        ]
 
 
-def _statistics(output: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+def _affordable(network: Network, samples: Samples) -> int:
+    """How many samples to take, judged by the layers' outputs for one batch of the least size."""
+    size, largest = network.batch_size(1), 1
+    outputs = {network.graph.node(layer.name) for layer in network.layers}
+
+    def after(module: torch.nn.Module, found: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal largest
+        if module in outputs:
+            largest = max(largest, sum(output.numel() * output.element_size() for output in found))
+        return found
+
+    with torch.inference_mode():
+        network.run_together(samples.take(slice(0, size)), after)
+    return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
+
+
+def _statistics(outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches."""
+    output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
     others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
     deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
     return mean, deviation
@@ -102,31 +119,6 @@ def _statistics(output: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:
     return 1 if layer.op == "Conv" else output.ndim - 1
-
-
-class _Correction:
-    """Forward hook: measures the layer's output, corrects its parameters, and passes the corrected output on."""
-
-    def __init__(self, network: Network, layer: Layer, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        self._network, self._layer, self._mean, self._deviation = network, layer, mean, deviation
-
-    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        network, layer = self._network, self._layer
-        mean, deviation = _statistics(output, layer)
-        has_signal = deviation > 1e-6 * self._deviation.clamp_min(1e-12)
-        scale = torch.where(has_signal, self._deviation / deviation.clamp_min(1e-12), 1.0)
-        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
-        weight = network.get(layer.weight)
-        network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
-        axis = _channel_axis(output, layer)
-        if layer.bias is None:
-            return output * _along(scale, output, axis)
-        bias = network.get(layer.bias).clone()  # (out,)
-        inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
-        shift = (self._mean - inside) - scale * (mean - inside)
-        network.set(layer.bias, bias + shift)
-        corrected = (output - _along(inside, output, axis)) * _along(scale, output, axis)
-        return corrected if layer.op == "MatMul" else corrected + _along(inside + shift, output, axis)
 
 
 def _along(values: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:

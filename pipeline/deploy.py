@@ -66,6 +66,21 @@ def check_deployed(dense: onnx.ModelProto, pruned: onnx.ModelProto, levels: Mapp
             raise DeployError(f"layer {name!r} is not {level}: {problem}")
 
 
+def check_zeros_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """A network whose weights were trained has every zero of the one that was measured, so it is as fast.
+
+    Raises:
+        DeployError: a zero of a prunable layer's weight got lost.
+    """
+    stored = {tensor.name: tensor for tensor in after.graph.initializer}
+    weights = {layer.weight for layer in find_layers(before) if layer.prunable}
+    for tensor in before.graph.initializer:
+        if tensor.name in weights:
+            zero = onnx.numpy_helper.to_array(tensor) == 0
+            if lost := int(np.count_nonzero(onnx.numpy_helper.to_array(stored[tensor.name])[zero])):
+                raise DeployError(f"{lost} zeros of {tensor.name!r} are zero no longer")
+
+
 def level_violation(weight: np.ndarray, level: Level) -> str | None:
     """What is wrong with weights (out, in, *kernel) that claim a level; None when nothing is."""
     zeros, count = int((weight == 0).sum()), weight.size

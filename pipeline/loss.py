@@ -61,6 +61,26 @@ def default_loss(dense: Outputs) -> str:
     return "kl" if is_classifier else "squared-error"
 
 
+def distillation_loss(
+    outputs: torch.Tensor | Outputs, dense: torch.Tensor | Outputs, temperature: float = 1.0
+) -> torch.Tensor:
+    """What a pruned network learns from the dense one: KL divergence for a classifier, squared error otherwise.
+
+    Args:
+        outputs, dense: what both networks give for the same samples: a tensor, or name -> tensor. Gradients go through
+            `outputs`.
+        temperature: of a classifier's distributions; the loss is scaled so that gradients keep their size.
+    Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network (2015), section 2.
+    """
+    mine = {"output": outputs} if isinstance(outputs, torch.Tensor) else outputs
+    theirs = {"output": dense} if isinstance(dense, torch.Tensor) else dense
+    theirs = {name: value.detach() for name, value in theirs.items()}
+    if default_loss(theirs) != "kl":
+        return relative_squared_error(mine, theirs)
+    soft, reference = ((value / temperature).log_softmax(1) for value in _log_probabilities(mine, theirs))
+    return temperature**2 * functional.kl_div(soft, reference, reduction="batchmean", log_target=True)
+
+
 def _log_probabilities(outputs: Outputs, dense: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
     name, reference = next(iter(dense.items()))
     if reference.ndim != 2 or reference.shape[1] < 2:

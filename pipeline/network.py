@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -40,7 +40,7 @@ class Network:
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
         self.sha256 = model_sha256(model)
         self.edits = 0
-        self._parameters = dict(self.graph.named_parameters())
+        self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense = {
             name: self._parameters[name].clone()
             for layer in self.layers
@@ -61,6 +61,10 @@ class Network:
         self._parameters[initializer].data.copy_(values)
         self.edits += 1
 
+    def parameter(self, initializer: str) -> torch.nn.Parameter:
+        """What an optimizer trains; whoever changes it ends with `set`."""
+        return self._parameters[initializer]
+
     def changed(self) -> dict[str, np.ndarray]:
         """Initializer name -> values, of those weights and biases that differ from the dense model now."""
         return {
@@ -80,7 +84,18 @@ class Network:
 
     def run(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Outputs for one batch."""
-        return self.graph({name: as_tensor(array) for name, array in samples.inputs.items()})
+        return self.graph(_tensors(samples))
+
+    def run_together(
+        self, samples: Samples, after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+    ) -> None:
+        """Run all samples node by node, in one batch or in as many as the graph needs; see `TorchGraph.run_together`.
+
+        Samples that don't fill a batch that the graph fixes are left out.
+        """
+        size = self.batch_size(len(samples))
+        whole = [batch for batch in samples.batches(size) if len(batch) == size]
+        self.graph.run_together([_tensors(batch) for batch in whole], after)
 
     def outputs(self, samples: Samples, *, bfloat16: bool = False) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""
@@ -136,6 +151,10 @@ class Objective:
     def _outputs(self) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         for batch, outputs in self.network.outputs(self.samples, bfloat16=self._bfloat16):
             yield batch, {name: v.float() if v.is_floating_point() else v for name, v in outputs.items()}
+
+
+def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
+    return {name: as_tensor(array) for name, array in samples.inputs.items()}
 
 
 def has_bfloat16() -> bool:

@@ -14,6 +14,7 @@ from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.train import Training
 
 VERSION = 1
 
@@ -56,6 +57,7 @@ def make_report(
     metrics: tuple[float, float] | None,
     alternatives: Alternatives,
     corrected: str,
+    repaired: Training | None,
     stages: Sequence[Mapping[str, Any]],
 ) -> Report:
     """Gather what the stages found.
@@ -65,6 +67,7 @@ def make_report(
         metric_name, metrics: name and (dense, pruned) values, or None when there was nothing to evaluate on.
         alternatives: the dense network in every runtime and precision of this machine.
         corrected: whether statistics were corrected, or why not.
+        repaired: how the weights were trained after that; None where they weren't.
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
@@ -94,6 +97,7 @@ def make_report(
             "seed": profile.seed,
             "sparsity": zeros / weights,
             "statistics_correction": corrected,
+            "repair": repaired and vars(repaired),
             "made_from": dict(profile.made_from),
             "stages": list(stages),
             "layers": _layer_rows(network, table, database, choice),

@@ -24,7 +24,7 @@ from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, build_database
-from onnx_spdy.pipeline.deploy import deploy
+from onnx_spdy.pipeline.deploy import check_zeros_kept, deploy
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.loss import Loss
@@ -33,10 +33,12 @@ from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
+from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.stitch import Stitcher
+from onnx_spdy.pipeline.train import Training
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime
 
@@ -66,6 +68,7 @@ def run(
     memory_bytes: int | None = None,
     search: str = DEFAULT_SEARCH,
     search_samples: int = SEARCH_SAMPLES,
+    finetune: str = NO_REPAIR,
     seed: int = 0,
     time_limit_seconds: float | None = None,
     allow_busy: bool = False,
@@ -89,6 +92,7 @@ def run(
         prune: a pruner of your own, which `pruner` then names; None for the one of that name.
         memory_bytes: see `build_database`.
         search_samples: of the calibration samples, how many a profile is scored on.
+        finetune: `gap` repairs the profile that is kept, once, after its speed was measured; see REPAIRS.
         seed: of everything random.
         time_limit_seconds: for the search; the best profile so far is taken then.
         allow_busy: measure even while other programs use the CPU.
@@ -101,6 +105,7 @@ def run(
     """
     levels, _ = levels_for(pattern), search_named(search)
     prune = prune or pruner_named(pruner)
+    check_repair(finetune)
     clock = _Stages()
     network = Network(dense)
     inputs = samples.take(slice(0, batch)).inputs if len(samples) >= batch else None
@@ -144,6 +149,16 @@ def run(
 
     with clock("validate"):
         outcome = reach(speedup, first, lambda aim: finder.aim(first, aim), realise)
+    repaired = None
+    if finetune != NO_REPAIR:
+        with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
+            measured = load_model(out / "model.onnx")
+            repaired = repair_stitched(
+                network, outcome.kept.profile, samples, seed=seed, checkpoint=out / "repair.safetensors", watch=watch
+            )
+            check_zeros_kept(
+                measured, deploy(dense, network.changed(), outcome.kept.profile.levels, out / "model.onnx")
+            )
     with clock("alternatives"):
         alternatives = measure_alternatives(
             out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
@@ -156,7 +171,7 @@ def run(
     report = make_report(
         network, table, database, outcome,
         metric_name=metric_name, metrics=metrics, alternatives=alternatives, corrected=stitching.corrected,
-        stages=clock.stages,
+        repaired=repaired, stages=clock.stages,
     )  # fmt: skip
     report.save(out / "report.json")
     return report
@@ -247,6 +262,17 @@ class Stitching:
         Stitcher(network, self._database).stitch([profile.levels[layer.name] for layer in network.layers])
         if self._correction:
             self._correction.apply([layer for layer in network.layers if profile.levels[layer.name] != DENSE])
+
+
+def repair_stitched(
+    network: Network, profile: Profile, samples: Samples, *, seed: int, checkpoint: Path | None, watch: Watch = ignore
+) -> Training | None:
+    """Repair a network that is stitched to a profile, in place; None where the profile prunes nothing."""
+    pruned = [layer for layer in network.layers if profile.levels[layer.name] != DENSE]
+    return None if not pruned else repair(
+        network, pruned, samples, seed=seed, checkpoint=checkpoint,
+        progress=lambda done, total, note: watch("repair", done, total, note),
+    )  # fmt: skip
 
 
 def compare_metric(evaluation: Samples, metric: Metric, out: Path, watch: Watch) -> tuple[float, float]:

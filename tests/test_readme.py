@@ -1,12 +1,21 @@
 """What the README says must be true."""
 
+import copy
 import re
+import textwrap
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 import typer
+from torch import nn
 
+from onnx_spdy.models import export_module, find_layers, load_model, prepare, save_model
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, PRUNERS
+from onnx_spdy.pipeline.repair import NO_REPAIR, REPAIRS
 from onnx_spdy.pipeline.run import SEARCH_SAMPLES
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SEARCHES
 from onnx_spdy.runtimes import RUNTIMES
@@ -45,7 +54,30 @@ def test_the_tables_name_every_choice_and_default() -> None:
     assert row("--pruner").endswith(f"`{DEFAULT_PRUNER}` |")
     assert all(f"`{name}`" in row("--search") for name in SEARCHES)
     assert row("--search").endswith(f"`{DEFAULT_SEARCH}` |")
+    assert all(f"`{name}`" in row("--finetune") for name in REPAIRS)
+    assert row("--finetune").endswith(f"`{NO_REPAIR}` |")
     assert row("--search-samples").endswith(f" {SEARCH_SAMPLES} |")
+
+
+def test_the_training_loop_that_is_shown_runs(tmp_path: Path) -> None:
+    """The user's module, data, and the files of a run are what the text says; the rest is the README's own code."""
+    lines = README.split("    # gradual.py\n")[1].split("\n\nWhich parameter")[0]
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16 * 36, 10))
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(12)]
+    teacher = copy.deepcopy(module).eval()
+    dense = prepare(export_module(module, batches[0]))
+    save_model(dense, tmp_path / "dense.onnx")
+    level = Level("unstructured", 0.75)
+    levels = {layer.name: level for layer in find_layers(dense) if layer.prunable}
+    Profile(levels, 2.0, 2.0, 1.0, 2.0, 0.0, "kl", "uniform", 0, 0, None, {}).save(tmp_path / "profile.json")
+    names = {"module": module, "teacher": teacher, "batches": batches, "folder": tmp_path}
+    exec(compile(textwrap.dedent(lines), "README", "exec"), names)
+    written = load_model(tmp_path / "trained.onnx")
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in written.graph.initializer}
+    sparse = [arrays[layer.weight] for layer in find_layers(written) if layer.prunable]
+    assert len(sparse) == 2
+    assert all((weight == 0).mean() == pytest.approx(0.75, abs=1e-3) for weight in sparse)
 
 
 def test_make_targets_exist() -> None:

@@ -16,17 +16,21 @@ from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
+from onnx_spdy.pipeline.finetune import EPOCHS, RATE
+from onnx_spdy.pipeline.finetune import finetune as finetune_network
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, PRUNERS
+from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair
 from onnx_spdy.pipeline.report import Report
-from onnx_spdy.pipeline.run import Stitching
+from onnx_spdy.pipeline.run import Stitching, repair_stitched
 from onnx_spdy.pipeline.run import run as run_pipeline
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.train import BATCH
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
 from onnx_spdy.runtimes import open_runtime
@@ -72,6 +76,9 @@ SearchSamples = Annotated[int, typer.Option("--search-samples", min=1, help="sam
 AllowBusy = Annotated[
     bool, typer.Option("--allow-busy", help="measure even while other programs use the CPU; the table tells")
 ]
+Finetune = Annotated[
+    str, typer.Option("--finetune", metavar="NAME", help="gap: train all pruned layers together, masks fixed; or none")
+]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="for the search")]
 
 
@@ -92,6 +99,7 @@ def run(
     memory: Memory = None,
     search: SearchName = DEFAULT_SEARCH,
     search_samples: SearchSamples = SEARCH_SAMPLES,
+    finetune: Finetune = NO_REPAIR,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
     allow_busy: AllowBusy = False,
@@ -100,6 +108,7 @@ def run(
     levels_for(pattern)
     search_named(search)
     pruner_name, prune = load_pruner(pruner)
+    check_repair(finetune)
     target, measure_metric, score = _speedup(speedup), load_metric(metric), load_loss(loss)
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
@@ -111,7 +120,7 @@ def run(
             batch=batch, threads=threads, evaluation=load_samples(evaluation, dense) if evaluation else None,
             metric=measure_metric, metric_name=metric if evaluation else None, loss=score,
             pattern=pattern, pruner=pruner_name, prune=prune, memory_bytes=_gib(memory),
-            search=search, search_samples=search_samples, seed=seed,
+            search=search, search_samples=search_samples, finetune=finetune, seed=seed,
             time_limit_seconds=None if time_limit is None else 60 * time_limit, allow_busy=allow_busy, watch=watch,
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
@@ -214,15 +223,69 @@ def deploy(
     database: Annotated[Path, typer.Option("--database", metavar="DIR")],
     profile: Annotated[Path, typer.Option("--profile", metavar="F")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
-    data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="for the correction of statistics")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="for the correction of statistics and the repair")
+    ] = None,
+    finetune: Finetune = NO_REPAIR,
+    seed: Seed = 0,
 ) -> None:
     """Write the pruned network of a profile."""
+    check_repair(finetune)
+    if finetune != NO_REPAIR and not data:
+        raise typer.BadParameter(f"--finetune {finetune} needs --data")
     network = Network(load_network(model))
     chosen, samples = Profile.load(profile), load_samples(data, network.model) if data else None
     stitching = Stitching(network, open_database(database), samples)
     stitching.stitch(chosen)
+    print(f"statistics correction: {stitching.corrected}")
+    if samples and finetune != NO_REPAIR:
+        with ProgressBars() as watch:
+            repaired = repair_stitched(network, chosen, samples, seed=seed, checkpoint=None, watch=watch)
+        if repaired:
+            show.training("repair", repaired)
     deploy_network(network.model, network.changed(), chosen.levels, out)
-    print(f"{out} written; statistics correction: {stitching.corrected}")
+    print(f"{out} written")
+
+
+@app.command()
+def finetune(
+    model: ModelArgument,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
+    pruned: Annotated[Path | None, typer.Argument(metavar="PRUNED", help="starts from it; its zeros stay")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="F", help="prune gradually to it, from PRUNED or from MODEL")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="passes over the data")] = EPOCHS,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Adam's step, relative to the size of each tensor's values")
+    ] = RATE,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="samples in a step")] = BATCH,
+    seed: Seed = 0,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="of training")] = None,
+) -> None:
+    """Train a pruned network with the dense one as its teacher. Continues where it was stopped."""
+    if pruned is None and profile is None:
+        raise typer.BadParameter("give PRUNED, the network to train, or --profile, what to prune MODEL to gradually")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise typer.BadParameter(f"--learning-rate {learning_rate} is not a positive number")
+    dense = load_network(model)
+    start, samples = load_model(pruned) if pruned else dense, load_samples(data, dense)
+    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
+    with ProgressBars() as watch:
+        found = finetune_network(
+            dense, start, samples, levels=Profile.load(profile).levels if profile else None,
+            epochs=epochs, rate=learning_rate, batch=batch, seed=seed, checkpoint=checkpoint,
+            time_limit_seconds=None if time_limit is None else 60 * time_limit,
+            progress=lambda done, total, note: watch("finetune", done, total, note),
+        )  # fmt: skip
+    save_model(found.model, out)
+    show.training(f"learnt from {found.learnt_from}", found.training)
+    if found.training.interrupted:
+        print(f"{out} written, the best so far; the same command goes on from {checkpoint}")
+    else:
+        checkpoint.unlink(missing_ok=True)
+        print(f"{out} written")
 
 
 @app.command()

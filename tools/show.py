@@ -13,6 +13,7 @@ from rich.table import Table
 
 from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.train import Training
 from onnx_spdy.runtimes import is_busy
 from onnx_spdy.tools.doctor import Finding
 
@@ -120,6 +121,14 @@ def validation(content: Mapping[str, Any]) -> None:
         print(f"not optimised by the engine: {content['fallback']}")
 
 
+def training(what: str, found: Training) -> None:
+    """How a repair or a fine-tuning went."""
+    print(
+        f"{what}: loss on {found.held_out} held-out samples {found.loss_before:.5f} before, "
+        f"{found.loss_after:.5f} after; {found.stopped}"
+    )
+
+
 def report(content: Mapping[str, Any], folder: Path) -> None:
     """The report of a run."""
     grid = _grid("Layers", ("layer", "level", "dense ms", "ms", "error", "note"))
@@ -147,6 +156,8 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
         print("These times come from a formula, not from an engine: they say nothing about real hardware.")
     elif content["measured_speedup_lower"] < content["target_speedup"]:
         print("The measured lower bound is below the target.")
+    if content.get("repair"):
+        training("repair", Training(**content["repair"]))
     print(content["alternatives"]["verdict"])
     print(f"sparsity of the prunable weights {content['sparsity']:.1%}; report: {folder / 'report.html'}")
 

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_spdy.models import load_model
-from onnx_spdy.pipeline.correct import LARGEST_SCALE, StatisticsCorrection
+from onnx_spdy.models import load_model, with_batch
+from onnx_spdy.pipeline.correct import LARGEST_SCALE, NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level_violation
 from onnx_spdy.pipeline.level import Level, levels_for
@@ -130,3 +130,28 @@ def test_every_pruner_deploys_at_every_level(network: Network, tmp_path: Path) -
         for level, weight in zip(levels, prune(dense, hessian, levels), strict=True):
             values = from_canonical(layer, weight).contiguous().numpy()
             deploy(network.model, {layer.weight: values}, {layer.name: level}, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_network_that_fixes_its_batch_is_corrected_as_with_an_open_one(
+    model: onnx.ModelProto, samples: Samples, size: int
+) -> None:
+    def corrected(one: onnx.ModelProto) -> dict[str, np.ndarray]:
+        import torch
+
+        network = Network(one)
+        correction = StatisticsCorrection(network, samples)
+        for name, values in pruned_weights(network).items():
+            network.set(name, torch.from_numpy(values))
+        correction.apply(network.layers)
+        return network.changed()
+
+    expected, found = corrected(model), corrected(with_batch(model, size))
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_too_few_samples_for_a_fixed_batch_are_not_corrected(model: onnx.ModelProto, samples: Samples) -> None:
+    with pytest.raises(NotCorrected, match="4 samples don't fill one batch of 8"):
+        StatisticsCorrection(Network(with_batch(model, 8)), samples.take(slice(0, 4)))

@@ -121,3 +121,28 @@ def test_other_patterns_go_the_same_way(model: onnx.ModelProto, samples: Samples
     assert any(level.startswith(pattern) for level in levels)
     assert report["measured_speedup"] > 1.05
     assert LatencyTable.load(tmp_path / "latency.json").levels[1].pattern == pattern
+
+
+def test_repair_comes_after_the_measurement_and_keeps_its_zeros(
+    model: onnx.ModelProto, finished: tuple[Path, Samples], tmp_path: Path
+) -> None:
+    out, samples = finished
+    report = do(model, samples, tmp_path, finetune="gap").content
+    assert [stage["name"] for stage in report["stages"]][3:5] == ["validate", "repair"]
+    assert report["repair"]["loss_after"] < report["repair"]["loss_before"]
+    plain, repaired = (
+        {t.name: onnx.numpy_helper.to_array(t) for t in load_model(folder / "model.onnx").graph.initializer}
+        for folder in (out, tmp_path)
+    )
+    pruned = [layer["initializer"] for layer in report["layers"] if layer["level"] != "dense"]
+    for name in pruned:
+        assert ((plain[name] == 0) == (repaired[name] == 0)).all()
+        assert not np.array_equal(plain[name], repaired[name])
+    check_deployed(
+        load_model(tmp_path / "dense.onnx"), load_model(tmp_path / "model.onnx"),
+        Profile.load(tmp_path / "profile.json").levels,
+    )  # fmt: skip
+    content = (tmp_path / "model.onnx").read_bytes()
+    again = do(model, samples, tmp_path, finetune="gap").content  # from the checkpoint, not trained again
+    assert again["repair"] == report["repair"]
+    assert (tmp_path / "model.onnx").read_bytes() == content

@@ -11,6 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_spdy.models import find_layers
+from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.tools.cli import main
 
 NETWORK = """
@@ -208,3 +211,55 @@ def test_inspect_says_why_layers_are_skipped(folder: Path, cli: Cli) -> None:
     assert done.code == 0, done.err
     assert "depthwise convolution" in done.out
     assert "0 prunable layers" in done.out
+
+
+def test_a_pruned_network_is_trained_and_keeps_its_zeros(folder: Path, cli: Cli) -> None:
+    done = cli("finetune", "whole/dense.onnx", "whole/model.onnx", "--data", "user.py:data", "--epochs", 2,
+               "--out", "tuned.onnx", cwd=folder)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "held-out" in done.out
+    assert "labels" in done.out
+    pruned, tuned = onnx.load(folder / "whole" / "model.onnx"), onnx.load(folder / "tuned.onnx")
+    for before, after in zip(pruned.graph.initializer, tuned.graph.initializer, strict=True):
+        zero = onnx.numpy_helper.to_array(before) == 0
+        if before.name.endswith("weight"):
+            assert not onnx.numpy_helper.to_array(after)[zero].any()
+    assert not list(folder.glob("tuned.onnx.*"))
+
+
+def test_a_dense_network_is_pruned_gradually_to_a_profile(folder: Path, cli: Cli) -> None:
+    done = cli("finetune", "user.py:network", "--profile", "whole/profile.json", "--data", "user.py:data",
+               "--epochs", 2, "--out", "gradual.onnx", cwd=folder)  # fmt: skip
+    assert done.code == 0, done.err
+    levels = Profile.load(folder / "whole" / "profile.json").levels
+    check_deployed_zeros(onnx.load(folder / "gradual.onnx"), levels)
+
+
+def check_deployed_zeros(model: onnx.ModelProto, levels: dict[str, Level]) -> None:
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    sparse = [layer for layer in find_layers(model) if levels.get(layer.name, DENSE) != DENSE]
+    assert sparse
+    for layer in sparse:
+        assert float((arrays[layer.weight] == 0).mean()) >= levels[layer.name].sparsity - 1e-3
+
+
+def test_deploy_repairs_where_it_is_asked_to(folder: Path, cli: Cli) -> None:
+    arguments = ("deploy", "user.py:network", "--database", "whole/database", "--profile", "whole/profile.json")
+    done = cli(*arguments, "--data", "user.py:data", "--finetune", "gap", "--out", "repaired.onnx", cwd=folder)
+    assert done.code == 0, done.err
+    assert "repair: loss on 16 held-out samples" in done.out
+    assert (folder / "repaired.onnx").read_bytes() != (folder / "whole" / "model.onnx").read_bytes()
+    assert cli(*arguments, "--finetune", "gap", "--out", "no.onnx", cwd=folder).code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("user.py:network",), "give PRUNED"),
+        (("user.py:network", "whole/model.onnx", "--learning-rate", "-1"), "positive"),
+    ],
+)
+def test_finetune_says_what_is_missing(folder: Path, cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    done = cli("finetune", *arguments, "--data", "user.py:data", "--out", "no.onnx", cwd=folder)
+    assert done.code == 2
+    assert message in done.err

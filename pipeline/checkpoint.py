@@ -1,0 +1,61 @@
+"""Checkpoint: where a training is, in a file from which it goes on. Tensors and plain numbers, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from onnx_spdy.pipeline.artifact import ArtifactError, check_same, replacing
+
+VERSION = 1
+
+
+class Checkpoint:
+    """A file from which a training goes on.
+
+    Args:
+        path: of the safetensors file.
+        made_from: what the training belongs to, name -> value.
+    """
+
+    def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
+        self.path, self.made_from = path, {name: str(value) for name, value in made_from.items()}
+
+    def check(self) -> None:
+        """Raises ArtifactError: the file that is there is damaged or belongs to another training."""
+        if self.path.exists():
+            theirs = self._header().get("made_from", {})
+            check_same(self.path, {name: (theirs.get(name), value) for name, value in self.made_from.items()})
+
+    def belongs(self) -> bool:
+        """Whether there is a file, of this training."""
+        return self.path.exists() and self._header().get("made_from") == self.made_from
+
+    def write(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        header = {"format": "onnx_spdy.training", "version": VERSION, "made_from": self.made_from, **numbers}
+        with replacing(self.path) as temporary:
+            contiguous = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+            save_file(contiguous, temporary, metadata={"training": json.dumps(header)})
+
+    def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Raises ArtifactError: see `check`."""
+        self.check()
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, self._header()  # noqa: SIM118  # no iterator
+
+    def _header(self) -> dict[str, Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("training", "{}"))
+        except (OSError, SafetensorError, ValueError) as exc:
+            raise ArtifactError(f"{self.path} can't be read ({exc}); delete it to start again") from exc
+        if (header.get("format"), header.get("version")) != ("onnx_spdy.training", VERSION):
+            raise ArtifactError(f"{self.path} is no checkpoint of a training of version {VERSION}; delete it")
+        return header

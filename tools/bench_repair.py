@@ -1,0 +1,115 @@
+"""Very little data: the metric dense, pruned layer by layer, statistics corrected, and repaired.
+
+    python -m onnx_spdy.tools.bench_repair MODEL --data DATA --eval DATA --level 2:4 --samples 64,256,1024
+
+All prunable layers but the first and the last go to one level; magnitude pruning stands beside the default pruner.
+The metric is computed in PyTorch, in bfloat16 where the CPU has it: the dense network too, so differences count.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from onnx_spdy.models import from_canonical, to_canonical
+from onnx_spdy.pipeline.correct import StatisticsCorrection
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.hessian import collect_hessians
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.metric import Metric
+from onnx_spdy.pipeline.network import Network, has_bfloat16
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
+from onnx_spdy.pipeline.repair import RATE, repair
+from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.specs import load_metric, load_network, load_samples
+
+
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Annotated[str, typer.Option(metavar="DATA", help="calibration samples")],
+    evaluation: Annotated[str, typer.Option("--eval", metavar="DATA")],
+    metric: Annotated[str, typer.Option(metavar="M")] = "top1",
+    level: Annotated[str, typer.Option(metavar="LEVEL", help="2:4, unstructured@0.8000, ...")] = "2:4",
+    samples: Annotated[str, typer.Option(metavar="N[,N...]")] = "64,256,1024",
+    pruners: Annotated[str, typer.Option(metavar="NAME[,NAME]")] = f"magnitude,{DEFAULT_PRUNER}",
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    rate: Annotated[float, typer.Option()] = RATE,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="F", help="all figures as JSON")] = None,
+) -> None:
+    """Prune, correct and repair with so many samples, and print the metric after each step."""
+    network = Network(load_network(model))
+    chosen, measure = Level.parse(level), load_metric(metric)
+    whole, held = load_samples(data, network.model), load_samples(evaluation, network.model)
+    rows = []
+    print(f"dense {evaluated(network, held, measure):.4f}, {len(held)} evaluation samples", flush=True)
+    for count in map(int, samples.split(",")):
+        some = whole.take(slice(0, count))
+        for pruner in pruners.split(","):
+            row = steps(network, some, pruner, chosen, lambda: evaluated(network, held, measure), epochs, rate, seed)
+            rows.append({"samples": count, "pruner": pruner, **row})
+            print(
+                "  ".join(f"{key} {value:.4g}" if key in row else f"{value}" for key, value in rows[-1].items()),
+                flush=True,
+            )
+    if out:
+        out.write_text(json.dumps({"level": level, "rows": rows}, indent=1), encoding="utf8")
+
+
+def steps(
+    network: Network,
+    samples: Samples,
+    pruner: str,
+    level: Level,
+    score: Callable[[], float],
+    epochs: int | None,
+    rate: float,
+    seed: int,
+) -> dict[str, float]:
+    """The metric after each step, and the seconds of pruning and of repair."""
+    layers = network.layers[1:-1]
+    correction = StatisticsCorrection(network, samples)  # leaves the network dense
+    start = time.monotonic()
+    hessians = collect_hessians(network, layers, samples)
+    prune = pruner_named(pruner)
+    for layer in layers:
+        dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+        (pruned,) = prune(dense, hessians.pop(layer.name), [level])
+        network.set(layer.weight, from_canonical(layer, pruned))
+    found = {"prune_seconds": time.monotonic() - start, "pruned": score()}
+    correction.apply(layers)
+    found["corrected"] = score()
+    start = time.monotonic()
+    with ProgressBars() as watch:
+        training = repair(
+            network, layers, samples, epochs=epochs, rate=rate, seed=seed,
+            progress=lambda done, total, note: watch("repair", done, total, note),
+        )  # fmt: skip
+    found |= {"repair_seconds": time.monotonic() - start, "repaired": score()}
+    return found | {"error_before": training.loss_before, "error_after": training.loss_after}
+
+
+def evaluated(network: Network, samples: Samples, metric: Metric) -> float:
+    """The metric of the network with the weights that it has now."""
+    parts = [outputs for _, outputs in network.outputs(samples, bfloat16=has_bfloat16())]
+    outputs = {name: np.concatenate([part[name].float().numpy() for part in parts]) for name in parts[0]}
+    return metric(outputs, samples.target)
+
+
+def main() -> None:
+    """The command line."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(bench)
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()
