@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -42,6 +42,24 @@ class _Step:
     outputs: tuple[int, ...]
     last_uses: tuple[int, ...]
     moves: tuple[int, ...]  # which of the inputs go from the CPU to the network's device
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """A run that stopped before a node, with what is still needed to go on.
+
+    Attributes:
+        step: number of the node that comes next.
+        values: position -> computed tensor; weights aren't among them.
+    """
+
+    step: int
+    values: Mapping[int, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(value.numel() * value.element_size() for value in self.values.values())
 
 
 class TorchGraph(nn.Module):
@@ -84,19 +102,35 @@ class TorchGraph(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raises ModelError when a graph input is missing or a name is no graph input."""
+        return self.run(inputs)
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        start: Suspended | None = None,
+        keep: Callable[[Suspended], None] | None = None,
+        keep_before: Collection[int] = (),
+    ) -> dict[str, Tensor]:
+        """Like `forward`, but goes on from a suspended run, or hands out suspended runs on the way.
+
+        Args:
+            inputs: the same as those of the run that was suspended.
+            start: where to go on; weights of the nodes before it are not looked at again.
+            keep: called with the run as it is before each of the nodes numbered in `keep_before`.
+        """
         if len(inputs) != len(self.input_names) or any(name not in inputs for name in self.input_names):
             raise ModelError(f"the graph's inputs are {list(self.input_names)}, but {list(inputs)} were given")
-        values: list[Tensor | None] = [None] * self._value_count
-        for name, position in self._constants:
-            values[position] = self._host_tensors[name]
-        for name, position in self._parameter_positions:
-            values[position] = self._parameters[name]
-        for name, position in self._buffer_positions:
-            values[position] = self._buffers[name]
-        for name, position in self._input_positions:
-            values[position] = inputs[name]
+        values = self._stored_values(inputs)
+        first = 0
+        if start is not None:
+            first = start.step
+            for position, tensor in start.values.items():
+                values[position] = tensor
         device = self._device(inputs)
-        for step in self._steps:
+        for number in range(first, len(self._steps)):
+            step = self._steps[number]
+            if keep is not None and number in keep_before:
+                keep(Suspended(number, {position: values[position] for position in self._live_before(number)}))  # type: ignore[misc]
             arguments = [values[position] for position in step.inputs]
             if device is not None:
                 for k in step.moves:
@@ -111,6 +145,28 @@ class TorchGraph(nn.Module):
             for position in step.last_uses:
                 values[position] = None
         return {name: values[position] for name, position in self._output_positions}  # type: ignore[misc]
+
+    def step_of(self, name: str) -> int:
+        """The number of a node in the order in which they run."""
+        return self._node_index[name]
+
+    def _stored_values(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+        values: list[Tensor | None] = [None] * self._value_count
+        for name, position in self._constants:
+            values[position] = self._host_tensors[name]
+        for name, position in self._parameter_positions:
+            values[position] = self._parameters[name]
+        for name, position in self._buffer_positions:
+            values[position] = self._buffers[name]
+        for name, position in self._input_positions:
+            values[position] = inputs[name]
+        return values
+
+    def _live_before(self, number: int) -> list[int]:
+        """Positions of tensors that nodes before this one made and that it or later ones, or the caller, need."""
+        made = {position for step in self._steps[:number] for position in step.outputs}
+        needed = {position for step in self._steps[number:] for position in step.inputs}
+        return sorted(made & (needed | {position for _, position in self._output_positions}))
 
     def _device(self, inputs: Mapping[str, Tensor]) -> torch.device | None:
         """Where the network is, or None when nothing has to be moved there."""

@@ -1,0 +1,62 @@
+"""What a search has scored so far, in a file: a search that was stopped goes the same way again, and on from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.stitch import ProfileLoss, Score
+
+VERSION = 1
+SAVE_SECONDS = 10.0  # between two writes
+
+
+class SearchState:
+    """Keeps the log of scores, and where in it the search for each target began.
+
+    Args:
+        path: of the file, or None to keep nothing.
+        question: what the scores are for; a file that answers another one is replaced.
+    """
+
+    def __init__(self, path: Path | None, question: Mapping[str, str]) -> None:
+        self._path, self._question = path, dict(question)
+        self._began: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self._log: list[Score] = []
+        self._saved = 0.0
+        if path is not None and path.exists():
+            content = read_json(path, "search", VERSION)
+            if content["question"] == self._question:
+                self._began, self._seconds = content["began"], content["seconds"]
+                self._log = [Score(tuple(choice), batch, loss) for choice, batch, loss in content["log"]]
+
+    def resume(self, score: ProfileLoss, speedup: float) -> float:
+        """Bring `score` to where the search for a speedup began, now or in an earlier process.
+
+        Returns:
+            Seconds that were spent on it already.
+        """
+        key = f"{speedup:g}"
+        began = self._began.get(key, len(self._log))
+        score.learn(self._log, began)
+        self._began[key] = len(score.log)
+        return self._seconds.get(key, 0.0)
+
+    def keep(self, score: ProfileLoss, speedup: float, seconds: float, *, now: bool = False) -> None:
+        """Write the file when the last time is long ago, or `now`."""
+        if self._path is None or not (now or time.monotonic() - self._saved > SAVE_SECONDS):
+            return
+        self._seconds[f"{speedup:g}"] = seconds
+        scored = {(one.choice, one.batch) for one in score.log}
+        self._log = [*score.log, *(one for one in self._log if (one.choice, one.batch) not in scored)]
+        log = [[list(one.choice), one.batch, one.loss] for one in self._log]
+        write_json(
+            self._path,
+            "search",
+            VERSION,
+            {"question": self._question, "began": self._began, "seconds": self._seconds, "log": log},
+        )
+        self._saved = time.monotonic()
