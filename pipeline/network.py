@@ -13,7 +13,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
 
 BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in its caches
-SMALLEST_BATCH, LARGEST_BATCH = 16, 64  # of the objective
+LARGEST_BATCH = 64  # of the objective
 
 Keep = Callable[[Suspended], None]
 
@@ -177,22 +177,22 @@ class Objective:
 
 
 def growing_batches(count: int) -> list[int]:
-    """Sizes of batches whose running sum meets SMALLEST_BATCH, twice that, four times that, ... and ends at `count`."""
+    """Sizes of batches whose running sum meets BATCH_SIZE, twice that, four times that, ... and ends at `count`."""
     sizes: list[int] = []
     while (done := sum(sizes)) < count:
-        sizes.append(min(max(SMALLEST_BATCH, min(done, LARGEST_BATCH)), count - done))
+        sizes.append(min(max(BATCH_SIZE, min(done, LARGEST_BATCH)), count - done))
     return sizes
 
 
 def stages(ends: Sequence[int]) -> tuple[int, ...]:
-    """Of these running sums the first from SMALLEST_BATCH on, each next one at least twice as large, and the last.
+    """Of these running sums the first from BATCH_SIZE on, each next one at least twice as large, and the last.
 
     >>> stages([32, 64, 128, 192, 256, 300])
     (32, 64, 128, 256, 300)
     """
     found: list[int] = []
     for end in ends:
-        if end >= (2 * found[-1] if found else SMALLEST_BATCH):
+        if end >= (2 * found[-1] if found else BATCH_SIZE):
             found.append(end)
     return (*found, ends[-1]) if not found or found[-1] != ends[-1] else tuple(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -135,9 +135,11 @@ class ProfileSearch:
                 self._progress(loss, done, left)
                 self._state.keep(self._score, speedup, time.monotonic() - start)
 
-            problem = self._problem(speedup, progress, lambda: ended() != "finished")
+            problem = self._problem(speedup, progress, lambda: ended() != "finished", self._state.learned(speedup))
             try:
                 result = search_named(self._search)(problem)
+                if result.errors is not None:
+                    self._state.finish(speedup, self._score, _rounded(result.errors))
             finally:
                 self._state.keep(self._score, speedup, time.monotonic() - start, now=True)
             counts = self._score.evaluations - evaluations, self._score.images - images
@@ -182,6 +184,7 @@ class ProfileSearch:
         speedup: float,
         progress: Progress = lambda loss, done, left: None,
         is_over: Callable[[], bool] = lambda: False,
+        learned: Sequence[np.ndarray] = (),
     ) -> SearchProblem:
         network = self._network
         return SearchProblem(
@@ -194,6 +197,7 @@ class ProfileSearch:
             rng=np.random.default_rng(self._seed),
             stages=self._score.objective.stages,
             seen=[Seen(*one) for one in self._score.known],
+            learned=learned,
             images=lambda: self._score.images,
             image_limit=self._image_limit,
             progress=progress,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.stitch import ProfileLoss, Score
@@ -25,12 +27,14 @@ class SearchState:
         self._path, self._question = path, dict(question)
         self._began: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
+        self._results: dict[str, tuple[int, Sequence[Sequence[float]]]] = {}  # with how many scores there were then
         self._log: list[Score] = []
         self._saved = 0.0
         if path is not None and path.exists():
             content = read_json(path, "search", VERSION)
             if content["question"] == self._question:
                 self._began, self._seconds = content["began"], content["seconds"]
+                self._results = content["results"]
                 self._log = [Score(tuple(choice), batch, loss) for choice, batch, loss in content["log"]]
 
     def resume(self, score: ProfileLoss, speedup: float) -> float:
@@ -45,6 +49,15 @@ class SearchState:
         self._began[key] = len(score.log)
         return self._seconds.get(key, 0.0)
 
+    def learned(self, speedup: float) -> list[np.ndarray]:
+        """(layers, levels) errors that led to the best profiles for other speedups, found before this search began."""
+        began = self._began[f"{speedup:g}"]
+        return [np.array(errors) for key, (known, errors) in self._results.items() if known <= began]
+
+    def finish(self, speedup: float, score: ProfileLoss, errors: Sequence[Sequence[float]]) -> None:
+        """Keep what a search ended with."""
+        self._results[f"{speedup:g}"] = len(score.log), errors
+
     def keep(self, score: ProfileLoss, speedup: float, seconds: float, *, now: bool = False) -> None:
         """Write the file when the last time is long ago, or `now`."""
         if self._path is None or not (now or time.monotonic() - self._saved > SAVE_SECONDS):
@@ -57,6 +70,12 @@ class SearchState:
             self._path,
             "search",
             VERSION,
-            {"question": self._question, "began": self._began, "seconds": self._seconds, "log": log},
+            {
+                "question": self._question,
+                "began": self._began,
+                "seconds": self._seconds,
+                "results": self._results,
+                "log": log,
+            },
         )
         self._saved = time.monotonic()

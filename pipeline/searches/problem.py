@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -52,6 +52,7 @@ class SearchProblem:
         rng: the only source of randomness.
         stages: numbers of samples that `loss` can be asked for, growing; the last is all of them.
         seen: profiles that were scored before the search began.
+        learned: (layers, levels) additive errors that led to the best profiles for other budgets.
         images: how many samples were run through the network so far.
         image_limit: how many this search may run, or None for as many as it finds worthwhile.
         progress: called with (best loss so far, evaluations so far, evaluations at least to come).
@@ -66,7 +67,8 @@ class SearchProblem:
     magnitudes: Callable[[int], np.ndarray]
     rng: np.random.Generator
     stages: tuple[int, ...] = (1,)
-    seen: Sequence[Seen] = field(default=())
+    seen: Sequence[Seen] = ()
+    learned: Sequence[np.ndarray] = ()
     images: Callable[[], int] = lambda: 0
     image_limit: int | None = None
     progress: Callable[[float, int, int], None] = lambda loss, done, left: None

@@ -24,9 +24,11 @@ from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult, See
 PROBES = (0.5,)  # at which fractions of the levels each layer is scored alone
 CANDIDATES = 8  # of a generation
 SURVIVORS = 0.5  # the fraction of them that goes on to the next set of samples
-PATIENCE = 3  # generations in a row that gain less than GAIN
+PATIENCE = 4  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
-DRAWS = 4  # for one candidate, as long as it repeats an earlier one
+REDRAWN = 0.3  # of the layers in one candidate
+WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
+DRAWS = 6  # for one candidate, as long as it repeats an earlier one
 
 
 def thompson(problem: SearchProblem) -> SearchResult:
@@ -36,7 +38,8 @@ def thompson(problem: SearchProblem) -> SearchResult:
     additive = probed_errors(problem, race)
     levels = len(problem.levels)
     quadratic = np.square(np.arange(levels) / (levels - 1))
-    race.run([additive, np.sqrt(problem.errors * additive), np.tile(quadratic, (problem.layer_count, 1))])
+    seeds = [additive, np.sqrt(problem.errors * additive), np.tile(quadratic, (problem.layer_count, 1))]
+    race.run([*seeds, *problem.learned])
     idle = 0
     while not race.is_over() and (idle < PATIENCE or problem.image_limit is not None):
         before = race.best_loss
@@ -81,19 +84,28 @@ def _scaled(errors: np.ndarray, probes: Sequence[int], scores: Sequence[float]) 
 
 
 def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, posterior: Posterior) -> list[np.ndarray]:
-    """Error tables whose solutions weren't scored yet: the likeliest one, and drawn ones."""
+    """Error tables whose solutions weren't scored yet.
+
+    The likeliest one first; then in turns the same with some layers drawn from the posterior, and the best profile's
+    own errors with some layers changed by as much as the posterior is unsure of.
+    """
     tables: list[np.ndarray] = []
     taken = set(race.entered)
     for number in range(CANDIDATES):
-        for _ in range(DRAWS):
-            factors = posterior.draw(problem.rng, 0.0 if number == 0 else 1.0)
-            errors = additive * np.exp(factors - factors.max())[:, None]
+        for _ in range(DRAWS if number else 1):
+            change = posterior.draw(problem.rng, float(problem.rng.choice(WIDTHS))) - posterior.mean
+            redrawn = problem.rng.random(problem.layer_count) < REDRAWN
+            redrawn[problem.rng.integers(problem.layer_count)] = True
+            if number == 0:
+                change[:] = 0
+            base = race.best.errors if number % 2 and race.best.errors is not None else None
+            logs = change * redrawn + (posterior.mean if base is None else 0.0)
+            errors = (additive if base is None else base) * np.exp(logs)[:, None]
+            errors = errors / errors.max()
             key = tuple(race.solve(errors).tolist())
             if key not in taken:
                 taken.add(key)
                 tables.append(errors)
-                break
-            if number == 0:
                 break
     return tables
 
