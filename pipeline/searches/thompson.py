@@ -13,8 +13,8 @@ single layers after Frantar & Alistarh, OBC (NeurIPS 2022).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,26 +28,33 @@ PATIENCE = 4  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
 REDRAWN = 0.3  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
+LEAST_LOSS = 1e-9  # above the dense network's: less counts as this much
 DRAWS = 6  # for one candidate, as long as it repeats an earlier one
 
 
+Candidates = Mapping[tuple[int, ...], np.ndarray]  # choice -> the (layers, levels) errors that it is optimal for
+
+
 def thompson(problem: SearchProblem) -> SearchResult:
-    """The best profile found; see the top of the file."""
+    """The best profile found; see the top of the file.
+
+    Without an image limit it ends when `PATIENCE` generations in a row gained nothing worth their cost; with one, when
+    the images are used up. In both cases it ends when there is nothing new to propose.
+    """
     race = _Race(problem)
-    race.enter(problem.errors)  # whatever happens next, there is a result
     additive = probed_errors(problem, race)
     levels = len(problem.levels)
-    quadratic = np.square(np.arange(levels) / (levels - 1))
-    seeds = [additive, np.sqrt(problem.errors * additive), np.tile(quadratic, (problem.layer_count, 1))]
-    race.run([*seeds, *problem.learned])
+    quadratic = np.tile(np.square(np.arange(levels) / (levels - 1)), (problem.layer_count, 1))
+    seeds = [additive, np.sqrt(problem.errors * additive), quadratic, *problem.learned]
+    race.run({_key(problem.solve(errors)): errors for errors in seeds})
     idle = 0
     while not race.is_over() and (idle < PATIENCE or problem.image_limit is not None):
         before = race.best_loss
-        posterior = fit(additive, race.scored(), race.floor)
-        race.run(_proposals(problem, race, additive, posterior))
-        idle = 0 if race.best_loss < (1 - GAIN) * before else idle + 1
-        if race.unproductive > PATIENCE:
+        candidates = _proposals(problem, race, additive, fit(additive, race.scored(), LEAST_LOSS))
+        if not candidates:
             break
+        race.run(candidates)
+        idle = 0 if race.best_loss < (1 - GAIN) * before else idle + 1
     return race.best
 
 
@@ -60,7 +67,6 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
     probes = sorted({max(1, round(fraction * (levels - 1))) for fraction in PROBES})
     samples = problem.stages[0]
     additive = problem.errors.copy()
-    base = race.base
     for layer in range(problem.layer_count):
         scores = []
         for level in probes:
@@ -68,7 +74,7 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
                 return problem.errors
             choice = np.zeros(problem.layer_count, np.int64)
             choice[layer] = level
-            scores.append(problem.loss(choice, samples) - base)
+            scores.append(problem.loss(choice, samples) - race.dense_loss)
             race.tell()
         additive[layer] = _scaled(problem.errors[layer], probes, scores)
     known = additive[:, probes]
@@ -83,116 +89,85 @@ def _scaled(errors: np.ndarray, probes: Sequence[int], scores: Sequence[float]) 
     return errors * np.exp(np.interp(positions, np.log(errors[list(probes)]), np.log(factors)))
 
 
-def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, posterior: Posterior) -> list[np.ndarray]:
-    """Error tables whose solutions weren't scored yet.
+def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, posterior: Posterior) -> Candidates:
+    """Profiles that weren't scored yet.
 
-    The likeliest one first; then in turns the same with some layers drawn from the posterior, and the best profile's
-    own errors with some layers changed by as much as the posterior is unsure of.
+    The likeliest one first; then in turns the solution of the best profile's own errors with some layers changed by as
+    much as the posterior is unsure of, and that of the likeliest errors changed in the same way.
     """
-    tables: list[np.ndarray] = []
-    taken = set(race.entered)
+    found: dict[tuple[int, ...], np.ndarray] = {}
+    likeliest = additive * np.exp(posterior.mean)[:, None]
     for number in range(CANDIDATES):
+        base = race.best.errors if number % 2 and race.best.errors is not None else likeliest
         for _ in range(DRAWS if number else 1):
             change = posterior.draw(problem.rng, float(problem.rng.choice(WIDTHS))) - posterior.mean
             redrawn = problem.rng.random(problem.layer_count) < REDRAWN
             redrawn[problem.rng.integers(problem.layer_count)] = True
-            if number == 0:
-                change[:] = 0
-            base = race.best.errors if number % 2 and race.best.errors is not None else None
-            logs = change * redrawn + (posterior.mean if base is None else 0.0)
-            errors = (additive if base is None else base) * np.exp(logs)[:, None]
-            errors = errors / errors.max()
-            key = tuple(race.solve(errors).tolist())
-            if key not in taken:
-                taken.add(key)
-                tables.append(errors)
+            errors = base * np.exp(change * redrawn * (number > 0))[:, None]
+            choice = _key(problem.solve(errors / errors.max()))
+            if choice not in race.scores and choice not in found:
+                found[choice] = errors / errors.max()
                 break
-    return tables
+    return found
 
 
-@dataclass
 class _Race:
     """Scores candidates on growing sets of samples and keeps the best.
 
     Attributes:
-        problem: what is searched.
         best, best_loss: the best profile so far, its loss on all samples.
-        base: loss of the dense network.
-        entered: choices that were scored.
-        unproductive: generations in a row without a new candidate.
+        dense_loss: loss of the dense network.
+        scores: the choices that were scored, each on as many samples as it came to.
     """
 
-    problem: SearchProblem
-    best_loss: float = np.inf
-    entered: dict[tuple[int, ...], Seen] = field(default_factory=dict)
-    unproductive: int = 0
-
-    def __post_init__(self) -> None:
-        problem = self.problem
-        self._first_images = problem.images()
-        self._solved: dict[bytes, np.ndarray] = {}
-        self.base = problem.loss(np.zeros(problem.layer_count, np.int64), problem.stages[0])
-        self.floor = 1e-9
-        self._scores = 0
+    def __init__(self, problem: SearchProblem) -> None:
+        self._problem = problem
+        self._first_images, self._told = problem.images(), 0
+        self.best = SearchResult(problem.solve(problem.errors), problem.errors)
+        self.best_loss = np.inf
+        self.scores: dict[tuple[int, ...], Seen] = {}
+        # Whatever happens next, there is a result with a loss.
+        self.best_loss = self._score(_key(self.best.choice), problem.stages[-1])
+        self.dense_loss = problem.loss(np.zeros(problem.layer_count, np.int64), problem.stages[0])
 
     def is_over(self) -> bool:
         """Whether time, images or the user's patience are used up."""
-        limit = self.problem.image_limit
-        spent = self.problem.images() - self._first_images
-        return self.problem.is_over() or (limit is not None and spent >= limit)
+        limit, spent = self._problem.image_limit, self._problem.images() - self._first_images
+        return self._problem.is_over() or (limit is not None and spent >= limit)
 
-    def solve(self, errors: np.ndarray) -> np.ndarray:
-        """The choice for an error table; the same table is solved once."""
-        key = errors.tobytes()
-        if key not in self._solved:
-            self._solved[key] = self.problem.solve(errors)
-        return self._solved[key]
-
-    def enter(self, errors: np.ndarray) -> None:
-        """Score one error table's choice on all samples, whatever it costs."""
-        choice = self.solve(errors)
-        self.best = SearchResult(choice, errors)
-        self.best_loss = self._score(choice, self.problem.stages[-1])
-
-    def run(self, tables: Sequence[np.ndarray]) -> None:
-        """Race the choices of these error tables against each other and the best so far."""
-        fresh = {tuple(self.solve(errors).tolist()): errors for errors in tables}
-        fresh = {key: errors for key, errors in fresh.items() if key not in self.entered}
-        self.unproductive = 0 if fresh else self.unproductive + 1
-        racing = list(fresh)
-        for number, samples in enumerate(self.problem.stages):
-            to_beat = self.problem.loss(self.best.choice, samples)
+    def run(self, candidates: Candidates) -> None:
+        """Race these against each other and the best so far (successive halving)."""
+        racing = [choice for choice in candidates if choice not in self.scores]
+        for samples in self._problem.stages:
+            to_beat = self._problem.loss(self.best.choice, samples)
             losses: dict[tuple[int, ...], float] = {}
-            for key in racing:
+            for choice in racing:
                 if self.is_over():
                     break
-                losses[key] = self._score(np.array(key), samples)
-            is_last = number == len(self.problem.stages) - 1
-            better = sorted((key for key in losses if losses[key] < to_beat), key=lambda key: losses[key])
-            if is_last:
-                if better:
-                    self.best_loss = losses[better[0]]
-                    self.best = SearchResult(np.array(better[0]), fresh[better[0]])
-                    self.tell()
-                return
+                losses[choice] = self._score(choice, samples)
+            better = sorted((choice for choice in losses if losses[choice] < to_beat), key=lambda one: losses[one])
             racing = better[: max(1, round(SURVIVORS * len(racing)))]
+        if racing:
+            self.best = SearchResult(np.array(racing[0]), candidates[racing[0]])
+            self.best_loss = losses[racing[0]]
+            self.tell()
 
     def scored(self) -> list[Seen]:
         """What the loss model can learn from: profiles of this and of other targets, losses above the dense one."""
-        everything = {one.choice: one for one in self.problem.seen if np.count_nonzero(one.choice) > 1} | self.entered
-        return [Seen(one.choice, one.samples, one.loss - self.base) for one in everything.values()]
+        earlier = {one.choice: one for one in self._problem.seen if np.count_nonzero(one.choice) > 1}
+        return [replace(one, loss=one.loss - self.dense_loss) for one in (earlier | self.scores).values()]
 
     def tell(self) -> None:
         """Report progress."""
-        self._scores += 1
-        limit = self.problem.image_limit
-        left = CANDIDATES if limit is None else max(0, limit - self.problem.images() + self._first_images)
-        self.problem.progress(self.best_loss, self._scores, left)
+        self._told += 1
+        self._problem.progress(self.best_loss, self._told, CANDIDATES)
 
-    def _score(self, choice: np.ndarray, samples: int) -> float:
-        loss = self.problem.loss(choice, samples)
-        key = tuple(choice.tolist())
-        self.entered[key] = Seen(key, samples, loss)
-        self.best_loss = min(self.best_loss, loss) if samples == self.problem.stages[-1] else self.best_loss
+    def _score(self, choice: tuple[int, ...], samples: int) -> float:
+        loss = self._problem.loss(np.array(choice), samples)
+        self.scores[choice] = Seen(choice, samples, loss)
         self.tell()
         return loss
+
+
+def _key(choice: np.ndarray) -> tuple[int, ...]:
+    return tuple(choice.tolist())
