@@ -16,13 +16,14 @@ from onnx_spdy.models.graph import (
 from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
 from onnx_spdy.models.patches import InputPatches
 from onnx_spdy.models.prepare import prepare
-from onnx_spdy.models.torch_graph import TorchGraph
+from onnx_spdy.models.torch_graph import Suspended, TorchGraph
 from onnx_spdy.models.write_back import changed_initializers, differences, write_weights
 
 __all__ = [
     "InputPatches",
     "Layer",
     "ModelError",
+    "Suspended",
     "TorchGraph",
     "UnsupportedOperator",
     "changed_initializers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,24 @@ class _Step:
     moves: tuple[int, ...]  # which of the inputs go from the CPU to the network's device
 
 
+@dataclass(frozen=True)
+class Suspended:
+    """A run that stopped before a node, with what is still needed to go on.
+
+    Attributes:
+        step: number of the node that comes next.
+        values: position -> computed tensor; weights aren't among them.
+    """
+
+    step: int
+    values: Mapping[int, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(value.numel() * value.element_size() for value in self.values.values())
+
+
 class TorchGraph(nn.Module):
     """An ONNX graph as a module: `forward({input name: tensor}) -> {output name: tensor}`.
 
@@ -85,8 +103,30 @@ class TorchGraph(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raises ModelError when a graph input is missing or a name is no graph input."""
+        return self.run(inputs)
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        start: Suspended | None = None,
+        keep: Callable[[Suspended], None] | None = None,
+        keep_before: Collection[int] = (),
+    ) -> dict[str, Tensor]:
+        """Like `forward`, but goes on from a suspended run, or hands out suspended runs on the way.
+
+        Args:
+            inputs: the same as those of the run that was suspended.
+            start: where to go on; weights of the nodes before it are not looked at again.
+            keep: called with the run as it is before each of the nodes numbered in `keep_before`.
+        """
         values, device = self._begin(inputs), self._device(inputs)
-        for step in self._steps:
+        if start is not None:
+            for position, tensor in start.values.items():
+                values[position] = tensor
+        for number in range(start.step if start else 0, len(self._steps)):
+            if keep is not None and number in keep_before:
+                keep(Suspended(number, {position: values[position] for position in self._live_before(number)}))  # type: ignore[misc]
+            step = self._steps[number]
             self._store(step, values, self._compute(step, values, device))
         return self._results(values)
 
@@ -148,6 +188,16 @@ class TorchGraph(nn.Module):
 
     def _results(self, values: list[Tensor | None]) -> dict[str, Tensor]:
         return {name: values[position] for name, position in self._output_positions}  # type: ignore[misc]
+
+    def step_of(self, name: str) -> int:
+        """The number of a node in the order in which they run."""
+        return self._node_index[name]
+
+    def _live_before(self, number: int) -> list[int]:
+        """Positions of tensors that nodes before this one made and that it or later ones, or the caller, need."""
+        made = {position for step in self._steps[:number] for position in step.outputs}
+        needed = {position for step in self._steps[number:] for position in step.inputs}
+        return sorted(made & (needed | {position for _, position in self._output_positions}))
 
     def _device(self, inputs: Mapping[str, Tensor]) -> torch.device | None:
         """Where the network is, or None when nothing has to be moved there."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.level import Level
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class Profile:
         aim_speedup: what was aimed at by the table, so that the measurement meets the target.
         predicted_seconds: of the whole network, by the latency table.
         predicted_speedup: dense seconds of the table / predicted_seconds.
-        loss, loss_name: calibration loss of the stitched network.
-        search, evaluations: who found it, and how many network evaluations that took.
+        loss, loss_name: calibration loss of the stitched network, on the samples that the search selected by.
+        held_out_loss: the same on calibration samples that the search never saw; None where there are none left.
+        search, evaluations, images: who found it, how many profiles were scored for that, and how many samples were
+            run through the network.
+        ended: why the search ended: one of "finished", "time limit", "interrupted".
         seed: of the search.
         errors: (layers, levels), the additive errors that the choice is optimal for, to solve for another aim
             without another search; None where the search has none.
@@ -37,8 +40,11 @@ class Profile:
     predicted_speedup: float
     loss: float
     loss_name: str
+    held_out_loss: float | None
     search: str
     evaluations: int
+    images: int
+    ended: str
     seed: int
     errors: Sequence[Sequence[float]] | None
     made_from: Mapping[str, str]

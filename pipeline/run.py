@@ -35,7 +35,7 @@ from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.report import Report, make_report
-from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
+from onnx_spdy.pipeline.search import SEARCH_SAMPLES, Listen, ProfileSearch, never
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.stitch import Stitcher
 from onnx_spdy.pipeline.train import Training
@@ -71,13 +71,16 @@ def run(
     finetune: str = NO_REPAIR,
     seed: int = 0,
     time_limit_seconds: float | None = None,
+    image_limit: int | None = None,
     allow_busy: bool = False,
+    shared: Path | None = None,
     watch: Watch = ignore,
+    listen: Listen = never,
 ) -> Report:
     """Prune a network to a speedup that is measured in the runtime.
 
-    Leaves in `out`: dense.onnx, model.onnx, latency.json, database/, profile.json, report.json. What is there
-    from an earlier call with the same arguments is kept; what belongs to another network or setting is refused.
+    Leaves in `out`: dense.onnx, model.onnx, latency.json, database/, search.json, profile.json, report.json. What is
+    there from an earlier call with the same arguments is kept; what belongs to another network or setting is refused.
 
     Args:
         dense: the prepared network (`onnx_spdy.models.prepare`).
@@ -95,8 +98,12 @@ def run(
         finetune: `gap` repairs the profile that is kept, once, after its speed was measured; see REPAIRS.
         seed: of everything random.
         time_limit_seconds: for the search; the best profile so far is taken then.
+        image_limit: samples that the search may run through the network; None for what it finds worthwhile.
         allow_busy: measure even while other programs use the CPU.
+        shared: folder for what other targets need as well (dense.onnx, latency.json, database/, search.json); None
+            for `out`.
         watch: called with (stage, done, total, note).
+        listen: see `ProfileSearch`.
     Returns:
         The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed.
     Raises:
@@ -106,16 +113,16 @@ def run(
     levels, _ = levels_for(pattern), search_named(search)
     prune = prune or pruner_named(pruner)
     check_repair(finetune)
-    clock = _Stages()
+    clock, common = _Stages(), shared or out
     network = Network(dense)
     inputs = samples.take(slice(0, batch)).inputs if len(samples) >= batch else None
-    keep_dense(dense, out / "dense.onnx")
+    keep_dense(dense, common / "dense.onnx")
     with clock("measure"):
         table = latency_table(
             dense,
             runtime,
             levels,
-            out / "latency.json",
+            common / "latency.json",
             batch=batch,
             threads=threads,
             inputs=inputs,
@@ -126,14 +133,14 @@ def run(
     table.budget(speedup)  # refuse the impossible before the long work
     with clock("database"):
         database = build_database(
-            network, samples, levels, prune, pruner, out / "database",
+            network, samples, levels, prune, pruner, common / "database",
             lambda what, done, total: watch("database", done, total, what), memory_bytes,
         )  # fmt: skip
     with clock("search"):
         finder = ProfileSearch(
             network, table, database, samples, loss=loss, search=search, search_samples=search_samples, seed=seed,
-            time_limit_seconds=time_limit_seconds,
-            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
+            time_limit_seconds=time_limit_seconds, image_limit=image_limit, state=common / "search.json",
+            progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"), listen=listen,
         )  # fmt: skip
         first = finder.find_or_load(speedup, out / "profile.json")
     stitching = Stitching(network, database, samples)
@@ -143,7 +150,7 @@ def run(
         deploy(dense, network.changed(), profile.levels, out / "model.onnx")
         profile.save(out / "profile.json")
         return validate(
-            out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
+            common / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
             progress=lambda done, total: watch("validate", done, total, f"aim {profile.aim_speedup:.3f}x"),
         )  # fmt: skip
 
@@ -161,13 +168,13 @@ def run(
             )
     with clock("alternatives"):
         alternatives = measure_alternatives(
-            out / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
+            common / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
             progress=lambda done, total: watch("alternatives", done, total, "dense, in every runtime"),
         )  # fmt: skip
     metrics = None
     if evaluation is not None and metric is not None:
         with clock("evaluate"):
-            metrics = compare_metric(evaluation, metric, out, watch)
+            metrics = compare_metric(evaluation, metric, common / "dense.onnx", out / "model.onnx", watch)
     report = make_report(
         network, table, database, outcome,
         metric_name=metric_name, metrics=metrics, alternatives=alternatives, corrected=stitching.corrected,
@@ -275,16 +282,16 @@ def repair_stitched(
     )  # fmt: skip
 
 
-def compare_metric(evaluation: Samples, metric: Metric, out: Path, watch: Watch) -> tuple[float, float]:
-    """The metric of dense.onnx and of model.onnx."""
+def compare_metric(evaluation: Samples, metric: Metric, dense: Path, pruned: Path, watch: Watch) -> tuple[float, float]:
+    """The metric of the dense and of the pruned network."""
 
-    def value(name: str) -> float:
+    def value(path: Path) -> float:
         def progress(done: int, total: int) -> None:
-            watch("evaluate", done, total, name)
+            watch("evaluate", done, total, path.name)
 
-        return evaluate(out / name, evaluation, metric, progress=progress)
+        return evaluate(path, evaluation, metric, progress=progress)
 
-    return value("dense.onnx"), value("model.onnx")
+    return value(dense), value(pruned)
 
 
 class _Stages:

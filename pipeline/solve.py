@@ -4,13 +4,14 @@ A layer may cost more where the layer that it reads from runs dense: an engine t
 the kernels. So the dynamic programme carries, beside the time spent, which of the layers that are still to be read
 run dense; in a chain that is one bit, with skip connections a few.
 
-It is exact for times rounded *up* to whole buckets, so a choice never exceeds the budget by the table; with
-10,000 buckets the rounding costs at most layers/10,000 of the budget.
+It is exact for times rounded *up* to whole buckets. Rounding takes up to a bucket from each layer, so choices of some
+buckets more than the budget has are looked at too, and the best one is taken whose times, not rounded, fit: a choice
+never exceeds the budget by the table. `error_bounds` tells how far from the exact optimum that is at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,8 +137,8 @@ class _Step:
 def solve(errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int = BUCKETS) -> np.ndarray:
     """Choose one level for each layer: least total error within the time budget.
 
-    Times are rounded up to whole buckets, so a choice never exceeds the budget by the table. Among choices of
-    equal error the faster level of the later layer is taken.
+    A choice never exceeds the budget by the table. Among choices of equal error the faster level of the later layer
+    is taken.
 
     Args:
         errors: (layers, levels), additive, lower is better.
@@ -173,33 +174,82 @@ def solve(errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int 
     return fastest  # within a millionth of it: nothing else fits
 
 
+def error_bounds(
+    errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int = 20 * BUCKETS
+) -> tuple[float, float]:
+    """Least total error within the budget, from below and from above; the optimum of `solve` lies between.
+
+    From below: with times rounded down to whole buckets every choice that fits still fits, so the optimum of those is
+    no worse than the exact one. From above: what `solve` finds with as many buckets.
+
+    Args:
+        errors, costs, budget_seconds: see `solve`.
+        buckets: the more, the closer the bounds are together, and the longer it takes.
+    """
+    rounded = _rounded(costs, budget_seconds, buckets, np.floor)
+    lower = float(_fill(np.asarray(errors, np.float64), costs, rounded, buckets)[-1][0, -1])
+    choice = solve(errors, costs, budget_seconds, buckets)
+    return lower, float(errors[np.arange(len(errors)), choice].sum())
+
+
 def _solve_rounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int) -> np.ndarray | None:
-    """The exact optimum for times rounded up to budget / buckets; None when the rounding leaves no choice."""
+    """The best choice that fits among the optima for times rounded up and capacities of some buckets more.
+
+    None when the rounding leaves no choice at all within the budget itself.
+    """
+    rounded = _rounded(costs, budget, buckets, np.ceil)
+    best = _fill(errors, costs, rounded, buckets + len(errors))
+    if np.isinf(best[-1][0, buckets]):
+        return None
+    values = best[-1][0, buckets:]  # falls with the capacity; each step is another choice
+    steps = np.flatnonzero(np.r_[False, values[1:] < values[:-1]])
+    choice = _backtrack(best, errors, costs, rounded, buckets)
+    least, most = 0, len(steps)
+    while least < most:  # the more surplus, the less likely it is that the choice fits
+        middle = (least + most) // 2
+        wider = _backtrack(best, errors, costs, rounded, buckets + int(steps[middle]))
+        if costs.total(wider) <= budget:
+            choice, least = wider, middle + 1
+        else:
+            most = middle
+    return choice
+
+
+def _rounded(
+    costs: Costs, budget: float, buckets: int, rounding: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    """Of each layer (states before it, levels) times in buckets, of which the budget has `buckets`."""
     scale = buckets / budget if budget > 0 else 0.0
-    rounded = [
-        np.minimum(np.ceil(costs.by_state(layer) * scale), buckets + 1).astype(np.int64) for layer in range(len(errors))
+    most = 2 * buckets + len(costs.seconds)  # more than any capacity
+    return [
+        np.minimum(rounding(costs.by_state(layer) * scale), most).astype(np.int64)
+        for layer in range(len(costs.seconds))
     ]
-    # best[l][s, b]: least error of layers < l that end in state s with total cost <= b. Backtracking recomputes the
-    # same sums instead of storing the choices: two vectorised passes for each level are all that the inner loop does.
-    best = [np.zeros((1, buckets + 1))]
-    scratch = np.empty(buckets + 1)
+
+
+def _fill(errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], capacity: int) -> list[np.ndarray]:
+    """best[l][s, b]: least error of layers < l that end in state s with total cost <= b, for b in 0..capacity."""
+    # Backtracking recomputes the same sums instead of storing the choices: two vectorised passes for each level
+    # are all that the inner loop does.
+    best = [np.zeros((1, capacity + 1))]
+    scratch = np.empty(capacity + 1)
     for layer, step in enumerate(costs.steps):
-        values = np.full((step.states, buckets + 1), np.inf)
+        values = np.full((step.states, capacity + 1), np.inf)
         for state, level in np.ndindex(step.following.shape):
-            reach = buckets + 1 - rounded[layer][state, level]
+            reach = capacity + 1 - rounded[layer][state, level]
             if reach > 0:
                 candidate = np.add(best[-1][state, :reach], errors[layer, level], out=scratch[:reach])
-                row = values[step.following[state, level], buckets + 1 - reach :]
+                row = values[step.following[state, level], capacity + 1 - reach :]
                 np.minimum(row, candidate, out=row)
         best.append(values)
-    if np.isinf(best[-1][:, -1]).all():
-        return None
-    return _backtrack(best, errors, costs, rounded)
+    return best
 
 
-def _backtrack(best: list[np.ndarray], errors: np.ndarray, costs: Costs, rounded: list[np.ndarray]) -> np.ndarray:
+def _backtrack(
+    best: list[np.ndarray], errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], bucket: int
+) -> np.ndarray:
     choice = np.empty(len(errors), np.int64)
-    bucket, state = best[-1].shape[1] - 1, int(best[-1][:, -1].argmin())
+    state = 0  # after the last layer nothing is awaited
     for layer in reversed(range(len(errors))):
         left = bucket - rounded[layer]  # (states before, levels)
         states = np.arange(len(left))[:, None]

@@ -18,6 +18,8 @@ from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.finetune import EPOCHS, RATE
 from onnx_spdy.pipeline.finetune import finetune as finetune_network
+from onnx_spdy.pipeline.front import FILE as FRONT
+from onnx_spdy.pipeline.front import Front, reach_all
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.measure import measure_latency
@@ -37,7 +39,9 @@ from onnx_spdy.runtimes import open_runtime
 from onnx_spdy.tools import show
 from onnx_spdy.tools.doctor import examine
 from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.front_report import write_front_html
 from onnx_spdy.tools.html_report import write_report_html
+from onnx_spdy.tools.interrupt import Interrupt
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
 
@@ -79,6 +83,9 @@ AllowBusy = Annotated[
 Finetune = Annotated[
     str, typer.Option("--finetune", metavar="NAME", help="gap: train all pruned layers together, masks fixed; or none")
 ]
+SearchImages = Annotated[
+    int | None, typer.Option("--search-images", min=1, help="samples that a search may run through the network")
+]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="for the search")]
 
 
@@ -87,8 +94,10 @@ def run(
     model: ModelArgument,
     data: Data,
     runtime: RuntimeName,
-    speedup: Annotated[float, typer.Option("--speedup", metavar="X", help="dense seconds / pruned seconds")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR")],
+    speedup: Annotated[
+        str, typer.Option("--speedup", metavar="X[,X...]", help="dense seconds / pruned seconds; several make a front")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="with several targets DIR/Xx for each")],
     batch: Batch = 1,
     threads: Threads = None,
     evaluation: Annotated[str | None, typer.Option("--eval", metavar="DATA", help="samples for the metric")] = None,
@@ -100,6 +109,7 @@ def run(
     search: SearchName = DEFAULT_SEARCH,
     search_samples: SearchSamples = SEARCH_SAMPLES,
     finetune: Finetune = NO_REPAIR,
+    search_images: SearchImages = None,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
     allow_busy: AllowBusy = False,
@@ -109,24 +119,39 @@ def run(
     search_named(search)
     pruner_name, prune = load_pruner(pruner)
     check_repair(finetune)
-    target, measure_metric, score = _speedup(speedup), load_metric(metric), load_loss(loss)
+    targets, measure_metric, score = _speedups(speedup), load_metric(metric), load_loss(loss)
+    interrupt = Interrupt()
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
         _warn_if_dense_only(engine.name, engine.sparse)
         dense = load_network(model)
         samples = load_samples(data, dense)
-        report = run_pipeline(
-            dense, samples, engine, target, out,
-            batch=batch, threads=threads, evaluation=load_samples(evaluation, dense) if evaluation else None,
-            metric=measure_metric, metric_name=metric if evaluation else None, loss=score,
-            pattern=pattern, pruner=pruner_name, prune=prune, memory_bytes=_gib(memory),
-            search=search, search_samples=search_samples, finetune=finetune, seed=seed,
-            time_limit_seconds=None if time_limit is None else 60 * time_limit, allow_busy=allow_busy, watch=watch,
-        )  # fmt: skip
-    write_report_html(report.content, out / "report.html")
-    show.report(report.content, out)
-    if report.missed:
-        raise TargetMissed(report.missed)
+        dev = load_samples(evaluation, dense) if evaluation else None
+
+        def reach(target: float, folder: Path) -> Report:
+            found = run_pipeline(
+                dense, samples, engine, target, folder,
+                batch=batch, threads=threads, evaluation=dev, metric=measure_metric,
+                metric_name=metric if evaluation else None, loss=score,
+                pattern=pattern, pruner=pruner_name, prune=prune, memory_bytes=_gib(memory),
+                search=search, search_samples=search_samples, finetune=finetune, seed=seed, image_limit=search_images,
+                time_limit_seconds=None if time_limit is None else 60 * time_limit, allow_busy=allow_busy,
+                shared=out, watch=watch, listen=interrupt,
+            )  # fmt: skip
+            write_report_html(found.content, folder / "report.html")
+            return found
+
+        if len(targets) == 1:
+            front, reports = None, [reach(targets[0], out)]
+        else:
+            front, reports = reach_all(targets, out, reach)
+    if front is None:
+        show.report(reports[0].content, out)
+    else:
+        write_front_html(front.content, out)
+        show.front(front.content, out)
+    if missed := (front or reports[0]).missed:
+        raise TargetMissed(missed)
 
 
 @app.command()
@@ -196,25 +221,30 @@ def search(
     name: Annotated[str, typer.Option("--search", metavar="NAME")] = DEFAULT_SEARCH,
     loss: LossName = None,
     search_samples: SearchSamples = SEARCH_SAMPLES,
+    search_images: SearchImages = None,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
 ) -> None:
     """Choose the level of each layer for one or more targets."""
     search_named(name)
-    targets = [_speedup(text) for text in speedup.split(",")]
+    targets = _speedups(speedup)
     table, weights, score = LatencyTable.load(latency), open_database(database), load_loss(loss)
     network = Network(load_network(model))
     samples = load_samples(data, network.model)
     with ProgressBars() as watch:
         finder = ProfileSearch(
             network, table, weights, samples, loss=score, search=name, search_samples=search_samples, seed=seed,
-            time_limit_seconds=None if time_limit is None else 60 * time_limit,
+            time_limit_seconds=None if time_limit is None else 60 * time_limit, image_limit=search_images,
             progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"),
+            state=out.with_name(f"{out.stem}.search.json"), listen=Interrupt(),
         )  # fmt: skip
         paths = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
-        found = {path: finder.find_or_load(target, path) for path, target in paths.items()}
-    for path, profile in found.items():
-        print(f"{path}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}")
+        found = {path: finder.find_or_load(target, path) for path, target in reversed(paths.items())}
+    for path, profile in reversed(found.items()):
+        held_out = "" if profile.held_out_loss is None else f", on held-out samples {profile.held_out_loss:.6f}"
+        print(
+            f"{path}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}{held_out}"
+        )
 
 
 @app.command()
@@ -322,7 +352,12 @@ def validate(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
-    """Show the report of a run and write its report.html again."""
+    """Show the report of a run, or the front of one with several targets, and write its page again."""
+    if (folder / FRONT).exists() and not (folder / "report.json").exists():
+        front = Front.load(folder / FRONT)
+        write_front_html(front.content, folder)
+        show.front(front.content, folder)
+        return
     found = Report.load(folder / "report.json")
     write_report_html(found.content, folder / "report.html")
     show.report(found.content, folder)
@@ -345,14 +380,18 @@ def _gib(value: float | None) -> int | None:
     return None if value is None else int(value * 2**30)
 
 
-def _speedup(value: str | float) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 1):
-        raise typer.BadParameter(f"--speedup {value} is not a number of at least 1")
-    return number
+def _speedups(text: str) -> list[float]:
+    """The targets that X[,X...] names, ascending."""
+    targets = set()
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number >= 1):
+            raise typer.BadParameter(f"{part!r} is not a number of at least 1", param_hint="'--speedup'")
+        targets.add(number)
+    return sorted(targets)
 
 
 def _warn_if_dense_only(name: str, sparse: bool) -> None:

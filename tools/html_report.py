@@ -180,11 +180,11 @@ def _layers_plot(report: Mapping[str, Any]) -> str:
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.5])
-        above.bar(positions, [100 * layer["sparsity"] for layer in layers], 0.82, color=_colour("sparsity"))
+        above.bar(positions, [100 * layer["sparsity"] for layer in layers], 0.82, color=colour("sparsity"))
         above.set(ylim=(0, 100), yticks=[0, 50, 100], ylabel="zeros, %")
-        below.bar([x - 0.205 for x in positions], dense, 0.41, color=_colour("dense"), label="dense")
-        below.bar([x + 0.205 for x in positions], pruned, 0.41, color=_colour("pruned"), label="pruned")
-        below.bar([at_rest], [rest], 0.82, color=_colour("rest"), label="everything else")
+        below.bar([x - 0.205 for x in positions], dense, 0.41, color=colour("dense"), label="dense")
+        below.bar([x + 0.205 for x in positions], pruned, 0.41, color=colour("pruned"), label="pruned")
+        below.bar([at_rest], [rest], 0.82, color=colour("rest"), label="everything else")
         is_cut = rest > OFF_SCALE * slowest
         top = 1.2 * (slowest if is_cut else max(slowest, rest))
         note = f"{rest:.3g} ms" + (", beyond the axis" if is_cut else "")
@@ -199,10 +199,10 @@ def _layers_plot(report: Mapping[str, Any]) -> str:
             below.set_xticks(range(step - 1, count, step), range(step, count + 1, step))
             below.set_xlabel("number of the layer in the table of all layers")
         for axes in (above, below):
-            _plain(axes)
+            plain_axes(axes)
             axes.tick_params(axis="x", length=0)
 
-    return _svg(draw, height=4.2, label="Bars for each layer: fraction of zeros, and time in ms dense and pruned")
+    return svg_plot(draw, height=4.2, label="Bars for each layer: fraction of zeros, and time in ms dense and pruned")
 
 
 def _rounds_plot(report: Mapping[str, Any]) -> str:
@@ -215,23 +215,23 @@ def _rounds_plot(report: Mapping[str, Any]) -> str:
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         for name, values in seconds.items():
-            left.plot(rounds, [1e3 * value for value in values], "o-", ms=3, lw=0.8, color=_colour(name), label=name)
+            left.plot(rounds, [1e3 * value for value in values], "o-", ms=3, lw=0.8, color=colour(name), label=name)
         left.set(ylim=(0, 1.08e3 * max(map(max, seconds.values()))), ylabel="ms", xlabel="round")
-        right.axhspan(lower, upper, color=_colour("pruned"), alpha=0.18, lw=0, label="95 % interval")
-        right.axhline(target, color=_colour("target"), lw=1.2, dashes=(5, 3), label="target")
-        right.plot(rounds, speedups, "o", ms=3, color=_colour("ink"), label="one round")
+        right.axhspan(lower, upper, color=colour("pruned"), alpha=0.18, lw=0, label="95 % interval")
+        right.axhline(target, color=colour("target"), lw=1.2, dashes=(5, 3), label="target")
+        right.plot(rounds, speedups, "o", ms=3, color=colour("ink"), label="one round")
         low, high = min(target, *speedups), max(target, *speedups)
         margin = max(0.08 * (high - low), 0.01 * high)  # without noise there would be no range at all
         right.set(ylim=(low - margin, high + margin), ylabel="speedup", xlabel="round")
         for axes in (left, right):
-            _plain(axes)
+            plain_axes(axes)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, frameon=False, borderaxespad=0.1)
 
-    return _svg(draw, height=2.7, label="Points for each measured round: ms dense and pruned, and their ratio")
+    return svg_plot(draw, height=2.7, label="Points for each measured round: ms dense and pruned, and their ratio")
 
 
-def _colour(name: str) -> str:
+def colour(name: str) -> str:
     return COLOURS[name][0]
 
 
@@ -243,15 +243,18 @@ def _short(name: str) -> str:
     return "…" + tail[max(tail.find("/"), 0) :]
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_colour("faint"), lw=0.7)
+    axes.grid(axis="y", color=colour("faint"), lw=0.7)
 
 
-def _svg(draw: Callable[[Figure], None], *, height: float, label: str) -> str:
-    """An <svg> element that can stand in a page: no ids or styles that meet those around it, colours as variables."""
+def svg_plot(draw: Callable[[Figure], None], *, height: float, label: str, alone: bool = False) -> str:
+    """An <svg> element that can stand in a page: no ids or styles that meet those around it, colours as variables.
+
+    With `alone` it is the text of a file: with a namespace and fixed colours.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -260,7 +263,7 @@ def _svg(draw: Callable[[Figure], None], *, height: float, label: str) -> str:
         # Text stays text, which the reader's browser draws: which glyphs matplotlib's font lacks means nothing.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         matplotlib.rcdefaults()  # a user's own style must not change the page
-        style: dict[Any, Any] = dict.fromkeys(INKED, _colour("ink"))
+        style: dict[Any, Any] = dict.fromkeys(INKED, colour("ink"))
         style |= {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 8.5}
         style |= {"text.parse_math": False}  # a name with dollar signs is no formula
         matplotlib.rcParams.update(style)
@@ -273,6 +276,10 @@ def _svg(draw: Callable[[Figure], None], *, height: float, label: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box is not None  # matplotlib always writes one
     text = text[text.index(">", text.index("<svg")) + 1 :]
+    if alone:
+        links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        paper = '<rect width="100%" height="100%" fill="#fff"/>'
+        return f'<svg {links} viewBox="{box[1]}"><title>{label}</title>{paper}{text}'
     for name, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{name})")
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}"><title>{label}</title>{text}'

@@ -162,6 +162,31 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     print(f"sparsity of the prunable weights {content['sparsity']:.1%}; report: {folder / 'report.html'}")
 
 
+def front(content: Mapping[str, Any], folder: Path) -> None:
+    """The front of several targets."""
+    metric = content["metric_name"]
+    grid = _grid(
+        "Front", ("target", "predicted", "measured", "lower bound", "ms", "sparsity",
+                  f"{content['loss_name']} loss", "held out", metric or "metric", "network"),
+    )  # fmt: skip
+    dense_metric = "-" if content["metric_dense"] is None else f"{content['metric_dense']:.4f}"
+    dense_ms = f"{1e3 * content['dense_seconds']:.3f}"
+    _row(grid, "dense", "", "", "", dense_ms, "", "", "", dense_metric, folder / "dense.onnx")
+    for point in content["points"]:
+        _row(
+            grid, f"{point['target_speedup']:g}x", f"{point['predicted_speedup']:.3f}x",
+            f"{point['measured_speedup']:.3f}x", f"{point['measured_speedup_lower']:.3f}x",
+            f"{1e3 * point['pruned_seconds']:.3f}", f"{point['sparsity']:.1%}", f"{point['loss']:.5g}",
+            *("-" if point[key] is None else f"{point[key]:.4g}" for key in ("held_out_loss", "metric_pruned")),
+            folder / point["folder"] / "model.onnx",
+        )  # fmt: skip
+    _console().print(grid)
+    print(environment(content["environment"]))
+    if content["environment"]["precision"] == "formula":
+        print("These times come from a formula, not from an engine: they say nothing about real hardware.")
+    print(f"front: {folder / 'front.html'}, {folder / 'front.svg'}, {folder / 'front.json'}")
+
+
 def doctor(findings: Sequence[Finding]) -> None:
     """Which runtimes work here."""
     grid = _grid("Runtimes", ("runtime", "works", "sparse kernels", "note"))

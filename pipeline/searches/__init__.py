@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from onnx_spdy.pipeline.searches.dp import dp
+from onnx_spdy.pipeline.searches.erk import erk
 from onnx_spdy.pipeline.searches.global_magnitude import global_magnitude
-from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult
+from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult, Seen
+from onnx_spdy.pipeline.searches.random_profiles import random
 from onnx_spdy.pipeline.searches.spdy import spdy
+from onnx_spdy.pipeline.searches.thompson import thompson
 from onnx_spdy.pipeline.searches.uniform import uniform
 
 Search = Callable[[SearchProblem], SearchResult]
 
 SEARCHES: dict[str, Search] = {
+    "thompson": thompson,
     "spdy": spdy,
+    "dp": dp,
     "uniform": uniform,
+    "erk": erk,
     "global-magnitude": global_magnitude,
+    "random": random,
 }
 
-DEFAULT_SEARCH = "spdy"
+DEFAULT_SEARCH = "thompson"
 
 
 class UnknownSearch(ValueError):
@@ -33,3 +41,15 @@ def search_named(name: str) -> Search:
     if name not in SEARCHES:
         raise UnknownSearch(f"unknown search {name!r}; known: {', '.join(SEARCHES)}")
     return SEARCHES[name]
+
+
+__all__ = [
+    "DEFAULT_SEARCH",
+    "SEARCHES",
+    "Search",
+    "SearchProblem",
+    "SearchResult",
+    "Seen",
+    "UnknownSearch",
+    "search_named",
+]

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
+
+
+class NetworkLoss(Protocol):
+    """Scores profiles. What was asked before costs nothing."""
+
+    def __call__(self, choice: np.ndarray, samples: int | None = None) -> float:
+        """Calibration loss of the stitched network, for (layers,) level indices.
+
+        Args:
+            samples: on so many of the first selection samples; None for all of them.
+        """
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A profile that was scored before, for another target perhaps.
+
+    Attributes:
+        choice: (layers,) level indices.
+        samples, loss: its loss on so many of the first selection samples.
+    """
+
+    choice: tuple[int, ...]
+    samples: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -21,20 +47,30 @@ class SearchProblem:
         costs: times of layers x levels, by the latency table.
         errors: (layers, levels), relative squared output error of each layer, by the database.
         budget_seconds: for all these layers together.
-        loss: (layers,) level indices -> calibration loss of the stitched network; repeated profiles cost nothing.
+        loss: calibration loss of the network stitched to a choice.
         magnitudes: layer index -> absolute values of its dense weights.
         rng: the only source of randomness.
+        stages: numbers of samples that `loss` can be asked for, growing; the last is all of them.
+        seen: profiles that were scored before the search began.
+        learned: (layers, levels) additive errors that led to the best profiles for other budgets.
+        images: how many samples were run through the network so far.
+        image_limit: how many this search may run, or None for as many as it finds worthwhile.
         progress: called with (best loss so far, evaluations so far, evaluations at least to come).
-        is_over: whether the time limit has passed; a search then returns the best that it has.
+        is_over: whether the time limit has passed or the user asked to stop; a search then returns the best it has.
     """
 
     levels: tuple[Level, ...]
     costs: Costs
     errors: np.ndarray
     budget_seconds: float
-    loss: Callable[[np.ndarray], float]
+    loss: NetworkLoss
     magnitudes: Callable[[int], np.ndarray]
     rng: np.random.Generator
+    stages: tuple[int, ...] = (1,)
+    seen: Sequence[Seen] = ()
+    learned: Sequence[np.ndarray] = ()
+    images: Callable[[], int] = lambda: 0
+    image_limit: int | None = None
     progress: Callable[[float, int, int], None] = lambda loss, done, left: None
     is_over: Callable[[], bool] = lambda: False
 
@@ -68,4 +104,4 @@ class SearchResult:
     errors: np.ndarray | None = None
 
 
-__all__ = ["InfeasibleTarget", "SearchProblem", "SearchResult"]
+__all__ = ["InfeasibleTarget", "NetworkLoss", "SearchProblem", "SearchResult", "Seen"]

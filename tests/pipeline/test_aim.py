@@ -17,7 +17,7 @@ ENVIRONMENT = Environment("fake", "1", "formula", "cpu", "none", 1, 1, 1, "host"
 def profile(aim: float, target: float = 2.0) -> Profile:
     """A profile that is as fast as it aims at; faster ones lose more."""
     levels = {"layer": Level("unstructured", round(1 - 1 / (1 + aim), 4))}
-    return Profile(levels, target, aim, 1 / aim, aim, aim**2, "kl", "spdy", 1, 0, None, {})
+    return Profile(levels, target, aim, 1 / aim, aim, aim**2, "kl", None, "spdy", 1, 1, "finished", 0, None, {})
 
 
 class Engine:

@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.pipeline.searches import SEARCHES, SearchProblem, UnknownSearch, search_named
+from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SEARCHES, SearchProblem, Seen, UnknownSearch, search_named
+from onnx_spdy.pipeline.searches.loss_model import fit
 from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget
 
 LEVELS = levels_for("unstructured")
 LAYERS = 12
+STAGES = (32, 64, 128)
 
 
 class Scripted:
@@ -17,10 +19,19 @@ class Scripted:
         self.weights = [rng.normal(0, scale, 400) for scale in np.geomspace(0.1, 3, LAYERS)]
         self.sensitivity = rng.random(LAYERS) ** 3
         self.asked: list[tuple[int, ...]] = []
+        self.known: dict[tuple[int, ...], int] = {}
+        self.images = 0
 
-    def loss(self, choice: np.ndarray) -> float:
-        self.asked.append(tuple(choice))
-        return float((self.sensitivity * (choice / 41) ** 2).sum())
+    def loss(self, choice: np.ndarray, samples: int | None = None) -> float:
+        """Layers hurt each other; few samples tell less than all of them."""
+        samples = STAGES[-1] if samples is None else samples
+        known = self.known.get(tuple(choice), 0)
+        if samples > known:
+            self.asked.append(tuple(choice))
+            self.images += samples - known
+            self.known[tuple(choice)] = samples
+        noise = np.random.default_rng([*choice.tolist(), samples]).normal() * 0.1 * (1 - samples / STAGES[-1])
+        return float((self.sensitivity * (choice / 41) ** 2).sum() ** 1.3 * np.exp(noise))
 
     def problem(self, budget: float, seed: int = 0, **more) -> SearchProblem:
         dense = np.linspace(1, 2, LAYERS)[:, None]
@@ -33,6 +44,8 @@ class Scripted:
             loss=self.loss,
             magnitudes=lambda layer: np.abs(self.weights[layer]),
             rng=np.random.default_rng(seed),
+            stages=STAGES,
+            images=lambda: self.images,
             **more,
         )
 
@@ -58,9 +71,63 @@ def test_every_search_repeats_itself_for_a_seed(name: str) -> None:
     assert (first == second).all()
 
 
-def test_spdy_beats_the_baselines_where_layers_differ() -> None:
+def test_searches_that_ask_the_network_beat_those_that_do_not_where_layers_differ() -> None:
     losses = {name: Scripted().loss(search(Scripted().problem(0.4)).choice) for name, search in SEARCHES.items()}
-    assert losses["spdy"] < 0.8 * min(losses["uniform"], losses["global-magnitude"])
+    blind = min(losses[name] for name in ("uniform", "global-magnitude", "erk", "dp"))
+    assert losses["spdy"] < 0.8 * blind
+    assert losses["random"] < blind
+    assert losses["thompson"] < 0.8 * blind
+
+
+def test_the_default_finds_what_spdy_finds_with_a_tenth_of_its_images() -> None:
+    for seed in range(2):
+        slow, fast = Scripted(seed), Scripted(seed)
+        best = slow.loss(SEARCHES["spdy"](slow.problem(0.4, seed)).choice)
+        choice = SEARCHES[DEFAULT_SEARCH](fast.problem(0.4, seed, image_limit=slow.images // 10)).choice
+        assert fast.loss(choice) <= 1.02 * best
+
+
+def test_an_image_limit_is_kept_and_more_images_find_no_less() -> None:
+    losses = []
+    for limit in (700, 2000, 8000):
+        network = Scripted()
+        choice = SEARCHES["thompson"](network.problem(0.4, image_limit=limit)).choice
+        assert network.images <= limit + STAGES[-1]
+        losses.append(network.loss(choice))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_profiles_that_were_scored_for_another_target_help() -> None:
+    network = Scripted()
+    SEARCHES["thompson"](network.problem(0.5))
+    seen = [Seen(choice, samples, network.loss(np.array(choice), samples)) for choice, samples in network.known.items()]
+    before = network.images
+    warm = network.loss(SEARCHES["thompson"](network.problem(0.4, seen=seen, image_limit=400)).choice)
+    assert network.images - before <= 400 + STAGES[-1]
+    fresh = Scripted()
+    assert warm < fresh.loss(SEARCHES["thompson"](fresh.problem(0.4, image_limit=400)).choice)
+
+
+def test_the_loss_model_learns_factors_from_whole_profiles() -> None:
+    rng = np.random.default_rng(0)
+    additive = np.linspace(0, 1, 42) ** 2 * np.ones((LAYERS, 1))
+    factors = np.exp(rng.normal(0, 0.7, LAYERS))
+    profiles = rng.integers(1, 42, (120, LAYERS))
+    losses = (factors * additive[np.arange(LAYERS), profiles]).sum(axis=1) ** 1.1
+    posterior = fit(additive, [Seen(tuple(p), 128, loss) for p, loss in zip(profiles, losses, strict=True)], 1e-9)
+    found, truth = posterior.mean - posterior.mean.mean(), np.log(factors) - np.log(factors).mean()
+    assert np.abs(found - truth).max() < 0.25
+    assert np.corrcoef(found, truth)[0, 1] > 0.98
+    spread = np.std([posterior.draw(rng) for _ in range(200)], axis=0)
+    assert (spread < 0.5 * np.diag(fit(additive, [], 1e-9).root)).all()
+
+
+def test_erk_prunes_large_layers_more() -> None:
+    network = Scripted()
+    network.weights = [np.ones((8 * (layer + 1), 16, 3, 3)) for layer in range(LAYERS)]
+    choice = SEARCHES["erk"](network.problem(0.5)).choice
+    assert (np.diff(choice) >= 0).all()
+    assert choice[-1] > choice[0]
 
 
 def test_spdy_returns_the_best_that_it_evaluated() -> None:
@@ -72,16 +139,18 @@ def test_spdy_returns_the_best_that_it_evaluated() -> None:
     assert len(network.asked) >= 100 + 100
 
 
-def test_spdy_stops_at_the_time_limit_with_what_it_has() -> None:
+@pytest.mark.parametrize("name", ["spdy", "thompson", "random"])
+def test_searches_stop_at_the_time_limit_with_what_they_have(name: str) -> None:
     network = Scripted()
     problem = network.problem(0.4, is_over=lambda: len(network.asked) >= 7)
-    assert problem.is_feasible(SEARCHES["spdy"](problem).choice)
+    assert problem.is_feasible(SEARCHES[name](problem).choice)
     assert len(network.asked) == 7
 
 
-def test_the_error_model_of_spdy_leads_to_its_choice_again() -> None:
+@pytest.mark.parametrize("name", ["spdy", "thompson", "dp"])
+def test_the_error_model_of_a_search_leads_to_its_choice_again(name: str) -> None:
     problem = Scripted().problem(0.4)
-    result = SEARCHES["spdy"](problem)
+    result = SEARCHES[name](problem)
     assert result.errors is not None
     assert (problem.solve(result.errors) == result.choice).all()
 
@@ -99,5 +168,5 @@ def test_global_magnitude_prunes_layers_of_small_weights_more() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownSearch, match="spdy, uniform, global-magnitude"):
+    with pytest.raises(UnknownSearch, match="spdy, dp, uniform, erk, global-magnitude, random"):
         search_named("best")

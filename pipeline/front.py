@@ -1,0 +1,80 @@
+"""Many targets: a front of speedup against loss, each point a network that was deployed and measured.
+
+The table, the database and everything that a search has scored are shared; each target has a folder of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.report import Report
+
+VERSION = 1
+FILE = "front.json"
+_FROM_REPORT = (
+    "target_speedup", "predicted_speedup", "measured_speedup", "measured_speedup_lower", "measured_speedup_upper",
+    "pruned_seconds", "loss", "held_out_loss", "metric_pruned", "sparsity", "missed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Front:
+    """The points from the slowest to the fastest target.
+
+    Attributes:
+        content: the document; front.json without its format and version.
+    """
+
+    content: Mapping[str, Any]
+
+    @property
+    def missed(self) -> str | None:
+        """Which targets are out of reach and why, in one line; None when none is."""
+        return "; ".join(point["missed"] for point in self.content["points"] if point["missed"]) or None
+
+    def save(self, path: Path) -> None:
+        write_json(path, "front", VERSION, self.content)
+
+    @classmethod
+    def load(cls, path: Path) -> Front:
+        """The front in a file.
+
+        Raises:
+            ArtifactError: missing, damaged or of another version.
+        """
+        return cls(read_json(path, "front", VERSION))
+
+
+def target_folder(out: Path, speedup: float) -> Path:
+    """Where the network for one of several targets is: `out/2x`."""
+    return out / f"{speedup:g}x"
+
+
+def reach_all(
+    speedups: Sequence[float], out: Path, reach: Callable[[float, Path], Report]
+) -> tuple[Front, list[Report]]:
+    """Reach every target, the highest first: it is the one that may be impossible, and that teaches most.
+
+    Args:
+        out: the front is written there, each target's results into `target_folder`.
+        reach: (speedup, folder) -> the report of the run for it.
+    Returns:
+        The front and the reports, both from the lowest target to the highest.
+    """
+    found = {speedup: reach(speedup, target_folder(out, speedup)) for speedup in sorted(set(speedups), reverse=True)}
+    reports = [found[speedup] for speedup in sorted(found)]
+    front = make_front([(target_folder(out, speedup).name, found[speedup]) for speedup in sorted(found)])
+    front.save(out / FILE)
+    return front, reports
+
+
+def make_front(reports: Sequence[tuple[str, Report]]) -> Front:
+    """The front of these (folder, report)."""
+    first = reports[0][1].content
+    points = [{"folder": folder, **{key: one.content[key] for key in _FROM_REPORT}} for folder, one in reports]
+    shared = ("runtime", "environment", "loss_name", "metric_name", "metric_dense", "dense_seconds", "highest_speedup")
+    return Front({**{key: first[key] for key in shared}, "points": points})
