@@ -44,6 +44,16 @@ def thresholded_relu(node: Node) -> Compute:
     return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
 
 
+def shrink(node: Node) -> Compute:
+    threshold, bias = node.get("lambd", 0.5), node.get("bias", 0.0)
+
+    def run(x: Tensor) -> Tensor:
+        moved = torch.where(x < -threshold, x + bias, torch.where(x > threshold, x - bias, torch.zeros_like(x)))
+        return moved.to(x.dtype)
+
+    return run
+
+
 def hard_sigmoid(node: Node) -> Compute:
     alpha, beta = node.get("alpha", 0.2), node.get("beta", 0.5)
     return lambda x: torch.clamp(x * alpha + beta, 0, 1)
@@ -65,6 +75,15 @@ def softmax(node: Node) -> Compute:
 
 def log_softmax(node: Node) -> Compute:
     return _over_axis(node, F.log_softmax)
+
+
+def hardmax(node: Node) -> Compute:
+    """1 at the first largest element, 0 elsewhere."""
+
+    def function(x: Tensor, dim: int) -> Tensor:
+        return torch.zeros_like(x).scatter(dim, x.argmax(dim, keepdim=True), 1)
+
+    return _over_axis(node, function)
 
 
 def _over_axis(node: Node, function: Compute) -> Compute:

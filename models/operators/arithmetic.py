@@ -59,6 +59,10 @@ def is_inf(node: Node) -> Compute:
     return run
 
 
+def bit_shift(node: Node) -> Compute:
+    return torch.bitwise_left_shift if node.get("direction") == "LEFT" else torch.bitwise_right_shift
+
+
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition, a, b)
 

@@ -88,21 +88,38 @@ def gather_nd(node: Node) -> Compute:
 
 
 def scatter_nd(node: Node) -> Compute:
-    if node.get("reduction", "none") != "none":
-        raise node.unsupported(f"reduction '{node.get('reduction')}'")
+    combine = _reduction(node)
 
     def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         where = tuple(_from_start(part, x.shape[i]).long() for i, part in enumerate(indices.unbind(-1)))
-        return x.index_put(where, updates.to(x.dtype))
+        if combine in (None, "sum"):
+            return x.index_put(where, updates.to(x.dtype), accumulate=combine == "sum")
+        # PyTorch combines in other ways along one axis only: all indexed axes as one.
+        count = indices.shape[-1]
+        flat = torch.zeros_like(where[0])
+        for part, length in zip(where, x.shape, strict=False):
+            flat = flat * length + part
+        rows = x.reshape(-1, *x.shape[count:]).flatten(1) if count < x.dim() else x.reshape(-1, 1)
+        changes = updates.reshape(flat.numel(), -1).to(x.dtype)
+        places = flat.reshape(-1, 1).expand(changes.shape)
+        return rows.scatter_reduce(0, places, changes, combine).reshape(x.shape)
 
     return run
 
 
 def scatter_elements(node: Node) -> Compute:
-    axis = node.get("axis", 0)
-    if node.get("reduction", "none") != "none":
-        raise node.unsupported(f"reduction '{node.get('reduction')}'")
-    return lambda x, indices, updates: x.scatter(axis, _from_start(indices, x.shape[axis]).long(), updates)
+    axis, combine = node.get("axis", 0), _reduction(node)
+
+    def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+        where = _from_start(indices, x.shape[axis]).long()
+        return x.scatter(axis, where, updates) if combine is None else x.scatter_reduce(axis, where, updates, combine)
+
+    return run
+
+
+def _reduction(node: Node) -> str | None:
+    """PyTorch's name for what happens to the old value; None: it is replaced."""
+    return {"none": None, "add": "sum", "mul": "prod", "max": "amax", "min": "amin"}[node.get("reduction", "none")]
 
 
 def one_hot(node: Node) -> Compute:

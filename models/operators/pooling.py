@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,9 @@ AVERAGE_POOLS: dict[int, Compute] = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_
 
 
 def max_pool(node: Node) -> Compute:
-    if len(node.outputs) > 1:
-        raise node.unsupported("the second output (indices of the largest values)")
     window = _Window(node)
+    if len(node.outputs) > 1:
+        return _max_pool_with_indices(node, window)
     if window.fits_torch:
         padding = window.begins
         return lambda x: MAX_POOLS[x.dim()](
@@ -30,6 +31,41 @@ def max_pool(node: Node) -> Compute:
         lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
         padded = F.pad(x, torch_padding(begins, ends), value=lowest)
         return MAX_POOLS[x.dim()](padded, window.kernel, window.strides, 0, window.dilations)
+
+    return run
+
+
+def _max_pool_with_indices(node: Node, window: _Window) -> Compute:
+    if not window.fits_torch:
+        raise node.unsupported("the second output (indices of the largest values) with unequal padding")
+    column_first = bool(node.get("storage_order", 0))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, where = MAX_POOLS[x.dim()](
+            x, window.kernel, window.strides, window.begins, window.dilations, window.ceil_mode, True
+        )
+        sizes = x.shape[2:]
+        if column_first:
+            where = torch.stack(torch.unravel_index(where, sizes))
+            strides = torch.tensor([prod(sizes[:i]) for i in range(len(sizes))], device=x.device)
+            where = (where * strides.reshape(-1, *[1] * (where.dim() - 1))).sum(0)
+        # PyTorch counts within each plane, ONNX through the whole tensor.
+        planes = torch.arange(x.shape[0] * x.shape[1], device=x.device) * prod(sizes)
+        return values, where + planes.reshape(*x.shape[:2], *[1] * len(sizes))
+
+    return run
+
+
+def lp_pool(node: Node) -> Compute:
+    window, p = _Window(node), node.get("p", 2)
+
+    def run(x: Tensor) -> Tensor:
+        begins, ends, _ = window.pads(x.shape[2:])
+        batch, channels, *sizes = x.shape
+        planes = F.pad(x.abs().pow(p).reshape(batch * channels, 1, *sizes), torch_padding(begins, ends))
+        ones = x.new_ones((1, 1, *window.kernel))
+        sums = CONVOLUTIONS[x.dim()](planes, ones, None, window.strides, 0, window.dilations)
+        return sums.pow(1 / p).reshape(batch, channels, *sums.shape[2:])
 
     return run
 

@@ -114,6 +114,21 @@ def top_k(node: Node) -> Compute:
     return lambda x, k: choose(x, int(k.item()))
 
 
+def cum_prod(node: Node) -> Compute:
+    exclusive, reverse = node.get("exclusive", 0), node.get("reverse", 0)
+
+    def run(x: Tensor, axis: Tensor) -> Tensor:
+        along = int(axis.item())
+        ordered = x.flip(along) if reverse else x
+        if exclusive:  # a product can't be divided out again: there may be zeros
+            last = x.shape[along] - 1
+            ordered = torch.cat([torch.ones_like(ordered.narrow(along, 0, 1)), ordered.narrow(along, 0, last)], along)
+        products = torch.cumprod(ordered, along, dtype=x.dtype)
+        return products.flip(along) if reverse else products
+
+    return run
+
+
 def cum_sum(node: Node) -> Compute:
     exclusive, reverse = node.get("exclusive", 0), node.get("reverse", 0)
 
