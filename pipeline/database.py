@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def build_database(
     for count, group in enumerate(passes, start=1):
         network.reset()
         what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-        hessians = collect_hessians(network, group, samples, lambda n, total, what=what: tell(what, n, total))
+        hessians = collect_hessians(network, group, samples, partial(tell, what))
         for layer in group:
             number = network.layers.index(layer)
             done[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), levels, pruner, folder)

@@ -6,8 +6,10 @@ inputs and outputs and takes gradients on batches; here the gradient of the same
 comes from the Hessian: || (W - W0) X ||^2 / || W0 X ||^2 = tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T). So the steps
 differ by the noise of the batches alone.
 
-Sources: Hubara et al., Accelerated Sparse Neural Training (NeurIPS 2021), section 5; Frantar & Alistarh, SPDY
-(ICML 2022), section 4 (number of passes, learning rate, levels in sequence).
+The learning rate and the batch size that the number of steps follows from are common values, not tuned.
+
+Sources: Hubara et al., Accelerated Sparse Neural Training (NeurIPS 2021); Frantar & Alistarh, SPDY (ICML 2022),
+section 4 (passes, levels in sequence).
 """
 
 from __future__ import annotations

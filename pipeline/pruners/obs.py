@@ -1,13 +1,15 @@
 """The default: nearly exact greedy OBS, made as fast as a layer's width allows.
 
 Layers up to `TRACE_WIDTH` wide: greedy elimination traces as in obc.py, but each panel of removals is found among its
-cheapest `CANDIDATES`; the result is within a percent of exact OBS.
+cheapest `CANDIDATES`. Errors are those of exact OBS to about a percent.
 
-Wider layers, whose traces would take hours: the layer goes down a ladder of sparsities in small steps. A step drops
-what costs least by the OBS saliency w^2 / [H_S^-1]_pp of the adapted weights, where S is what the row still has, and
-adapts the rest. While rows are long this is done by conjugate gradients for all rows at once, and the diagonal of
+Wider layers, whose traces cost d^3 for each row: the layer goes down a ladder of sparsities in small steps. A step
+drops what costs least by the OBS saliency w^2 / [H_S^-1]_pp of the adapted weights, where S is what the row still has,
+and adapts the rest. While rows are long this is done by conjugate gradients for all rows at once, and the diagonal of
 H_S^-1 is estimated on `SAMPLED_ROWS`; as soon as that is cheaper (`EXACT_DENSITY`), both are computed exactly for each
-row. The size of a step matters most: weights that are dropped together don't know of each other.
+row. The size of a step matters most: weights that are dropped together don't know of each other. What that costs was
+compared on 48 rows of a layer that is 2,304 wide: 21 % more error than by traces at 50 % sparsity, 12 % at 70 %, 5 % at
+90 %, 1 % at 95 %. Narrow layers with strongly correlated inputs lose more.
 
 The weights of a level are the least-squares solution on its mask: exact, but for the long rows of wide layers, where
 `POLISH` more iterations come close.

@@ -176,7 +176,7 @@ def test_little_memory_takes_several_passes_and_gives_the_same(
         network, samples, LEVELS, obs, "obs", tmp_path / "parts", lambda what, done, total: seen.append(what),
         widest + work,
     )  # fmt: skip
-    assert "hessians, pass 2 of 2" in seen
+    assert "hessians, pass 3 of 3" in seen
     assert parts.layers == whole.layers
     with pytest.raises(MemoryTooSmall, match=r"--memory gives 0\.0; give more"):
         build_database(network, samples, LEVELS, obs, "obs", tmp_path / "none", None, 1000)
