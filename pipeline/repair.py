@@ -98,7 +98,7 @@ def repair(
             checkpoint.unlink(missing_ok=True)
     training = Trainer(
         network, names, samples, DenseOutputs(network, samples, layers), _layer_errors, FixedMasks(network, layers),
-        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, patience=max(5, epochs // 4),
+        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed,
         time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
     ).run()  # fmt: skip
     if training.interrupted:  # the stages after it would run on

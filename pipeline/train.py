@@ -108,7 +108,6 @@ class Trainer:
         rate: Adam's step, relative to the root mean square of each tensor: the same for networks of any scale.
         batch: samples in a step.
         seed: of the split and the order of samples.
-        patience: epochs without an improvement on the held-out samples after which it ends; None for no such end.
         time_limit_seconds: learning rate and pruning then follow the clock where it is ahead of the steps.
         checkpoint: written after each epoch; the training goes on from it where there is one.
         progress: called with (steps done, steps, note).
@@ -128,7 +127,6 @@ class Trainer:
         rate: float,
         batch: int = BATCH,
         seed: int = 0,
-        patience: int | None = None,
         time_limit_seconds: float | None = None,
         checkpoint: Checkpoint | None = None,
         progress: Callable[[int, int, str], None] | None = None,
@@ -136,7 +134,7 @@ class Trainer:
         self.network, self.samples, self.dense = network, samples, dense
         self.criterion, self.pruning = criterion, pruning
         self.parameters = {name: network.parameter(name) for name in names}
-        self.layers, self.epochs, self.batch, self.seed, self.patience = layers, epochs, batch, seed, patience
+        self.layers, self.epochs, self.batch, self.seed = layers, epochs, batch, seed
         self.limit, self.checkpoint = time_limit_seconds, checkpoint
         self.progress = progress or (lambda done, total, note: None)
         self.train_index, self.held_index = split(samples, seed)
@@ -244,9 +242,7 @@ class Trainer:
         if self.limit is not None and state.elapsed_seconds >= self.limit:
             return f"the time limit ended it in epoch {state.epoch}"
         if state.epoch >= self.epochs:
-            return f"all {state.epoch} epochs done"
-        if self.patience and state.best_values and state.epoch - state.best_epoch >= self.patience:
-            return f"no better on held-out samples since epoch {state.best_epoch}"
+            return f"all {state.epoch} epochs done, the state of epoch {state.best_epoch} kept"
         return ""
 
     def _diverged(self, loss: float) -> str:

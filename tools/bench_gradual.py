@@ -40,6 +40,7 @@ def bench(
 ) -> None:
     """Train to every profile, and print the metric of each network in ONNX Runtime."""
     dense, measure = load_network(model), load_metric(metric)
+    out.mkdir(parents=True, exist_ok=True)
     save_model(dense, out / "dense.onnx")
     with ProgressBars() as watch:
         for path in profile:

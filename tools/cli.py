@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from onnx_spdy.models import find_layers, load_model, save_model
+from onnx_spdy.models import find_layers, load_model, model_sha256, save_model
 from onnx_spdy.pipeline.aim import TargetMissed
-from onnx_spdy.pipeline.artifact import write_json
+from onnx_spdy.pipeline.artifact import check_same, write_json
 from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.finetune import EPOCHS, RATE
@@ -301,21 +301,24 @@ def finetune(
         raise typer.BadParameter(f"--learning-rate {learning_rate} is not a positive number")
     dense = load_network(model)
     start, samples = load_model(pruned) if pruned else dense, load_samples(data, dense)
+    goal = Profile.load(profile) if profile else None
+    if goal and profile:
+        check_same(profile, {"model_sha256": (goal.made_from["model_sha256"], model_sha256(dense))})
     checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
     with ProgressBars() as watch:
         found = finetune_network(
-            dense, start, samples, levels=Profile.load(profile).levels if profile else None,
+            dense, start, samples, levels=goal.levels if goal else None,
             epochs=epochs, rate=learning_rate, batch=batch, seed=seed, checkpoint=checkpoint,
             time_limit_seconds=None if time_limit is None else 60 * time_limit,
             progress=lambda done, total, note: watch("finetune", done, total, note),
         )  # fmt: skip
     save_model(found.model, out)
     show.training(f"learnt from {found.learnt_from}", found.training)
-    if found.training.interrupted:
-        print(f"{out} written, the best so far; the same command goes on from {checkpoint}")
-    else:
+    print(f"{out} written")
+    if not found.training.interrupted:
         checkpoint.unlink(missing_ok=True)
-        print(f"{out} written")
+    elif checkpoint.exists():
+        print(f"it is the best so far; the same command goes on from {checkpoint}")
 
 
 @app.command()
