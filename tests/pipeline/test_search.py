@@ -105,7 +105,7 @@ def test_a_finished_profile_is_not_searched_again_but_another_question_is(finder
 @pytest.mark.parametrize("field", ["entry", "before", "sparse", "seconds"])
 def test_tables_that_differ_anywhere_are_other_tables(finder: Finder, table: LatencyTable, field: str) -> None:
     changed = getattr(table, field).copy()
-    changed[-1] = ~changed[-1] if field == "sparse" else (-1 if field == "before" else changed[-1] + 1e-3)
+    changed[-1] = ~changed[-1] if field == "sparse" else (-1 if field == "before" else changed[-1] + 1e-9)
     other = dataclasses.replace(table, **{field: changed})
     hashes = {
         finder(table=one, search="dp").find(1.5).made_from["table_sha256"]
