@@ -24,7 +24,7 @@ from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult, See
 PROBES = (0.5,)  # at which fractions of the levels each layer is scored alone
 CANDIDATES = 8  # of a generation
 SURVIVORS = 0.5  # the fraction of them that goes on to the next set of samples
-PATIENCE = 4  # generations in a row that gain less than GAIN
+PATIENCE = 8  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
 REDRAWN = 0.3  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread

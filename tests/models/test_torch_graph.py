@@ -66,6 +66,28 @@ def test_a_real_pytorch_network_agrees_with_itself(real_networks):
         assert_close(graph({"input": batch}), {"output": module(batch).numpy()})
 
 
+def test_a_suspended_run_goes_on_to_the_same_outputs_with_other_weights_from_there_on():
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
+    )
+    graph = TorchGraph(prepare(export_module(module.eval(), (torch.zeros(2, 3, 8, 8),))))
+    inputs = {name: torch.from_numpy(images(2, 3, 8, 8)) for name in graph.input_names}
+    steps = range(1, graph.step_of([step.module.node.name for step in graph._steps][-1]) + 1)
+    kept = []
+    with torch.no_grad():
+        whole = graph.run(inputs, keep=kept.append, keep_before=steps)
+        assert [one.step for one in kept] == list(steps)
+        assert all(one.bytes > 0 for one in kept)
+        for one in kept:
+            again = graph.run(inputs, one)
+            assert all(torch.equal(again[name], whole[name]) for name in whole)
+        next(parameter for parameter in graph.parameters() if parameter.shape == (8, 3, 3, 3)).zero_()
+        changed = graph(inputs)
+        assert not any(torch.equal(changed[name], whole[name]) for name in whole)
+        late = graph.run(inputs, kept[-1])  # the first convolution isn't looked at again
+        assert all(torch.equal(late[name], whole[name]) for name in whole)
+
+
 class Encoder(nn.Module):
     """Embedding, positions made from the shape, masked attention, GELU: shape arithmetic and scalars."""
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, error_bounds, solve
 
 
 def random_instance(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -50,6 +50,29 @@ def test_never_exceeds_the_budget_on_1000_instances() -> None:
     for _ in range(1000):
         errors, seconds, budget = random_instance(rng, int(rng.integers(1, 30)), int(rng.integers(1, 43)))
         assert total(seconds, solve(errors, Costs(seconds), budget, buckets=500)) <= budget
+
+
+def test_the_bounds_hold_the_exact_optimum_and_the_solution_is_near_it() -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(50):
+        layers, levels = int(rng.integers(2, 6)), int(rng.integers(2, 6))
+        errors, seconds, budget = random_instance(rng, layers, levels)
+        every = (np.array(one) for one in itertools.product(range(levels), repeat=layers))
+        exact = min(total(errors, one) for one in every if total(seconds, one) <= budget)
+        lower, upper = error_bounds(errors, Costs(seconds), budget, buckets=3000)
+        assert lower - 1e-12 <= exact <= upper + 1e-12
+
+
+def test_what_rounding_leaves_of_the_budget_is_used() -> None:
+    """With many layers and few buckets the rounded times alone would leave several percent."""
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        errors, seconds = np.sort(rng.random((40, 20)), axis=1), np.sort(rng.random((40, 20)), axis=1)[:, ::-1]
+        budget = 0.5 * float(seconds[:, 0].sum())
+        costs = Costs(seconds)
+        coarse, (lower, _) = solve(errors, costs, budget, buckets=500), error_bounds(errors, costs, budget, 20_000)
+        assert budget * 0.99 < costs.total(coarse) <= budget
+        assert total(errors, coarse) <= 1.02 * lower
 
 
 def test_takes_the_fastest_when_only_that_fits() -> None:

@@ -137,6 +137,18 @@ def test_several_targets_share_one_call(folder: Path, cli: Cli) -> None:
     assert targets == [1.1, 1.3]
 
 
+def test_several_targets_make_a_front_of_networks(folder: Path, cli: Cli) -> None:
+    options = ("--speedup", "1.3,1.1", "--search", "dp", "--pruner", "magnitude", "--out", "front")
+    done = cli(*RUN, *options, cwd=folder)
+    assert done.code == 0, done.err
+    for name in ("1.1x/model.onnx", "1.3x/report.html", "front.json", "front.html", "front.svg", "dense.onnx"):
+        assert (folder / "front" / name).is_file()
+    again = cli("report", "front", cwd=folder)
+    assert again.code == 0, again.err
+    assert again.out in done.out
+    assert "come from a formula" in again.out
+
+
 def bad_inputs(folder: Path) -> None:
     (folder / "text.onnx").write_text("this is not a network")
     (folder / "random.onnx").write_bytes(np.random.default_rng(0).bytes(4000))
@@ -152,6 +164,7 @@ def bad_inputs(folder: Path) -> None:
         ((*RUN, "--speedup", "500", "--out", "x"), 1, "highest reachable is"),
         ((*RUN, "--speedup", "0.5", "--out", "x"), 2, "at least 1"),
         ((*RUN, "--speedup", "fast", "--out", "x"), 2, "'--speedup'"),
+        ((*RUN, "--speedup", "2,,3", "--out", "x"), 2, "at least 1"),
         ((*RUN, "--speedup", "1.3"), 2, "--out"),
         ((*RUN, "--speedup", "1.3", "--out", "x", "--batch", "0"), 2, "--batch"),
         ((*RUN, "--speedup", "1.3", "--out", "x", "--runtime", "abacus"), 1, "no runtime is called 'abacus'"),

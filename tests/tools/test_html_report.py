@@ -126,7 +126,7 @@ def page() -> str:
 @pytest.fixture
 def words(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The text of the page for a report with other values; without plots, which take most of the time."""
-    monkeypatch.setattr(html_report, "_svg", lambda draw, **kwargs: "")
+    monkeypatch.setattr(html_report, "svg_plot", lambda draw, **kwargs: "")
     return lambda layers=1, **values: _Page(render(realistic(layers) | values)).text
 
 
