@@ -7,17 +7,18 @@ from onnx_spdy.models.graph import (
     fixed_batch,
     input_dtypes,
     input_shapes,
-    load_model,
     model_sha256,
     node_names,
     save_model,
     with_batch,
 )
 from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
+from onnx_spdy.models.load import load_model
 from onnx_spdy.models.patches import InputPatches
 from onnx_spdy.models.prepare import prepare
 from onnx_spdy.models.torch_graph import Suspended, TorchGraph
 from onnx_spdy.models.write_back import changed_initializers, differences, write_weights
+from onnx_spdy.models.write_module import write_module
 
 __all__ = [
     "InputPatches",
@@ -41,5 +42,6 @@ __all__ = [
     "save_model",
     "to_canonical",
     "with_batch",
+    "write_module",
     "write_weights",
 ]

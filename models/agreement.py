@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from math import prod
 
 import numpy as np
 import onnx
@@ -13,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 # For open dimensions besides the batch: sentences, small images, larger images; the first that runs is taken.
 OPEN_SIZES = (32, 64, 224, 8, 1)
-BATCH = 2
+# Exporters that trace write the example's batch into the graph, most often 1, and still declare it open.
+BATCHES = (2, 1)
+LARGEST_INPUT_BYTES = 2**28  # random numbers are made in double precision first
 TOLERANCE = 1e-4  # of the largest absolute output
 HALF_TOLERANCE = 1e-2
 
@@ -72,13 +76,13 @@ def _session(model: onnx.ModelProto, what: str, optimise: bool = False):
 def _inputs_that_run(model: onnx.ModelProto, session) -> tuple[dict[str, np.ndarray], list] | None:
     """Random inputs and the outputs for them; None if none suits a graph that may well need special ones."""
     reason = ""
-    for size in OPEN_SIZES:
-        inputs = _random_inputs(model, size)
+    for batch, size in itertools.product(BATCHES, OPEN_SIZES):
+        inputs = _random_inputs(model, batch, size)
         try:
             return inputs, session.run(None, inputs)
         except Exception as exc:  # ONNX Runtime's errors have no common base
-            reason = one_line(str(exc))
-            logger.debug("random inputs with open dimensions of %d don't run: %s", size, reason)
+            reason = reason or one_line(str(exc))
+            logger.debug("random inputs (batch %d, open dimensions of %d) don't run: %s", batch, size, exc)
     if not _may_need_special_inputs(model):
         raise ModelError(f"ONNX Runtime can't run the model: {reason}")
     return None
@@ -89,7 +93,7 @@ def _may_need_special_inputs(model: onnx.ModelProto) -> bool:
     return integers or any(None in shape[1:] for shape in input_shapes(model).values())
 
 
-def _random_inputs(model: onnx.ModelProto, size: int) -> dict[str, np.ndarray]:
+def _random_inputs(model: onnx.ModelProto, batch: int, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     dtypes = input_dtypes(model)
     dims = {value.name: list(value.type.tensor_type.shape.dim) for value in graph_inputs(model)}
@@ -97,9 +101,15 @@ def _random_inputs(model: onnx.ModelProto, size: int) -> dict[str, np.ndarray]:
     inputs = {}
     for name, axes in dims.items():
         shape = [
-            axis.dim_value if axis.dim_value > 0 else BATCH if i == 0 or axis.dim_param in batches else size
+            axis.dim_value if axis.dim_value > 0 else batch if i == 0 or axis.dim_param in batches else size
             for i, axis in enumerate(axes)
         ]
+        size_bytes = prod(shape) * dtypes[name].itemsize
+        if size_bytes > LARGEST_INPUT_BYTES:
+            raise ModelError(
+                f"input '{name}' of shape {shape} takes {size_bytes / 2**30:.1f} GiB, more than "
+                f"{LARGEST_INPUT_BYTES / 2**30:g}: export the model with smaller inputs"
+            )
         if np.issubdtype(dtypes[name], np.integer) or dtypes[name] == np.bool_:
             # 0 and 1 are valid as tokens, types, masks and flags alike.
             inputs[name] = rng.integers(0, 2, shape).astype(dtypes[name])

@@ -10,17 +10,23 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
-from onnx_spdy.models.graph import ModelError, one_line
+from onnx_spdy.models.graph import FLOATS, ModelError, one_line
 
 LARGEST_IR_VERSION = 10  # ONNX Runtime releases of a year ago, and other engines, read no newer files
 
 
 def export_module(
-    module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | Tensor, *, opset: int = 18
+    module: nn.Module,
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+    open_axes: Mapping[str, Mapping[int, str]] | None = None,
+    *,
+    opset: int = 18,
 ) -> onnx.ModelProto:
     """Export a module, as for inference, with an open batch dimension and the names of its parameters.
 
@@ -30,6 +36,8 @@ def export_module(
     Args:
         module: any module whose `forward` takes tensors.
         example_inputs: its arguments, by position or by name; the first axis of each is the batch.
+        open_axes: more axes that may have any size, as {argument of `forward`: {axis: name}}, say
+            {"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}.
         opset: ONNX operator set, 18 or later.
     Raises:
         ModelError: PyTorch can't export the module; the message has its reason in one line.
@@ -37,9 +45,10 @@ def export_module(
     arguments, keywords = _arguments(example_inputs)
     modes = {part: part.training for part in module.modules()}
     module.eval()
+    axes = _open_axes(module, arguments, keywords, open_axes or {})
     try:
         with _quiet(), torch.no_grad():
-            model = _export(module, arguments, keywords, opset)
+            model = _export(module, arguments, keywords, axes, opset)
     except Exception as exc:  # the exporter raises dozens of types
         raise ModelError(f"PyTorch can't export {type(module).__name__}: {_reason(exc)}") from exc
     finally:
@@ -51,26 +60,55 @@ def export_module(
     numbered = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     _rename_values(model, dict(zip(inputs, _input_names(module, len(arguments), keywords, inputs), strict=True)))
     _rename_values(model, dict(zip(outputs, numbered, strict=True)))
-    _name_batch(model)
+    _name_axes(model, [axes[name] for name in _in_order(module, len(arguments), keywords)])
+    _name_transposed(model, module)
     return model
 
 
-def _export(module: nn.Module, arguments: tuple, keywords: dict[str, Any], opset: int) -> onnx.ModelProto:
-    def open_batch(value: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() else None
+def _export(
+    module: nn.Module, arguments: tuple, keywords: dict[str, Any], axes: Mapping[str, Mapping[int, str]], opset: int
+) -> onnx.ModelProto:
+    def shape_of(name: str) -> Any:
+        return dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) or None
 
-    shapes: Any = tuple(open_batch(value) for value in arguments)
+    names = _in_order(module, len(arguments), keywords)
+    shapes: Any = tuple(shape_of(name) for name in names[: len(arguments)])
     if keywords:
-        shapes = {
-            **dict(zip(inspect.signature(module.forward).parameters, shapes, strict=False)),
-            **{name: open_batch(value) for name, value in keywords.items()},
-        }
+        shapes = {name: shape_of(name) for name in names}
     program = torch.onnx.export(
         module, arguments, kwargs=keywords, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
     )
     if program is None:
         raise ModelError("torch.onnx.export returned nothing")
     return program.model_proto
+
+
+def _open_axes(
+    module: nn.Module, arguments: tuple, keywords: Mapping[str, Any], more: Mapping[str, Mapping[int, str]]
+) -> dict[str, dict[int, str]]:
+    """Argument -> its open axes with their names: the first one of each tensor, and what the user asks for."""
+    names = _in_order(module, len(arguments), keywords)
+    values = {**dict(zip(names, arguments, strict=False)), **keywords}
+    if unknown := set(more) - set(values):
+        raise ModelError(f"open axes of '{min(unknown)}', but the example inputs are {names}")
+    axes: dict[str, dict[int, str]] = {}
+    for name, value in values.items():
+        rank = value.dim() if isinstance(value, Tensor) else 0
+        axes[name] = {**({0: "batch"} if rank else {}), **more.get(name, {})}
+        if wrong := [axis for axis in axes[name] if not 0 <= axis < rank]:
+            raise ModelError(f"open axis {wrong[0]} of '{name}', which has {rank} axes in the example inputs")
+    return axes
+
+
+def _in_order(module: nn.Module, positional: int, keywords: Mapping[str, Any]) -> list[str]:
+    """The names of the given arguments, in the order of `forward`; numbers where it takes any (*args)."""
+    parameters = inspect.signature(module.forward).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
+    if len(names) < positional:
+        names = [str(i) for i in range(positional)]
+    given = names[:positional]
+    rest = [name for name in (*parameters, *keywords) if name in keywords and name not in given]
+    return [*given, *dict.fromkeys(rest)]
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -106,18 +144,44 @@ def _rename_values(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
         node.output[:] = [mapping.get(name, name) for name in node.output]
 
 
-def _name_batch(model: onnx.ModelProto) -> None:
-    """Call the batch dimension `batch`, where the exporter made up a symbol."""
+def _name_axes(model: onnx.ModelProto, axes: Sequence[Mapping[int, str]]) -> None:
+    """Call open dimensions by their names where the exporter made up symbols; it has one symbol for equal sizes."""
     graph = model.graph
-    firsts = [
-        value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if value.type.tensor_type.shape.dim
-    ]
-    if len(set(firsts)) != 1 or not firsts[0]:
-        return
+    if len(graph.input) != len(axes):  # an argument that is no tensor, or holds several
+        axes = [{0: "batch"}] * len(graph.input)
+    symbols: dict[str, str] = {}
+    for value, named in zip(graph.input, axes, strict=True):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param and axis in named:
+                symbols.setdefault(dim.dim_param, named[axis])
+    if list(symbols.values()).count("batch") > 1:  # inputs whose first axes may differ
+        symbols = {symbol: name for symbol, name in symbols.items() if name != "batch"}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == firsts[0]:
-                dim.dim_param = "batch"
+            if dim.dim_param in symbols:
+                dim.dim_param = symbols[dim.dim_param]
+
+
+def _name_transposed(model: onnx.ModelProto, module: nn.Module) -> None:
+    """A linear layer's weight that the exporter stored transposed is called `NAME.T` instead of a number."""
+    parameters = dict(module.named_parameters())
+    taken = {tensor.name for tensor in model.graph.initializer}
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            by_shape.setdefault(tuple(parameter.shape)[::-1], []).append(name)
+    names = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in parameters or len(tensor.dims) != 2 or tensor.data_type not in FLOATS:
+            continue
+        values = numpy_helper.to_array(tensor).astype("f8")
+        for name in by_shape.get(tuple(tensor.dims), ()):
+            alike = np.array_equal(parameters[name].detach().cpu().double().numpy().T, values)
+            if alike and f"{name}.T" not in taken:
+                names[tensor.name] = f"{name}.T"
+                taken.add(f"{name}.T")
+                break
+    _rename_values(model, names)
 
 
 @contextlib.contextmanager

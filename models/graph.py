@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import AttributeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, TensorProto
 
 # A protobuf message can't be larger than 2 GiB; weights of larger models go to a second file.
 LARGEST_PROTOBUF_BYTES = 2**31 - 1
@@ -24,10 +23,6 @@ LARGEST_PROTOBUF_BYTES = 2**31 - 1
 LARGE_TENSOR_BYTES = 1024
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-# An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
-PARAMETRIC = frozenset(
-    {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization", "InstanceNormalization"}
-)
 
 
 class ModelError(ValueError):
@@ -36,32 +31,6 @@ class ModelError(ValueError):
 
 class UnsupportedOperator(ModelError):
     """TorchGraph has no function for an operator, or not for the form in which the graph uses it."""
-
-
-def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read an ONNX file, with all its data in memory, and check it.
-
-    Raises:
-        ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
-            outside the model's folder, a model that `onnx.checker` refuses, or NaN or infinite weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no such model file: {path}")
-    try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except (DecodeError, OSError) as exc:
-        raise ModelError(f"{path} is not a readable ONNX file (damaged, truncated or of another kind): {exc}") from exc
-    if not model.graph.node:
-        raise ModelError(f"{path} holds no graph with nodes: it is not an ONNX model, or an empty one")
-    if model.graph.sparse_initializer:
-        raise ModelError(f"{path} holds sparse initializers, which runtimes turn into dense ones: store them dense")
-    for tensor in _tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            _read_external(tensor, path)
-    check_model(model, str(path))
-    _check_finite(model, str(path))
-    return model
 
 
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
@@ -101,7 +70,7 @@ def outline_of(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def data_bytes(model: onnx.ModelProto) -> int:
     """About the size of the model as one protobuf message: its tensors, and an allowance for each node."""
-    return sum(len(tensor.raw_data) for tensor in _tensors(model)) + 1024 * len(model.graph.node)
+    return sum(len(tensor.raw_data) for tensor in all_tensors(model)) + 1024 * len(model.graph.node)
 
 
 def check_model(model: onnx.ModelProto, name: str) -> None:
@@ -112,6 +81,8 @@ def check_model(model: onnx.ModelProto, name: str) -> None:
         onnx.checker.check_model(subject)
     except onnx.checker.ValidationError as exc:
         raise ModelError(f"{name} is not a valid ONNX model: {one_line(str(exc))}") from exc
+    except UnicodeDecodeError as exc:  # the checker quotes a text of the model that is none
+        raise ModelError(f"{name} is damaged: it holds text that is no UTF-8 ({exc.reason})") from exc
 
 
 def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -202,7 +173,7 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:
     return dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Every tensor of the model: initializers and attributes, in subgraphs and functions too."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
@@ -223,46 +194,6 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[TensorProto]:
         yield from attribute.tensors
         for graph in (*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs):
             yield from _graph_tensors(graph)
-
-
-def _read_external(tensor: TensorProto, path: Path) -> None:
-    """Replace a reference to a file in the model's folder by the bytes that it stands for."""
-    entry = {item.key: item.value for item in tensor.external_data}
-    location, offset, length = entry.get("location", ""), entry.get("offset", "0"), entry.get("length", "")
-    folder = path.parent.resolve()
-    file = (folder / location).resolve()
-    if not location or not file.is_relative_to(folder):
-        raise ModelError(f"{path}: tensor '{tensor.name}' refers to '{location}', outside the model's folder; refused")
-    if not file.is_file():
-        raise ModelError(f"{path}: the file '{location}' with the data of '{tensor.name}' is missing beside the model")
-    if not offset.isdecimal() or not (length.isdecimal() or not length):
-        raise ModelError(f"{path}: tensor '{tensor.name}' has offset '{offset}' and length '{length}' in '{location}'")
-    try:
-        with file.open("rb") as stream:
-            stream.seek(int(offset))
-            data = stream.read(int(length) if length else -1)
-    except OSError as exc:
-        raise ModelError(f"{path}: cannot read '{location}': {exc.strerror or exc}") from exc
-    if length and len(data) != int(length):
-        raise ModelError(f"{path}: '{location}' is cut off: '{tensor.name}' needs {length} bytes at {offset}")
-    tensor.raw_data = data
-    # Cleared, not set to the default: the model is then the same bytes as one that never had external data.
-    tensor.ClearField("data_location")
-    tensor.ClearField("external_data")
-
-
-def _check_finite(model: onnx.ModelProto, name: str) -> None:
-    parameters = {key for node in model.graph.node if node.op_type in PARAMETRIC for key in node.input}
-    for tensor in model.graph.initializer:
-        if tensor.data_type not in FLOATS:
-            continue
-        values = numpy_helper.to_array(tensor).astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4")
-        bad = np.isnan(values) if tensor.name not in parameters else ~np.isfinite(values)
-        if bad.any():
-            raise ModelError(
-                f"{name}: {np.count_nonzero(bad)} of {values.size} values of '{tensor.name}' are NaN or infinite; "
-                "a network with such weights can't be pruned: export a sound checkpoint"
-            )
 
 
 def _set_data_aside(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[bytes]]:

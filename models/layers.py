@@ -18,6 +18,34 @@ Array = TypeVar("Array", bound=Any)  # a NumPy array or a PyTorch tensor
 # Too small to gain anything: a sparse kernel's bookkeeping costs more than so few multiplications.
 MINIMUM_WEIGHTS = 256
 
+PRUNED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+CONVERSIONS = frozenset(
+    {"Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice", "Squeeze", "Transpose",
+     "Unsqueeze"}
+)  # fmt: skip
+# Operators of any domain that hold weights too, and why these aren't pruned.
+OTHER_OPERATORS = {
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers aren't pruned"),
+    "Einsum": "weights of an Einsum aren't pruned: write it as a MatMul",
+    "DeformConv": "deformable convolutions aren't pruned",
+    **dict.fromkeys(
+        (
+            "QLinearConv",
+            "QLinearMatMul",
+            "QGemm",
+            "ConvInteger",
+            "MatMulInteger",
+            "MatMulIntegerToFloat",
+            "MatMulNBits",
+        ),
+        "its weights are quantised: prune the network before it is quantised",
+    ),
+    **dict.fromkeys(
+        ("FusedConv", "FusedGemm", "FusedMatMul", "Attention", "MultiHeadAttention", "QAttention"),
+        "an operator that ONNX Runtime's optimiser makes: prune the network before it is optimised",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -25,7 +53,7 @@ class Layer:
 
     Attributes:
         name: the node's name.
-        op: Conv, Gemm, MatMul or ConvTranspose.
+        op: Conv, Gemm, MatMul, ConvTranspose; or another operator with weights, which is always skipped.
         weight: name of the weight initializer.
         bias: name of the initializer that is added for each output channel and used nowhere else, or None.
         output: name of the node's output tensor (before a separate Add of the bias).
@@ -49,18 +77,21 @@ class Layer:
 
 
 def find_layers(model: onnx.ModelProto, *, minimum_weights: int = MINIMUM_WEIGHTS) -> list[Layer]:
-    """Every Conv, ConvTranspose, Gemm and MatMul, in graph order; those that can't be pruned say why.
+    """Every node that multiplies by weights, in graph order; those that can't be pruned say why.
 
     Args:
         model: any graph; names are those of `node_names`.
         minimum_weights: layers with fewer weights are skipped.
     """
     usage = _Usage(model)
-    return [
-        _layer(node, name, usage, minimum_weights)
-        for node, name in zip(model.graph.node, node_names(model.graph), strict=True)
-        if node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    ]
+    layers = []
+    for node, name in zip(model.graph.node, node_names(model.graph), strict=True):
+        if node.op_type in PRUNED_OPERATORS and node.domain in ("", "ai.onnx"):
+            layers.append(_layer(node, name, usage, minimum_weights))
+        elif node.op_type in OTHER_OPERATORS and (weight := _largest_stored(node, usage)):
+            reason = OTHER_OPERATORS[node.op_type]
+            layers.append(Layer(name, node.op_type, weight, None, node.output[0], (), False, reason))
+    return layers
 
 
 def to_canonical(layer: Layer, array: Array) -> Array:
@@ -80,6 +111,7 @@ class _Usage:
         graph = model.graph
         self.stored: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.reads: Counter[str] = Counter()
+        self.producers = {output: node for node in graph.node for output in node.output}
         self.readers: dict[str, onnx.NodeProto] = {}  # the last one, so meaningful where there is one read
         _count_reads(graph, self.reads)
         for node in graph.node:
@@ -113,6 +145,13 @@ def _layer(node: onnx.NodeProto, name: str, usage: _Usage, minimum_weights: int)
     return Layer(name, node.op_type, weight, bias, node.output[0], shape, transposed, skip)
 
 
+def _largest_stored(node: onnx.NodeProto, usage: _Usage) -> str | None:
+    """The stored tensor with most values that the node reads; None if it reads none with more than one dimension."""
+    stored = [usage.stored[name] for name in node.input if name in usage.stored]
+    matrices = [tensor for tensor in stored if len(tensor.dims) > 1]
+    return max(matrices, key=lambda tensor: prod(tensor.dims)).name if matrices else None
+
+
 def _weight_position(node: onnx.NodeProto, stored: Mapping[str, TensorProto]) -> int:
     left = node.op_type in ("MatMul", "Gemm") and node.input[0] in stored and node.input[1] not in stored
     return 0 if left else 1
@@ -126,7 +165,7 @@ def _reason_to_skip(
     if node.op_type == "ConvTranspose":
         return "transposed convolutions aren't pruned"
     if stored is None:
-        return f"its weight '{weight}' is computed, not stored in the graph"
+        return _reason_for_computed(weight, usage)
     if weight in usage.interface:
         return f"its weight '{weight}' is also an input or output of the graph"
     if stored.data_type not in FLOATS:
@@ -146,6 +185,17 @@ def _reason_to_skip(
     if prod(stored.dims) < minimum_weights:
         return f"only {prod(stored.dims)} weights (fewer than {minimum_weights})"
     return None
+
+
+def _reason_for_computed(value: str, usage: _Usage) -> str:
+    """Follow the value back through nodes that only convert or move numbers."""
+    steps = []
+    while value in usage.producers and usage.producers[value].op_type in CONVERSIONS:
+        steps.append(usage.producers[value].op_type)
+        value = usage.producers[value].input[0]
+    if value in usage.stored:
+        return f"its weight is computed from '{value}' by {', '.join(reversed(steps))}: prune before that is added"
+    return "a product of two computed values: it has no weights"
 
 
 def _bias(node: onnx.NodeProto, shape: tuple[int, ...], usage: _Usage) -> str | None:

@@ -63,12 +63,26 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _one_round(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    slimmed = _slim(_copy(model))
+    slimmed = _slim(_without_claims(model))
     restore_names(slimmed, model)
     pool_instead_of_mean(slimmed)
     name_nodes(slimmed)
     _restore_frame(slimmed, original)
     return slimmed
+
+
+def _without_claims(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that says nothing about sizes but those of its inputs.
+
+    PyTorch's older exporter writes the sizes of the traced example into outputs whose batch is open; onnxslim would
+    fold them into the graph.
+    """
+    copied = _copy(model)
+    copied.graph.ClearField("value_info")
+    for value in copied.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.Clear()
+    return copied
 
 
 def _slim(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -32,7 +32,9 @@ class Network:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.graph = TorchGraph(model).eval().requires_grad_(False)
-        self.graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        for tensor in (*self.graph.parameters(), *self.graph.buffers()):
+            if tensor.dim() == 4:  # all at once with `.to` fails for graphs that hold tensors of rank 5 too
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         layers = find_layers(model)
         self.layers: tuple[Layer, ...] = tuple(layer for layer in layers if layer.prunable)
         self.skipped: tuple[Layer, ...] = tuple(layer for layer in layers if not layer.prunable)

@@ -73,7 +73,7 @@ def _described(exc: Exception) -> str:
 
 
 def load_network(spec: str) -> onnx.ModelProto:
-    """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs).
+    """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs[, open_axes]).
 
     Raises:
         SpecError, ModelError: it is neither, or not a network that can be used.
@@ -83,8 +83,11 @@ def load_network(spec: str) -> onnx.ModelProto:
     if ".py:" not in spec:
         raise SpecError(f"model {spec!r} is neither a path ending in .onnx nor FILE.py:FUNCTION")
     result = load_function(spec, "model")()
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise SpecError(f"model {spec!r} must return (module, example_inputs), it returned {type(result).__name__}")
+    if not (isinstance(result, tuple) and len(result) in (2, 3)):
+        raise SpecError(
+            f"model {spec!r} must return (module, example_inputs), or open axes as a third, "
+            f"it returned {type(result).__name__}"
+        )
     return prepare(export_module(*result))
 
 

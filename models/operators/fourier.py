@@ -32,10 +32,7 @@ def stft(node: Node) -> Compute:
 
     def run(x: Tensor, step: Tensor, window: Tensor | None = None, length: Tensor | None = None) -> Tensor:
         signal = torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x.squeeze(-1)
-        if length is not None:
-            size = int(length.item())
-        else:
-            size = signal.shape[-1] if window is None else len(window)
+        size = int(length.item()) if length is not None else signal.shape[-1] if window is None else len(window)
         frames = signal.unfold(-1, size, int(step.item()))  # (batch, frames, size)
         frames = frames if window is None else frames * window
         return torch.view_as_real((torch.fft.rfft if onesided else torch.fft.fft)(frames))

@@ -82,10 +82,14 @@ def read_node(proto: onnx.NodeProto, name: str, opset: int) -> Node:
         value = onnx.helper.get_attribute_value(attribute)
         if isinstance(value, onnx.GraphProto):
             raise UnsupportedOperator(f"{proto.op_type} (node '{name}'): subgraphs (control flow) can't be run")
-        attributes[attribute.name] = value.decode() if isinstance(value, bytes) else value
+        attributes[attribute.name] = _text(value) if isinstance(value, bytes) else value
     if attributes.get("broadcast"):
         raise UnsupportedOperator(f"{proto.op_type} (node '{name}'): broadcasting as before opset 7")
     return Node(proto.op_type, name, opset, tuple(proto.input), tuple(proto.output), attributes)
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")  # a damaged mode is then an unknown one
 
 
 def read_tensor(proto: TensorProto) -> Tensor:

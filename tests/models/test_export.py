@@ -128,3 +128,33 @@ def test_values_inside_the_graph_make_room_for_the_names():
     onnx.checker.check_model(model, full_check=True)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert session.run(["output"], {"input": -np.ones((5, 3), np.float32)})[0].tolist() == [[0.0] * 3] * 5
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.fc = nn.Embedding(20, 16), nn.Linear(16, 24)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc(self.tokens(ids)) * mask[..., None]
+        return hidden.sum(1) / mask.sum(1, keepdim=True)
+
+
+def test_more_axes_can_be_open_and_linear_layers_keep_their_names():
+    module = Masked()
+    inputs = {"ids": torch.randint(0, 20, (2, 7)), "mask": torch.ones(2, 7)}
+    model = prepare(export_module(module, inputs, {"ids": {1: "sequence"}, "mask": {1: "sequence"}}))
+    for value in model.graph.input:
+        assert [dim.dim_param for dim in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    assert [layer.weight for layer in find_layers(model)] == ["fc.weight.T"]
+    longer = {"ids": np.random.default_rng(0).integers(0, 20, (3, 11)), "mask": np.ones((3, 11), np.float32)}
+    (got,) = ort.InferenceSession(model.SerializeToString()).run(None, longer)
+    expected = module(**{name: torch.from_numpy(array) for name, array in longer.items()})
+    np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"nothing": {1: "a"}}, {"ids": {2: "a"}}])
+def test_open_axes_of_nothing_are_refused(axes):
+    inputs = {"ids": torch.randint(0, 20, (2, 7)), "mask": torch.ones(2, 7)}
+    with pytest.raises(ModelError, match="open ax"):
+        export_module(Masked(), inputs, axes)

@@ -224,3 +224,24 @@ def test_bfloat16_weights_are_read(build, tmp_path):
     model = build(nodes, {"x": (kind, [1, 4])}, {"y": (kind, [1, 4])}, {"w": array})
     save_model(model, tmp_path / "model.onnx")
     assert load_model(tmp_path / "model.onnx") == model
+
+
+@pytest.mark.parametrize("dims", [(32, 16), (20, 15), (0, 16), (2**31, 2**31), (-20, 16)])
+def test_a_tensor_without_the_data_that_its_shape_promises_is_refused(small_cnn, tmp_path, dims):
+    weight(small_cnn, "fc.weight").dims[:] = dims
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small_cnn.SerializeToString())
+    refused(path, "'fc.weight'")
+
+
+def test_text_that_is_no_utf8_is_refused(small_cnn, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small_cnn.SerializeToString().replace(b"fc.bias", b"fc\xff\xfebi"))
+    refused(path)
+
+
+def test_a_cyclic_graph_is_refused(small_cnn, tmp_path):
+    small_cnn.graph.node[0].input[0] = "logits"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small_cnn.SerializeToString())
+    refused(path, "logits")

@@ -150,3 +150,44 @@ def test_layers_of_real_networks(real_file, file, all_layers, prunable):
     layers = find_layers(prepare(load_model(real_file(f"{file}.onnx"))))
     assert len(layers) == all_layers
     assert sum(layer.prunable for layer in layers) == prunable
+
+
+def test_other_nodes_with_weights_are_listed_with_their_reason(build):
+    nodes = [
+        node("LSTM", ["x", "w", "r"], "h", "lstm", hidden_size=8),
+        node("Einsum", ["h", "e"], "y", "mix", equation="tdbh,hk->tdbk"),
+    ]
+    initializers = {"w": ones(1, 32, 16), "r": ones(1, 32, 8), "e": ones(8, 40)}
+    lstm, einsum = find_layers(build(nodes, {"x": [5, 2, 16]}, {"y": [5, 1, 2, 40]}, initializers))
+    assert (lstm.weight, lstm.op, lstm.skip) == ("w", "LSTM", "recurrent layers aren't pruned")
+    assert einsum.weight == "e" and "Einsum" in einsum.skip
+
+
+def test_a_weight_behind_nodes_that_prepare_could_not_fold_is_traced(build):
+    nodes = [
+        node("DequantizeLinear", ["q", "scale"], "d", "dequantize"),
+        node("Transpose", ["d"], "t", "transpose", perm=[1, 0]),
+        node("MatMul", ["x", "t"], "y", "m"),
+    ]
+    layer = only_layer(build, nodes, [1, 16], [1, 32], {"q": np.ones((32, 16), np.int8), "scale": np.float32(0.1)})
+    assert "computed from 'q' by DequantizeLinear, Transpose" in layer.skip
+
+
+@pytest.mark.parametrize("hidden", ["Transpose", "Reshape", "Cast", "Identity", "Constant", "two Identities"])
+def test_prepare_brings_hidden_weights_into_sight(build, hidden):
+    """Each computes x @ w with `w` behind something; prepared, the weight is stored and its layer can be pruned."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((16, 32)).astype(np.float32)
+    stored, shape = {"w": w}, {"shape": np.array([16, 32], np.int64)}
+    before = {
+        "Transpose": ([node("Transpose", ["w"], "v", "t", perm=[1, 0])], {"w": np.ascontiguousarray(w.T)}),
+        "Reshape": ([node("Reshape", ["w", "shape"], "v", "r")], {"w": w.reshape(8, 64), **shape}),
+        "Cast": ([node("Cast", ["w"], "v", "c", to=TensorProto.FLOAT)], {"w": w.astype(np.float64)}),
+        "Identity": ([node("Identity", ["w"], "v", "i")], stored),
+        "Constant": ([node("Constant", [], "v", "c", value=numpy_helper.from_array(w))], {}),
+        "two Identities": ([node("Identity", ["w"], "u", "i"), node("Identity", ["u"], "v", "j")], stored),
+    }
+    nodes, initializers = before[hidden]
+    model = build([*nodes, node("MatMul", ["x", "v"], "y", "m")], {"x": [2, 16]}, {"y": [2, 32]}, initializers)
+    (layer,) = find_layers(prepare(model))
+    assert layer.prunable and layer.shape == (32, 16)

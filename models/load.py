@@ -1,0 +1,147 @@
+"""Read an ONNX file, and find out before anything works with it whether it is what it says: texts, data, numbers."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from onnx import TensorProto, numpy_helper
+
+from onnx_spdy.models.graph import FLOATS, ModelError, all_tensors, check_model
+
+# An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
+PARAMETRIC = frozenset(
+    {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization", "InstanceNormalization"}
+)
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read an ONNX file, with all its data in memory, and check it.
+
+    Raises:
+        ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
+            outside the model's folder, text that is no UTF-8, tensors without the data that their shape promises, a
+            model that `onnx.checker` refuses, or NaN or infinite weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no such model file: {path}")
+    try:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except (DecodeError, OSError) as exc:
+        raise ModelError(f"{path} is not a readable ONNX file (damaged, truncated or of another kind): {exc}") from exc
+    if not model.graph.node:
+        raise ModelError(f"{path} holds no graph with nodes: it is not an ONNX model, or an empty one")
+    if model.graph.sparse_initializer:
+        raise ModelError(f"{path} holds sparse initializers, which runtimes turn into dense ones: store them dense")
+    _check_texts(model, str(path))
+    for tensor in all_tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _read_external(tensor, path)
+        _check_size(tensor, str(path))
+    check_model(model, str(path))
+    _check_finite(model, str(path))
+    return model
+
+
+def _check_texts(model: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for names and other texts that are no UTF-8: protobuf finds out only when they are read."""
+    try:
+        _read_texts(model)
+    except UnicodeDecodeError as exc:
+        raise ModelError(f"{name} is damaged: it holds text that is no UTF-8 ({exc.reason})") from exc
+
+
+def _read_texts(message: Message) -> None:
+    for field in message.DESCRIPTOR.fields:
+        if field.type == FieldDescriptor.TYPE_STRING:
+            value = getattr(message, field.name)
+            if not isinstance(value, str):
+                list(value)
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            value = getattr(message, field.name)
+            if isinstance(value, Message):
+                if message.HasField(field.name):
+                    _read_texts(value)
+            else:
+                for item in value:
+                    _read_texts(item)
+
+
+def _check_size(tensor: TensorProto, name: str) -> None:
+    """Raise ModelError unless the tensor holds exactly the data that its shape and element type promise."""
+    wrong = None
+    if any(size < 0 for size in tensor.dims):
+        wrong = "negative sizes"
+    elif tensor.HasField("raw_data"):
+        try:
+            width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        except KeyError:
+            return  # onnx.checker says what it thinks of this type
+        # Types of less than a byte share bytes; the checker knows how.
+        if width * prod(tensor.dims) != len(tensor.raw_data) and tensor.data_type not in _PACKED:
+            wrong = f"{len(tensor.raw_data)} bytes, not {width * prod(tensor.dims)}"
+    elif tensor.data_type in FLOATS:
+        try:
+            numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as exc:
+            wrong = f"other data ({exc})"
+    if wrong:
+        raise ModelError(
+            f"{name} is damaged: tensor '{tensor.name}' of shape {tuple(tensor.dims)} has {wrong}; export it again"
+        )
+
+
+_PACKED = frozenset(
+    value
+    for name, value in TensorProto.DataType.items()
+    if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2", "STRING")
+)
+
+
+def _read_external(tensor: TensorProto, path: Path) -> None:
+    """Replace a reference to a file in the model's folder by the bytes that it stands for."""
+    entry = {item.key: item.value for item in tensor.external_data}
+    location, offset, length = entry.get("location", ""), entry.get("offset", "0"), entry.get("length", "")
+    folder = path.parent.resolve()
+    if "\0" in location:
+        raise ModelError(f"{path}: tensor '{tensor.name}' refers to a file whose name holds a zero byte")
+    file = (folder / location).resolve()
+    if not location or not file.is_relative_to(folder):
+        raise ModelError(f"{path}: tensor '{tensor.name}' refers to '{location}', outside the model's folder; refused")
+    if not file.is_file():
+        raise ModelError(f"{path}: the file '{location}' with the data of '{tensor.name}' is missing beside the model")
+    if not offset.isdecimal() or not (length.isdecimal() or not length):
+        raise ModelError(f"{path}: tensor '{tensor.name}' has offset '{offset}' and length '{length}' in '{location}'")
+    try:
+        with file.open("rb") as stream:
+            available = max(file.stat().st_size - int(offset), 0)
+            stream.seek(min(int(offset), file.stat().st_size))
+            data = stream.read(min(int(length), available) if length else -1)
+    except OSError as exc:
+        raise ModelError(f"{path}: cannot read '{location}': {exc.strerror or exc}") from exc
+    if length and len(data) != int(length):
+        raise ModelError(f"{path}: '{location}' is cut off: '{tensor.name}' needs {length} bytes at {offset}")
+    tensor.raw_data = data
+    # Cleared, not set to the default: the model is then the same bytes as one that never had external data.
+    tensor.ClearField("data_location")
+    tensor.ClearField("external_data")
+
+
+def _check_finite(model: onnx.ModelProto, name: str) -> None:
+    parameters = {key for node in model.graph.node if node.op_type in PARAMETRIC for key in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in FLOATS:
+            continue
+        values = numpy_helper.to_array(tensor).astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4")
+        bad = np.isnan(values) if tensor.name not in parameters else ~np.isfinite(values)
+        if bad.any():
+            raise ModelError(
+                f"{name}: {np.count_nonzero(bad)} of {values.size} values of '{tensor.name}' are NaN or infinite; "
+                "a network with such weights can't be pruned: export a sound checkpoint"
+            )
