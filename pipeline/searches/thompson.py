@@ -24,6 +24,7 @@ from onnx_spdy.pipeline.searches.problem import SearchProblem, SearchResult, See
 PROBES = (0.5,)  # at which fractions of the levels each layer is scored alone
 CANDIDATES = 8  # of a generation
 SURVIVORS = 0.5  # the fraction of them that goes on to the next set of samples
+MARGIN = 0.2  # of the best loss, by which a candidate may be worse on few samples; falls to 0 on all of them
 PATIENCE = 8  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
 REDRAWN = 0.3  # of the layers in one candidate
@@ -145,7 +146,10 @@ class _Race:
                 if self.is_over():
                     break
                 losses[choice] = self._score(choice, samples)
-            better = sorted((choice for choice in losses if losses[choice] < to_beat), key=lambda one: losses[one])
+            doubt = 1 + MARGIN * (1 - samples / self._problem.stages[-1])
+            better = sorted(
+                (choice for choice in losses if losses[choice] < to_beat * doubt), key=lambda one: losses[one]
+            )
             racing = better[: max(1, round(SURVIVORS * len(racing)))]
         if racing:
             self.best = SearchResult(np.array(racing[0]), candidates[racing[0]])
