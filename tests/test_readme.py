@@ -20,6 +20,7 @@ from onnx_spdy.pipeline.run import SEARCH_SAMPLES
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SEARCHES
 from onnx_spdy.runtimes import RUNTIMES
 from onnx_spdy.tools.cli import app
+from onnx_spdy.tools.operator_list import operator_list
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -89,3 +90,7 @@ def test_make_targets_exist() -> None:
 def test_paths_exist() -> None:
     for path in re.findall(r"`((?:models|runtimes|pipeline|tools)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_list_of_operators_is_the_codes() -> None:
+    assert operator_list() in README, "renew it: python -m onnx_spdy.tools.operator_list README.md"

@@ -35,7 +35,7 @@ NOT_CLAIMED = {
     "text and files, which PyTorch has no tensors for": (
         "ImageDecoder RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer"
     ),
-    "control flow and lists: where they hang on constants `prepare` folds them away": (
+    "control flow and lists of tensors: TorchGraph has no subgraphs": (
         "If Loop Scan OptionalGetElement OptionalHasElement SequenceEmpty SequenceInsert SequenceLength SequenceMap "
         "SplitToSequence"
     ),
