@@ -79,7 +79,10 @@ def examples() -> list[onnx.ModelProto]:
         {"y": ["batch", 20]},
         [
             *stored(w1=(16, 3, 3, 3), b1=(16,), s=(16,), w2=(16, 8, 1, 1), w3=(20, 16), b3=(20,)),
-            *(numpy_helper.from_array(np.float32(v), n) for n, v in (("v", [1.0] * 16), ("low", 0), ("high", 6))),
+            *(
+                numpy_helper.from_array(np.array(v, "f4"), n)
+                for n, v in (("v", [1.0] * 16), ("low", 0.0), ("high", 6.0))
+            ),
             *numbers(axes=[2, 3]),
         ],
         18,

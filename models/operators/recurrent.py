@@ -56,7 +56,7 @@ class _Recurrent:
         names = [name.decode() if isinstance(name, bytes) else name for name in node.get("activations", ())]
         self.functions = self._functions(names or list(defaults) * len(self.backwards), len(defaults))
 
-    def _functions(self, names: list[str], count: int) -> list[list[Callable[[Tensor], Tensor]]]:
+    def _functions(self, names: list[str], count: int) -> list[list[Callable[..., Tensor]]]:
         if unknown := [name for name in names if name not in FUNCTIONS]:
             raise self.node.unsupported(f"activation '{unknown[0]}'")
         # Lists hold a number for each function that takes one, in order.
@@ -103,7 +103,10 @@ class _Recurrent:
         return trimmed(self.node, (y, *finals))
 
     def _step(self, functions, recurrence: Tensor, bias: Tensor, peepholes) -> Cell:
-        clip = (lambda v: v) if self.limit is None else (lambda v: v.clamp(-self.limit, self.limit))
+        limit = self.limit
+
+        def clip(v: Tensor) -> Tensor:
+            return v if limit is None else v.clamp(-limit, limit)
 
         def simple(gated: Tensor, h: Tensor) -> tuple[Tensor, ...]:
             return (functions[0](clip(gated + F.linear(h, recurrence, bias))),)
@@ -127,7 +130,8 @@ class _Recurrent:
                 o = o + peepholes[1] * c
             return f(clip(o)) * last(c), c
 
-        return {1: simple, 3: gru, 4: lstm}[self.gates]
+        cells: dict[int, Cell] = {1: simple, 3: gru, 4: lstm}
+        return cells[self.gates]
 
 
 def _scan(

@@ -35,7 +35,7 @@ def col2im(node: Node) -> Compute:
         pads = node.get("pads", [0] * 4)
         top, left, bottom, right = pads
         height, width = image.tolist()
-        whole = F.fold(x, (height + top + bottom, width + left + right), block.tolist(), dilations, 0, strides)
+        whole = F.fold(x, (height + top + bottom, width + left + right), tuple(block.tolist()), dilations, 0, strides)
         return whole[..., top : top + height, left : left + width]
 
     return run
