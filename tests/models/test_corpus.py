@@ -32,6 +32,12 @@ NOT_OLDER = {
     "Llama": "PyTorch's older exporter has no RMSNorm",
     "Detr": "the `fake` runtime can't infer a shape behind this exporter's attention",
 }
+NOT_WRITTEN_BACK = {
+    "Gpt": "its head is the embedding",
+    "Whisper": "its head is the embedding",
+    "SpeechGru": "its weights are unrolled",
+    "T5": "the graph holds slices of the cross attention's one matrix; `write_module` knows whole parameters",
+}
 TOLERANCE = 1e-4  # of the largest absolute output
 
 
@@ -95,8 +101,8 @@ def test_from_pytorch_to_the_pruned_file_and_back_into_the_module(name, tmp_path
     module, inputs = made(name)
     model = export_module(module, inputs if len(inputs) > 1 else tuple(inputs.values()))
     dense, pruned, expected = goes_all_the_way(module, inputs, model, tmp_path)
-    if name in ("Gpt", "SpeechGru", "Whisper"):
-        return  # tied or unrolled weights, which `test_write_module` covers
+    if name in NOT_WRITTEN_BACK:
+        pytest.skip(f"pruned, but not written back: {NOT_WRITTEN_BACK[name]}")
     changed = write_module(module, dense, pruned)
     assert changed
     with torch.no_grad():
