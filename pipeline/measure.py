@@ -41,6 +41,7 @@ from onnx_spdy.runtimes import (
     is_busy,
     measure_interleaved,
     median_ratio,
+    reason_in,
 )
 
 VERSION = 1
@@ -241,7 +242,11 @@ class _Work:
             level = int(last_dense[between[0]] + first_sparse[between[0]]) // 2 if between.size else level
         sparse = np.arange(highest + 1) >= first_sparse[:, None]
         names = [
-            [sparse_name if one else dense_name for one in row]
+            # The name at the highest level tells why a layer isn't sparse at any, where the engine gives a reason.
+            [
+                sparse_name if one or (column and reason_in(sparse_name)) else dense_name
+                for column, one in enumerate(row)
+            ]
             for row, dense_name, sparse_name in zip(sparse, dense_names, sparse_names, strict=True)
         ]
         return sparse, names
