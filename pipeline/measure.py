@@ -28,7 +28,7 @@ from onnx_spdy.models import find_layers, model_sha256, save_model
 from onnx_spdy.pipeline.artifact import check_same, read_json, write_json
 from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, Prediction
 from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import DENSE, Level, LevelError
 from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed, layers_before, plan_networks
 from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
@@ -41,6 +41,7 @@ from onnx_spdy.runtimes import (
     is_busy,
     measure_interleaved,
     median_ratio,
+    reason_in,
 )
 
 VERSION = 1
@@ -130,11 +131,14 @@ def measure_latency(
         fit: makes the times of what was measured.
         progress: called with (measured, to measure, note).
     Raises:
+        LevelError: levels of several patterns.
         NoSpeedup: the engine falls back for every prunable layer.
         MachineBusy: other programs used the CPU all the time; what was measured before is kept.
         RuntimeFailure: the engine is missing, refuses the network, crashes or hangs; the same.
         ArtifactError: what was kept is of another network, environment or question.
     """
+    if len(patterns := sorted({level.pattern for level in levels} - {DENSE.pattern})) > 1:
+        raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
     keep = save and save.with_suffix(PARTIAL)
     with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
         work = _Work(model, runtime, levels, batch, threads, inputs, seed, Path(folder), allow_busy, fit, progress)
@@ -241,7 +245,11 @@ class _Work:
             level = int(last_dense[between[0]] + first_sparse[between[0]]) // 2 if between.size else level
         sparse = np.arange(highest + 1) >= first_sparse[:, None]
         names = [
-            [sparse_name if one else dense_name for one in row]
+            # The name at the highest level tells why a layer isn't sparse at any, where the engine gives a reason.
+            [
+                sparse_name if one or (column and reason_in(sparse_name)) else dense_name
+                for column, one in enumerate(row)
+            ]
             for row, dense_name, sparse_name in zip(sparse, dense_names, sparse_names, strict=True)
         ]
         return sparse, names

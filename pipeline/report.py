@@ -12,9 +12,10 @@ from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
-from onnx_spdy.pipeline.level import DENSE
+from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.train import Training
+from onnx_spdy.runtimes import reason_in
 
 VERSION = 1
 
@@ -144,8 +145,23 @@ def _layer_rows(
 def _why(table: LatencyTable, row: int, column: int, is_dense: bool) -> str:
     """Why a layer stayed dense or is not faster, in words; empty when there is nothing to explain."""
     dense, fastest = table.seconds[row, 0], table.seconds[row].min()
+    if reasons := [f"{level}: {why}" for level in table.levels if (why := _why_dense(table, row, level))]:
+        return "; ".join([*reasons, *([] if is_dense else ["pruned all the same"])])
     if fastest >= dense:
         return "no sparsity makes it faster in this runtime" + ("" if is_dense else "; pruned all the same")
     if is_dense:
         return f"left dense; at best {dense / fastest:.2f}x faster"
     return "" if table.seconds[row, column] < dense else "not faster at this level"
+
+
+def _why_dense(table: LatencyTable, row: int, level: Level) -> str:
+    """Why an N:M level gains a layer nothing: the engine's own reason, or that its sparse kernel is slower."""
+    column = table.levels.index(level)
+    if not level.is_n_of_m:
+        return ""
+    dense, seconds = table.seconds[row, 0], table.seconds[row, column]
+    if reason := reason_in(table.kernels[row][column]):
+        return reason
+    if table.sparse[row, column] and seconds >= dense:
+        return f"slower, {1e3 * seconds:.4f} against {1e3 * dense:.4f} ms"
+    return ""

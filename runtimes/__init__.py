@@ -1,6 +1,7 @@
 """The clock: an ONNX file in, seconds out. One file for each engine, one protocol for all."""
 
 from .base import (
+    ANY_ZEROS,
     EngineCrashed,
     EngineHung,
     Environment,
@@ -10,19 +11,27 @@ from .base import (
     RuntimeFailure,
     RuntimeUnavailable,
     Session,
+    UnknownPrecision,
     UnknownRuntime,
+    dense_kernel,
+    reason_in,
 )
 from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .load import is_busy
 from .measurement import Measurement, measure_interleaved, median_bounds, median_ratio, ratio_confidence
 from .model_file import zero_randomly
-from .registry import RUNTIMES, location, open_runtime, runtime_spec
-from .vino import UnknownPrecision
+from .registry import IN_PYTORCH, RUNTIMES, location, open_runtime, runtime_spec
+from .semi_structured import PATTERN as SEMI_STRUCTURED
+from .ssh import PREFIX
 
 __all__ = [
+    "ANY_ZEROS",
     "DEEPSPARSE_LICENCE_NOTE",
+    "IN_PYTORCH",
+    "PREFIX",
     "RUNTIMES",
+    "SEMI_STRUCTURED",
     "EngineCrashed",
     "EngineHung",
     "Environment",
@@ -37,6 +46,7 @@ __all__ = [
     "UnknownRuntime",
     "allowed_cpus",
     "cpu_model",
+    "dense_kernel",
     "instruction_set",
     "is_busy",
     "location",
@@ -46,6 +56,7 @@ __all__ = [
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
+    "reason_in",
     "runtime_spec",
     "zero_randomly",
 ]

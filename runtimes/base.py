@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+ANY_ZEROS = "unstructured"
 
 
 class RuntimeFailure(RuntimeError):
@@ -39,6 +40,10 @@ class EngineCrashed(RuntimeFailure):
 
 class EngineHung(RuntimeFailure):
     """The engine's process gave no answer in the time allowed and was killed."""
+
+
+class UnknownPrecision(ValueError):
+    """A runtime isn't run in that precision; the message lists those there are."""
 
 
 class UnknownRuntime(ValueError):
@@ -94,10 +99,24 @@ class LayerTime:
     """
 
     outputs: tuple[str, ...]
-    kernel: str  # the engine's name for it
+    kernel: str  # the engine's name for it; see `dense_kernel` where it leaves zeros unused
     seconds: float  # mean over the profiled iterations
     sparse: bool  # a sparse kernel; False where the engine doesn't tell (merged rows)
     kernel_sparsity: float | None  # fraction of zeros that the engine saw; None where it doesn't tell
+
+
+def dense_kernel(name: str, reason: str) -> str:
+    """What `LayerTime.kernel` says of a layer that could be sparse by its zeros, but runs in a dense kernel.
+
+    >>> reason_in(dense_kernel("cublas", "not picked"))
+    'not picked'
+    """
+    return f"{name} [{reason}]"
+
+
+def reason_in(kernel: str) -> str:
+    """The reason that `dense_kernel` gave; empty where the name has none."""
+    return kernel[kernel.index(" [") + 2 : -1] if " [" in kernel and kernel.endswith("]") else ""
 
 
 class Session(Protocol):
@@ -148,8 +167,11 @@ class Runtime(Protocol):
         ...
 
     @property
-    def sparse(self) -> bool:
-        """It has kernels for unstructured sparsity. Where False, zeros can't make it faster."""
+    def patterns(self) -> frozenset[str]:
+        """Which zeros it has kernels for: "unstructured", which takes any zeros, or an N:M pattern such as "2:4".
+
+        Where empty, zeros can't make it faster.
+        """
         ...
 
     def check(self) -> str:

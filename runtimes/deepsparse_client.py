@@ -56,7 +56,7 @@ class DeepSparse(WatchesLoad):
     """
 
     name = "deepsparse"
-    sparse = True
+    patterns = frozenset({"unstructured"})
 
     def __init__(
         self,

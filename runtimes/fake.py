@@ -6,6 +6,10 @@ For a Conv, Gemm or MatMul with a constant weight, M multiply-accumulates in a r
 
 that is a dense kernel up to the break-even sparsity, and above it a sparse one, which is slower for each non-zero
 and skips the zeros. Every other node costs `node_seconds`. The numbers come from ONNX Runtime.
+
+With `kernels="2:4"` it has the shape of a GPU instead: a layer whose weights are 2:4, and whose channels are multiples
+of CHANNELS, may run in a kernel with half the multiply-accumulates, which takes `sparse_overhead_seconds` more. Where
+that isn't faster it keeps the dense one.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ import onnx
 from onnx import numpy_helper, shape_inference
 
 from . import host
-from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, one_line
+from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, dense_kernel, one_line
 from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
 from .ort import create_session, run_session, session_options
+from .semi_structured import PATTERN, has_pattern, layer_weight, not_eligible
 
 VERSION = "1"
+KERNELS = ("unstructured", PATTERN)
+CHANNELS = 16
 
 
 @dataclass
@@ -37,15 +44,23 @@ class FakeRuntime(Closing):
     break_even: float = 0.4  # sparsity in [0, 1)
     noise: float = 0.0  # standard deviation of the log of a random factor on every time
     seed: int = 0  # of that noise
+    kernels: str = "unstructured"  # or "2:4"
+    sparse_overhead_seconds: float = 0.0  # of a 2:4 kernel
     _random: np.random.Generator = field(init=False, repr=False)
 
     name = "fake"
-    sparse = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.break_even < 1:
             raise ValueError(f"break_even {self.break_even} is not a sparsity in [0, 1)")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"fake has no kernels for {self.kernels!r}; there are {', '.join(KERNELS)}")
         self._random = np.random.default_rng(self.seed)
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """See `Runtime.patterns`."""
+        return frozenset({self.kernels})
 
     def check(self) -> str:
         """The version of the formula; it works everywhere."""
@@ -122,10 +137,28 @@ class FakeRuntime(Closing):
             raise ModelRefused(f"fake can't infer the shape of {outputs[0]!r}, made by {node.op_type} {node.name!r}")
         macs = _multiply_accumulates(node, weight, shapes[outputs[0]])
         sparsity = 1 - np.count_nonzero(weight) / weight.size
+        if self.kernels == PATTERN:
+            return self._semi_structured_row(node, weights, macs, float(sparsity))
         sparse = bool(sparsity > self.break_even)
         work = (1 - sparsity) / (1 - self.break_even) if sparse else 1.0
         seconds = self.layer_overhead_seconds + self.seconds_per_mac * macs * work
         return LayerTime(outputs, "fake_sparse" if sparse else "fake_dense", float(seconds), sparse, float(sparsity))
+
+    def _semi_structured_row(
+        self, node: onnx.NodeProto, weights: dict[str, Any], macs: float, sparsity: float
+    ) -> LayerTime:
+        dense_seconds = self.layer_overhead_seconds + self.seconds_per_mac * macs
+        sparse_seconds = dense_seconds - self.seconds_per_mac * macs / 2 + self.sparse_overhead_seconds
+        weight = layer_weight(node, weights)
+        kernel, seconds, sparse = "fake_dense", dense_seconds, False
+        if weight is not None and has_pattern(weight):
+            if reason := not_eligible(weight, CHANNELS):
+                kernel = dense_kernel(kernel, reason)
+            elif sparse_seconds < dense_seconds:
+                kernel, seconds, sparse = "fake_2:4", sparse_seconds, True
+            else:
+                kernel = dense_kernel(kernel, "not picked")
+        return LayerTime(tuple(node.output), kernel, seconds, sparse, sparsity)
 
 
 class FakeSession(Closing):

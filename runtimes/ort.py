@@ -30,7 +30,7 @@ class OnnxRuntime(WatchesLoad):
     """ONNX Runtime's CPU provider in this process."""
 
     name = "onnxruntime"
-    sparse = False
+    patterns: frozenset[str] = frozenset()
 
     def check(self) -> str:
         """The version of ONNX Runtime; raises RuntimeUnavailable where it can't be imported."""

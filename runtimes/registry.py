@@ -7,20 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from .base import Runtime, UnknownRuntime
+from .cusparselt import CuSparseLt
 from .deepsparse_client import DeepSparse
 from .fake import FakeRuntime
 from .ort import OnnxRuntime
 from .remote import RemoteRuntime
 from .ssh import PREFIX, Address
+from .trt import TensorRt
 from .vino import OpenVino
 
 RUNTIMES: dict[str, Callable[..., Runtime]] = {
+    "cusparselt": CuSparseLt,
     "deepsparse": DeepSparse,
     "fake": FakeRuntime,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
+    "tensorrt": TensorRt,
 }
-WITH_PRECISION = frozenset({"openvino"})
+WITH_PRECISION = frozenset({"cusparselt", "openvino", "tensorrt"})
+IN_PYTORCH = frozenset({"cusparselt"})  # these take `reader`, which names what makes a module of an ONNX file
 
 
 def open_runtime(spec: str, **options: Any) -> Runtime:

@@ -57,7 +57,7 @@ class RemoteRuntime(Closing):
         request_seconds: float = 3600.0,
     ) -> None:
         self.name = twin.name
-        self.sparse = twin.sparse
+        self.patterns = twin.patterns
         self._address = address
         self._options = dict(options)
         self._python = python or os.environ.get(PYTHON_VARIABLE)
@@ -176,7 +176,7 @@ class RemoteRuntime(Closing):
                 timeout_seconds=self._start_seconds,
                 engine=self._address.engine,
                 options=self._options,
-                **luggage(),
+                **luggage(self._options.get("reader")),
             )
         except (EngineCrashed, EngineHung) as exc:
             raise RuntimeUnavailable(self._not_started(worker, str(exc).rstrip("."))) from exc

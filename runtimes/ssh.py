@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import os
 import re
@@ -37,8 +38,10 @@ STARTER = (
 )
 COMMON_PACKAGES = ("numpy", "onnx", "protobuf", "ml_dtypes")
 ENGINE_PACKAGES: dict[str, tuple[str, ...]] = {
+    "cusparselt": ("torch",),
     "deepsparse": (),  # its worker gets them itself
     "fake": ("onnxruntime",),
+    "tensorrt": ("tensorrt", "torch", "onnxruntime"),
 }  # any other engine's package has the name of its runtime
 
 _ADDRESS = re.compile(
@@ -107,22 +110,36 @@ def requirements(engine: str) -> list[str]:
     return [_pinned(name) for name in (*COMMON_PACKAGES, *ENGINE_PACKAGES.get(engine, (engine,)))]
 
 
-def luggage() -> dict[str, Any]:
-    """What the first request carries: this package's sources, and the function that unpacks them."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+def luggage(reader: str | None = None) -> dict[str, Any]:
+    """What the first request carries: this package's sources, and the function that unpacks them.
+
+    Args:
+        reader: "MODULE:NAME" of what an engine is to read networks with, whose package travels too.
+    """
+    sources = {f"runtimes/{source.name}": source for source in sorted(Path(__file__).parent.glob("*.py"))}
+    if reader:
+        sources |= _sources_of(reader.partition(":")[0])
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         # A regular package, unlike ours: so another onnx_spdy that is installed there adds nothing to it.
         archive.writestr("onnx_spdy/__init__.py", "")
-        for source in sources:
-            archive.writestr(f"onnx_spdy/runtimes/{source.name}", source.read_bytes())
+        for name, source in sources.items():
+            archive.writestr(f"onnx_spdy/{name}", source.read_bytes())
     bootstrap = Path(__file__).with_name("bootstrap.py").read_text(encoding="utf-8")
     return {"package": base64.b64encode(packed.getvalue()).decode("ascii"), "bootstrap": bootstrap}
 
 
+def _sources_of(package: str) -> dict[str, Path]:
+    """The files of a package beside this one, by their place below onnx_spdy."""
+    found = importlib.util.find_spec(package)
+    folders = [Path(folder) for folder in (found.submodule_search_locations if found else None) or ()]
+    own = package.rpartition(".")[2]
+    return {f"{own}/{one.relative_to(folder)}": one for folder in folders for one in sorted(folder.rglob("*.py"))}
+
+
 def _pinned(package: str) -> str:
     try:
-        return f"{package}=={metadata.version(package)}"
+        return f"{package}=={metadata.version(package).partition('+')[0]}"  # without the build: the CPU's, say
     except metadata.PackageNotFoundError:
         return package  # not installed here, so no version is the right one; the environment names what was taken
 

@@ -15,7 +15,16 @@ import onnx
 
 from . import host
 from .attribution import covered_outputs
-from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
+from .base import (
+    Arrays,
+    Closing,
+    Environment,
+    LayerTime,
+    ModelRefused,
+    RuntimeUnavailable,
+    UnknownPrecision,
+    one_line,
+)
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
 
@@ -27,10 +36,6 @@ NODE = "onnx_spdy_node_"  # what the profiled copy's nodes are called, before th
 MULTIPLIES = frozenset({"Convolution", "FullyConnected", "MatMul"})
 
 
-class UnknownPrecision(ValueError):
-    """OpenVINO isn't run in that precision; the message lists those there are."""
-
-
 class OpenVino(WatchesLoad):
     """OpenVINO's CPU plugin in this process.
 
@@ -40,7 +45,7 @@ class OpenVino(WatchesLoad):
     """
 
     name = "openvino"
-    sparse = False
+    patterns: frozenset[str] = frozenset()
 
     def __init__(self, precision: str = "fp32") -> None:
         if precision not in PRECISIONS:

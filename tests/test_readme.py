@@ -71,7 +71,8 @@ def test_the_training_loop_that_is_shown_runs(tmp_path: Path) -> None:
     save_model(dense, tmp_path / "dense.onnx")
     level = Level("unstructured", 0.75)
     levels = {layer.name: level for layer in find_layers(dense) if layer.prunable}
-    Profile(levels, 2.0, 2.0, 1.0, 2.0, 0.0, "kl", "uniform", 0, 0, None, {}).save(tmp_path / "profile.json")
+    profile = Profile(levels, 2.0, 2.0, 1.0, 2.0, 0.0, "kl", None, "uniform", 0, 0, "finished", 0, None, {})
+    profile.save(tmp_path / "profile.json")
     names = {"module": module, "teacher": teacher, "batches": batches, "folder": tmp_path}
     exec(compile(textwrap.dedent(lines), "README", "exec"), names)
     written = load_model(tmp_path / "trained.onnx")

@@ -23,12 +23,13 @@ import numpy as np
 import typer
 
 from onnx_spdy.models import Layer, find_layers, save_model
+from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.latency_fit import Fit, fit_latency
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
-from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio, open_runtime
+from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_network

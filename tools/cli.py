@@ -16,12 +16,13 @@ from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import check_same, write_json
 from onnx_spdy.pipeline.database import build_database, open_database
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
+from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.finetune import EPOCHS, RATE
 from onnx_spdy.pipeline.finetune import finetune as finetune_network
 from onnx_spdy.pipeline.front import FILE as FRONT
 from onnx_spdy.pipeline.front import Front, reach_all
 from onnx_spdy.pipeline.latency import LatencyTable
-from onnx_spdy.pipeline.level import levels_for
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
@@ -35,9 +36,9 @@ from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
 from onnx_spdy.pipeline.train import BATCH
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import ANY_ZEROS, Runtime
 from onnx_spdy.tools import show
-from onnx_spdy.tools.doctor import examine
+from onnx_spdy.tools.doctor import examine, with_kernels_for
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.front_report import write_front_html
 from onnx_spdy.tools.html_report import write_report_html
@@ -61,7 +62,8 @@ RuntimeName = Annotated[
     typer.Option(
         "--runtime",
         metavar="R",
-        help="deepsparse, onnxruntime, openvino[:bf16], fake; ssh://HOST/R for one elsewhere",
+        help="deepsparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; "
+        "ssh://HOST/R for one elsewhere",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
@@ -123,7 +125,7 @@ def run(
     interrupt = Interrupt()
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
-        _warn_if_dense_only(engine.name, engine.sparse)
+        _warn_without_kernels(engine, levels_for(pattern))
         dense = load_network(model)
         samples = load_samples(data, dense)
         dev = load_samples(evaluation, dense) if evaluation else None
@@ -178,7 +180,7 @@ def measure(
     levels = levels_for(pattern)
     with open_runtime(runtime) as engine, ProgressBars() as watch:
         engine.check()
-        _warn_if_dense_only(engine.name, engine.sparse)
+        _warn_without_kernels(engine, levels)
         dense = load_network(model)
         inputs = load_samples(data, dense).take(slice(0, batch)).inputs if data else None
         table = measure_latency(
@@ -397,13 +399,16 @@ def _speedups(text: str) -> list[float]:
     return sorted(targets)
 
 
-def _warn_if_dense_only(name: str, sparse: bool) -> None:
-    if not sparse:
-        Console(stderr=True).print(
-            f"warning: {name} has no kernels for unstructured sparsity: zeros don't make it faster, "
-            "expect no speedup; deepsparse has them",
-            style="yellow",
-        )
+def _warn_without_kernels(engine: Runtime, levels: Sequence[Level]) -> None:
+    """Say which of these patterns the runtime has no kernels for."""
+    for pattern in sorted({level.pattern for level in levels} - {DENSE.pattern} - engine.patterns):
+        if ANY_ZEROS in engine.patterns:
+            message = "takes its zeros as it takes any others: what they gain depends on how many there are"
+        else:
+            message = "zeros don't make it faster, expect no speedup"
+        others = with_kernels_for(pattern)
+        message += f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} them" if others else ""
+        Console(stderr=True).print(f"warning: {engine.name} has no kernels for {pattern}: {message}", style="yellow")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_spdy.runtimes import DEEPSPARSE_LICENCE_NOTE, RUNTIMES, RuntimeFailure, open_runtime
+from onnx_spdy.pipeline.engine import open_runtime
+from onnx_spdy.runtimes import DEEPSPARSE_LICENCE_NOTE, RUNTIMES, RuntimeFailure
 
+NOT_ON_HARDWARE = "not run on hardware yet"
 NOTES = {
+    "cusparselt": f"dense or 2:4 on NVIDIA GPUs from compute capability 8.0 on, in PyTorch; {NOT_ON_HARDWARE}",
     "deepsparse": DEEPSPARSE_LICENCE_NOTE,
     "fake": "a formula of the non-zeros, not an engine: for tests and dry runs",
     "onnxruntime": "no sparse kernels: a dense baseline",
     "openvino": "no sparse kernels for unstructured sparsity: a dense baseline in fp32 and bf16",
+    "tensorrt": f"dense or 2:4 on NVIDIA GPUs from compute capability 8.0 on; {NOT_ON_HARDWARE}",
 }
+NO_ENGINE = "fake"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One runtime: works with `version`, or `problem` says why not and what to do."""
+    """One runtime: works with `version`, or `problem` says why not and what to do.
+
+    Attributes:
+        patterns: of zeros that it has kernels for, in order.
+    """
 
     name: str
     version: str | None
     problem: str | None
-    sparse: bool
+    patterns: tuple[str, ...]
     note: str
 
 
@@ -36,5 +45,10 @@ def examine() -> list[Finding]:
                 version = runtime.check()
             except RuntimeFailure as exc:
                 problem = str(exc)
-            findings.append(Finding(name, version, problem, runtime.sparse, NOTES.get(name, "")))
+            findings.append(Finding(name, version, problem, tuple(sorted(runtime.patterns)), NOTES.get(name, "")))
     return findings
+
+
+def with_kernels_for(pattern: str) -> list[str]:
+    """Names of the engines that have kernels for a pattern, whether they work here or not."""
+    return [name for name in sorted(RUNTIMES) if name != NO_ENGINE and pattern in open_runtime(name).patterns]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_spdy.models import find_layers
+from onnx_spdy.models import find_layers, to_canonical
+from onnx_spdy.pipeline.deploy import level_violation
 from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.train import Training
 from onnx_spdy.runtimes import is_busy
 from onnx_spdy.tools.doctor import Finding
 
 NAMED = 8  # layers in a line
+N_OF_M = {name: Level.parse(name) for name in ("1:4", "2:4", "4:8")}  # that hardware knows, the strictest first
 
 
 def _console() -> Console:
@@ -48,18 +53,38 @@ def environment(content: Mapping[str, Any]) -> str:
 
 def layers(model: onnx.ModelProto) -> None:
     """The prunable layers and the skipped ones."""
-    table = _grid("Layers", ("layer", "op", "shape (out, in, kernel)", "weights", "zeros", "why"))
+    table = _grid("Layers", ("layer", "op", "shape (out, in, kernel)", "weights", "zeros", "pattern", "why"))
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     prunable = weights = 0
+    patterns: Counter[str] = Counter()
     for layer in find_layers(model):
-        count = zeros = "-"
+        count = zeros = pattern = "-"
         if layer.weight in initializers:
             values = onnx.numpy_helper.to_array(initializers[layer.weight])
             count, zeros = str(values.size), f"{(values == 0).mean():.1%}"
+            if len(layer.shape) > 1 and layer.op != "ConvTranspose":
+                pattern = pattern_of(to_canonical(layer, values))
             prunable, weights = prunable + layer.prunable, weights + values.size * layer.prunable
-        _row(table, layer.name, layer.op, "x".join(map(str, layer.shape)), count, zeros, layer.skip or "prunable")
+        shape = "x".join(map(str, layer.shape))
+        _row(table, layer.name, layer.op, shape, count, zeros, pattern, layer.skip or "prunable")
+        patterns[pattern] += layer.prunable
     _console().print(table)
     print(f"{prunable} prunable layers with {weights:,} weights")
+    for pattern in N_OF_M:
+        if patterns[pattern]:
+            print(f"{patterns[pattern]} of them are {pattern} along their input channels, as GPUs want it")
+
+
+def pattern_of(weight: np.ndarray) -> str:
+    """The pattern of a layer's zeros: the strictest N:M along its input channels, else whether there are any.
+
+    Args:
+        weight: (out, in, *kernel).
+    """
+    if (weight != 0).all():
+        return "dense"
+    found = (str(level) for level in N_OF_M.values() if level_violation(weight, level) is None)
+    return next(found, "unstructured")
 
 
 def table(found: LatencyTable) -> None:
@@ -189,14 +214,14 @@ def front(content: Mapping[str, Any], folder: Path) -> None:
 
 def doctor(findings: Sequence[Finding]) -> None:
     """Which runtimes work here."""
-    grid = _grid("Runtimes", ("runtime", "works", "sparse kernels", "note"))
+    grid = _grid("Runtimes", ("runtime", "works", "sparse kernels for", "note"))
     for one in findings:
         works = one.version or "no"
         _row(
             grid,
             one.name,
             works,
-            "yes" if one.sparse else "no",
+            ", ".join(one.patterns) or "none",
             f"{one.problem}. {one.note}" if one.problem else one.note,
         )
     _console().print(grid)

@@ -335,15 +335,15 @@ def test_wrong_inputs_are_named(small_cnn, inputs):
 
 def test_all_missing_operators_are_named_at_once(build):
     nodes = [
-        helper.make_node("Det", ["x"], ["d"], "first"),
-        helper.make_node("NonMaxSuppression", ["x", "x"], ["n"], "second"),
-        helper.make_node("MaxPool", ["x"], ["p", "i"], "third", kernel_shape=[2]),
+        helper.make_node("Bernoulli", ["x"], ["d"], "first"),
+        helper.make_node("DeformConv", ["x", "x", "x"], ["n"], "second"),
+        helper.make_node("Celu", ["x"], ["p"], "third", domain="elsewhere"),
     ]
-    model = build(nodes, {"x": [1, 4, 4]}, {"d": [1], "p": [1, 4, 3], "i": (TensorProto.INT64, [1, 4, 3])})
+    model = build(nodes, {"x": [1, 4, 4]}, {"d": [1, 4, 4], "p": [1, 4, 4]})
     with pytest.raises(UnsupportedOperator) as error:
         TorchGraph(model)
     message = str(error.value)
-    for part in ("Det (node 'first')", "NonMaxSuppression (node 'second')", "'third'", "models/operators", "OPERATORS"):
+    for part in ("Bernoulli (node 'first')", "DeformConv (node 'second')", "'third'", "models/operators", "OPERATORS"):
         assert part in message
     assert "\n" not in message
 

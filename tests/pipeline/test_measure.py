@@ -10,7 +10,7 @@ from onnx_spdy.models import find_layers
 from onnx_spdy.pipeline import measure
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency import NoSpeedup
-from onnx_spdy.pipeline.level import levels_for
+from onnx_spdy.pipeline.level import LevelError, levels_for
 from onnx_spdy.pipeline.measure import MachineBusy, measure_latency
 from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed
 from onnx_spdy.runtimes import EngineCrashed, LayerTime, open_runtime
@@ -136,6 +136,11 @@ def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:
     assert len({file for file, _, _ in runtime.asked}) > 2
     assert not any(zeros for _, zeros, _ in runtime.asked)
     assert (table.seconds[1:, 1] < table.seconds[1:, 0]).all()  # the first layer has only 3 input channels
+
+
+def test_levels_of_several_patterns_are_refused(model: onnx.ModelProto) -> None:
+    with pytest.raises(LevelError, match=r"several patterns \(2:4, unstructured\)"):
+        measure_latency(model, FakeRuntime(), levels_for("unstructured,2:4"), batch=1)
 
 
 class Busy(FakeRuntime):

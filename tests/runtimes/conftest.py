@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
 
+TENSORRT_STAND_IN = Path(__file__).with_name("tensorrt_stand_in.py")
 ENGINE_PARTS = {
     "__init__.py": """
 import os
@@ -83,6 +86,22 @@ def conv_net(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tensorrt_stand_in() -> ModuleType:
+    """The module tensorrt_stand_in.py."""
+    spec = importlib.util.spec_from_file_location("tensorrt_stand_in", TENSORRT_STAND_IN)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def own_timing_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the user's."""
+    monkeypatch.setenv("ONNX_SPDY_TIMING_CACHE", str(tmp_path_factory.getbasetemp() / "tensorrt.cache"))
 
 
 @pytest.fixture

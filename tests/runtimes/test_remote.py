@@ -122,9 +122,9 @@ def test_an_unknown_runtime_elsewhere_lists_the_known_ones():
 def test_making_one_connects_to_nothing(monkeypatch):
     monkeypatch.setenv("ONNX_SPDY_SSH", "no-such-program")
     with open_runtime("ssh://board/deepsparse") as runtime:
-        assert (runtime.name, runtime.sparse) == ("deepsparse", True)
+        assert (runtime.name, runtime.patterns) == ("deepsparse", {"unstructured"})
     with open_runtime("ssh://board/onnxruntime") as runtime:
-        assert (runtime.name, runtime.sparse) == ("onnxruntime", False)
+        assert (runtime.name, runtime.patterns) == ("onnxruntime", frozenset())
 
 
 def test_the_other_end_computes_what_is_computed_here(remote, conv_net):

@@ -208,8 +208,48 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 def test_doctor_names_every_runtime(folder: Path, cli: Cli) -> None:
     done = cli("doctor", cwd=folder)
     assert done.code == 0
-    for name in ("deepsparse", "onnxruntime", "openvino", "fake"):
+    for name in ("cusparselt", "deepsparse", "onnxruntime", "openvino", "tensorrt", "fake"):
         assert name in done.out
+    assert done.out.replace("\n", " ").count("not run on hardware") == 2
+
+
+def test_a_pattern_without_kernels_is_warned_of(folder: Path, cli: Cli) -> None:
+    arguments = ("measure", "user.py:network", "--pattern", "2:4", "--out", "w.json", "--allow-busy")
+    done = cli(*arguments, "--runtime", "fake", cwd=folder)
+    said = " ".join(done.err.split())
+    assert "fake has no kernels for 2:4: takes its zeros as it takes any others" in said
+    assert "cusparselt, tensorrt have them" in said
+    assert "warning" not in cli("measure", "user.py:network", "--runtime", "fake", "--out", "v.json", cwd=folder).err
+
+
+def test_inspect_shows_the_pattern_along_the_input_channels(folder: Path, cli: Cli) -> None:
+    keep = np.tile(np.array([1, 0, 1, 0], np.float32), 8)  # 2 of 4
+    arrays = {
+        "conv": np.ones((32, 32, 3, 3), np.float32) * keep[:, None, None],
+        "across": np.ones((32, 32, 3, 3), np.float32) * keep[:, None, None, None],
+        "gemm_t": np.ones((32, 32), np.float32) * keep,
+        "gemm": np.ones((32, 32), np.float32) * keep[:, None],
+        "matmul": np.ones((32, 32), np.float32) * keep[:, None],
+        "wrong": np.ones((32, 32), np.float32) * keep,
+    }
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("Conv", ["input", "conv"], ["a"], "n_conv"), make("Conv", ["a", "across"], ["b"], "n_across"),
+        make("GlobalAveragePool", ["b"], ["c"], "pool"), make("Flatten", ["c"], ["d"], "flat"),
+        make("Gemm", ["d", "gemm_t"], ["e"], "n_gemm_t", transB=1), make("Gemm", ["e", "gemm"], ["f"], "n_gemm"),
+        make("MatMul", ["f", "matmul"], ["g"], "n_matmul"), make("MatMul", ["g", "wrong"], ["output"], "n_wrong"),
+    ]  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes, "g", [value("input", 1, ["n", 32, 8, 8])], [value("output", 1, ["n", 32])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )  # fmt: skip
+    path = folder / "patterns.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    done = cli("inspect", path, cwd=folder)
+    rows = {line.split()[1]: line for line in done.out.splitlines() if line.split()[1:2] and "n_" in line}
+    assert {name for name, line in rows.items() if "2:4" in line} == {"n_conv", "n_gemm_t", "n_gemm", "n_matmul"}
+    assert {name for name, line in rows.items() if "unstructured" in line} == {"n_across", "n_wrong"}
+    assert "4 of them are 2:4" in done.out
 
 
 def test_inspect_says_why_layers_are_skipped(folder: Path, cli: Cli) -> None:
