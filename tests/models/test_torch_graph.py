@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import nn
 
 from onnx_spdy.models import ModelError, TorchGraph, UnsupportedOperator, export_module, load_model, prepare
@@ -336,14 +336,20 @@ def test_wrong_inputs_are_named(small_cnn, inputs):
 def test_all_missing_operators_are_named_at_once(build):
     nodes = [
         helper.make_node("Bernoulli", ["x"], ["d"], "first"),
-        helper.make_node("DeformConv", ["x", "x", "x"], ["n"], "second"),
-        helper.make_node("Celu", ["x"], ["p"], "third", domain="elsewhere"),
+        helper.make_node("RandomUniformLike", ["x"], ["n"], "second"),
+        helper.make_node("RNN", ["x", "x", "x"], ["p"], "third", hidden_size=4, activations=["Sine"]),
     ]
-    model = build(nodes, {"x": [1, 4, 4]}, {"d": [1, 4, 4], "p": [1, 4, 4]})
+    model = build(nodes, {"x": [1, 4, 4]}, {"d": [1, 4, 4], "n": [1, 4, 4], "p": [1, 1, 4, 4]})
     with pytest.raises(UnsupportedOperator) as error:
         TorchGraph(model)
     message = str(error.value)
-    for part in ("Bernoulli (node 'first')", "DeformConv (node 'second')", "'third'", "models/operators", "OPERATORS"):
+    for part in (
+        "Bernoulli (node 'first')",
+        "RandomUniformLike (node 'second')",
+        "'third'",
+        "models/operators",
+        "OPERATORS",
+    ):
         assert part in message
     assert "\n" not in message
 
