@@ -8,36 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx
 from lightning.pytorch.callbacks import Callback
 
-from onnx_spdy.pipeline.gradual import GradualPruning
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.training_callback import GradualCallback
 
 
-class PruningCallback(Callback):
+class PruningCallback(GradualCallback, Callback):
     """Prunes the trained module gradually to a profile; its state is part of Lightning's checkpoints.
 
-    Args:
-        model: the ONNX network of the profile, with its dense weights.
-        levels: layer name -> level.
-        share: of the training's steps after which the profile is reached.
-        names: see `GradualPruning`.
+    For its arguments see `GradualCallback`.
     """
 
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        levels: Mapping[str, Level],
-        *,
-        share: float = 0.5,
-        names: Mapping[str, str] | None = None,
-    ) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share {share} is no part of a training; give a number above 0 and up to 1")
-        self._model, self._levels, self._share, self._names = model, levels, share, names
-        self._saved: Mapping[str, Any] | None = None
-        self.pruning: GradualPruning | None = None
+    _saved: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         total = trainer.estimated_stepping_batches
@@ -45,10 +27,9 @@ class PruningCallback(Callback):
             raise ValueError(
                 "the Trainer has no last step, so pruning has no schedule; give it max_steps or max_epochs"
             )
-        steps = max(1, round(self._share * total))
-        self.pruning = GradualPruning(pl_module, self._model, self._levels, steps=steps, names=self._names)
+        pruning = self._begin(pl_module, total)
         if self._saved is not None:
-            self.pruning.load_state_dict(self._saved)
+            pruning.load_state_dict(self._saved)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.pruning is not None

@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, Prediction
 from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency
 from onnx_spdy.pipeline.level import DENSE, Level, LevelError
 from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed, layers_before, plan_networks
+from onnx_spdy.pipeline.observation import Observation
 from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
     Environment,
@@ -40,7 +41,6 @@ from onnx_spdy.runtimes import (
     Session,
     is_busy,
     measure_interleaved,
-    median_ratio,
     reason_in,
 )
 
@@ -65,42 +65,6 @@ Progress = Callable[[int, int, str], None]  # (measured, to measure, note)
 
 class MachineBusy(ValueError):
     """Other programs use the CPU, so that nothing true can be measured."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One network as it was measured.
-
-    Attributes:
-        choice: (layers,) level indices.
-        rows: the engine's profile of it.
-        dense, network: seconds of the dense network and of this one, in turns.
-        foreign_cores: that other programs kept busy meanwhile; None if that isn't known.
-        foretold: what the model said of `network` / `dense` before; None if there was none yet.
-    """
-
-    choice: tuple[int, ...]
-    rows: tuple[LayerTime, ...]
-    dense: tuple[float, ...]
-    network: tuple[float, ...]
-    foreign_cores: float | None
-    foretold: float | None
-
-    @property
-    def relative(self) -> float:
-        """Seconds of the network / those of the dense one."""
-        return median_ratio(self.network, self.dense)[0]
-
-    @property
-    def noise(self) -> float:
-        """Relative standard error of `relative`."""
-        return median_ratio(self.network, self.dense)[1]
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Observation:
-        rows = tuple(LayerTime(**{**row, "outputs": tuple(row["outputs"])}) for row in document["rows"])
-        tuples = {name: tuple(document[name]) for name in ("choice", "dense", "network")}
-        return cls(**{**document, **tuples, "rows": rows})
 
 
 def measure_latency(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+Held = TypeVar("Held")
 ANY_ZEROS = "unstructured"
 
 
@@ -263,6 +264,26 @@ class Closing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_precision(runtime: str, precision: str, known: Iterable[str]) -> None:
+    """Raise UnknownPrecision where a runtime doesn't know that one."""
+    names = list(known)
+    if precision not in names:
+        raise UnknownPrecision(f"{runtime} has no precision {precision!r}; there are {', '.join(names)}")
+
+
+def check_iterations(iterations: int) -> None:
+    """Raise ValueError where a profile has nothing to measure."""
+    if iterations < 1:
+        raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+
+
+def still_open(held: Held | None) -> Held:
+    """What a session holds until it is closed; raises ValueError afterwards."""
+    if held is None:
+        raise ValueError("this session is closed; open the model again")
+    return held
 
 
 def one_line(text: str, limit: int = 300) -> str:

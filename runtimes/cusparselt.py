@@ -24,20 +24,23 @@ from .base import (
     LayerTime,
     ModelRefused,
     RuntimeUnavailable,
-    UnknownPrecision,
+    check_iterations,
+    check_precision,
     one_line,
+    still_open,
 )
 from .cuda_device import Cuda, Device
 from .half_precision import PRECISIONS, in_half_precision, number_nodes, original_names
+from .load import UnknownLoad
 from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
 from .semi_structured import PATTERN, layer_weight
-from .sparse_nodes import Choice, WeightedNode, choose, weighted
+from .sparse_nodes import Choice, WeightedNode, choose, weighted_nodes
 
 DENSE_KERNELS = {"Conv": "cudnn", "Gemm": "cublas", "MatMul": "cublas"}
 KERNEL_NAME = 60  # characters
 
 
-class CuSparseLt(Closing):
+class CuSparseLt(UnknownLoad):
     """PyTorch on the GPU of this machine.
 
     Args:
@@ -60,12 +63,10 @@ class CuSparseLt(Closing):
         pick: bool = True,
         device: Device | None = None,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise UnknownPrecision(f"cusparselt has no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        check_precision(self.name, precision, PRECISIONS)
         self.precision = precision
         self._reader, self._pick = reader, pick
         self._device: Device = device or Cuda()
-        self._asked = False
 
     def check(self) -> str:
         """PyTorch's version; raises RuntimeUnavailable where it can't be used."""
@@ -114,16 +115,10 @@ class CuSparseLt(Closing):
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: a row for each layer, one for all that runs between two of them."""
-        if iterations < 1:
-            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        check_iterations(iterations)
         host.threads_or_cores(threads)
         network = self._network(Path(model), batch, inputs, zeros, seed)
         return network.rows(self._device, iterations, warmup)
-
-    def foreign_cores(self) -> float | None:
-        """See `Runtime.foreign_cores`. The CPU's load doesn't matter here, and the GPU's isn't known."""
-        first, self._asked = not self._asked, True
-        return 0.0 if first else None
 
     def close(self) -> None:
         """Nothing to release: sessions own what they use."""
@@ -224,7 +219,7 @@ class _Network:
         self, graph: onnx.GraphProto, stored: Mapping[str, np.ndarray], precision: str, pick: bool
     ) -> dict[str, Choice]:
         """Node name -> how it runs, for each layer with 2:4 weights; the faster ones are put in place."""
-        found = {node.name: weight for node in graph.node if (weight := weighted(node, stored)) is not None}
+        found = weighted_nodes(graph, stored)
         called: dict[str, tuple[Any, ...]] = {}
 
         def keep(name: str) -> Any:
@@ -286,9 +281,7 @@ class CuSparseLtSession(Closing):
         self._replay = lambda: None
 
     def _open(self) -> _Network:
-        if self._network is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._network
+        return still_open(self._network)
 
 
 def _groups(

@@ -21,6 +21,7 @@ from .base import (
     LayerTime,
     ModelRefused,
     RuntimeUnavailable,
+    check_iterations,
 )
 from .deepsparse_log import fallback_reasons
 from .load import WatchesLoad
@@ -130,8 +131,7 @@ class DeepSparse(WatchesLoad):
 
         Rows of merged layers don't tell their kernels (sparse=False, kernel_sparsity=None).
         """
-        if iterations < 1:
-            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        check_iterations(iterations)
         fixed = _engine_copy(Path(model), batch, inputs, zeros)
         answer = self._ask_with(
             self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,

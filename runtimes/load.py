@@ -66,6 +66,17 @@ class WatchesLoad(Closing):
         return cores
 
 
+class UnknownLoad(Closing):
+    """`Runtime.foreign_cores` of an engine on a GPU: the CPU's load doesn't matter there, the GPU's isn't known."""
+
+    _asked = False
+
+    def foreign_cores(self) -> float | None:
+        """See `Runtime.foreign_cores`."""
+        first, self._asked = not self._asked, True
+        return 0.0 if first else None
+
+
 def is_busy(foreign_cores: float | None, cores: int) -> bool:
     """Whether other programs use so many of the cores that what was measured meanwhile can't be trusted."""
     return (foreign_cores or 0.0) > BUSY_SHARE * cores

@@ -15,7 +15,17 @@ import onnx
 
 from . import host
 from .attribution import covered_outputs
-from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, one_line
+from .base import (
+    Arrays,
+    Closing,
+    Environment,
+    LayerTime,
+    ModelRefused,
+    RuntimeUnavailable,
+    check_iterations,
+    one_line,
+    still_open,
+)
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
 
@@ -75,8 +85,7 @@ class OnnxRuntime(WatchesLoad):
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`."""
-        if iterations < 1:
-            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        check_iterations(iterations)
         fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
@@ -127,9 +136,7 @@ class OrtSession(Closing):
         self._session = None
 
     def _open(self) -> Any:
-        if self._session is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._session
+        return still_open(self._session)
 
 
 def session_options(threads: int) -> Any:

@@ -60,6 +60,11 @@ class WeightedNode:
     stored_bias: bool  # which may then become a part of the kernel
 
 
+def weighted_nodes(graph: onnx.GraphProto, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Node name -> weights (out, in, *kernel), of the layers whose weights are 2:4."""
+    return {node.name: weight for node in graph.node if (weight := weighted(node, stored)) is not None}
+
+
 def weighted(node: onnx.NodeProto, stored: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """(out, in, *kernel) of a layer whose weights are 2:4; None for any other."""
     weight = layer_weight(node, stored)

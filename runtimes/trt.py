@@ -23,12 +23,24 @@ import onnx
 from onnx import helper, numpy_helper
 
 from . import host
-from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, RuntimeUnavailable, UnknownPrecision, one_line
+from .base import (
+    Arrays,
+    Closing,
+    Environment,
+    LayerTime,
+    ModelRefused,
+    RuntimeUnavailable,
+    check_iterations,
+    check_precision,
+    one_line,
+    still_open,
+)
 from .cuda_device import Cuda
 from .half_precision import PRECISIONS, check_same_results, in_half_precision, number_nodes, original_names, skeleton
+from .load import UnknownLoad
 from .model_file import FixedModel, check_inputs, fix_model
 from .semi_structured import PATTERN
-from .sparse_nodes import weighted
+from .sparse_nodes import weighted_nodes
 from .trt_engine import TrtPackage
 from .trt_log import ProfiledLayer, UnreadableLog, engine_layers, layer_rows, sparsity_lists
 from .trtexec import TrtExec
@@ -65,7 +77,7 @@ class Backend(Protocol):
     def build(self, model: Path, cache: Path) -> Engine: ...
 
 
-class TensorRt(Closing):
+class TensorRt(UnknownLoad):
     """TensorRT on the GPU of this machine: its Python package, else the command `trtexec`.
 
     The times of kernels that a build has measured are kept in a timing cache: the next one takes the same kernels.
@@ -80,12 +92,10 @@ class TensorRt(Closing):
     patterns = frozenset({PATTERN})
 
     def __init__(self, precision: str = "fp16", *, trtexec: str | None = None, backend: Backend | None = None) -> None:
-        if precision not in PRECISIONS:
-            raise UnknownPrecision(f"tensorrt has no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        check_precision(self.name, precision, PRECISIONS)
         self.precision = precision
         self._trtexec = trtexec or os.environ.get(VARIABLE)
         self._backend = backend
-        self._asked = False
         self._checked: set[bytes] = set()
 
     def check(self) -> str:
@@ -129,19 +139,13 @@ class TensorRt(Closing):
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. TensorRT can't be asked not to merge layers."""
-        if iterations < 1:
-            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        check_iterations(iterations)
         host.threads_or_cores(threads)
         network = self._build(Path(model), batch, inputs, zeros, seed)
         try:
             return network.rows(iterations, warmup)
         finally:
             network.close()
-
-    def foreign_cores(self) -> float | None:
-        """See `Runtime.foreign_cores`. The CPU's load doesn't matter here, and the GPU's isn't known."""
-        first, self._asked = not self._asked, True
-        return 0.0 if first else None
 
     def close(self) -> None:
         """Nothing to release: sessions own what they use."""
@@ -222,7 +226,7 @@ class _Network:
         """The engine's layers."""
         graph = self.model.graph
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        weights = {node.name: weight for node in graph.node if (weight := weighted(node, stored)) is not None}
+        weights = weighted_nodes(graph, stored)
         try:
             return layer_rows(
                 self.engine.profile(self.fixed.inputs, iterations, warmup),
@@ -267,9 +271,7 @@ class TensorRtSession(Closing):
         self._network = None
 
     def _open(self) -> _Network:
-        if self._network is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._network
+        return still_open(self._network)
 
 
 def _timing_cache() -> Path:

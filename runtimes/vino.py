@@ -22,8 +22,10 @@ from .base import (
     LayerTime,
     ModelRefused,
     RuntimeUnavailable,
-    UnknownPrecision,
+    check_iterations,
+    check_precision,
     one_line,
+    still_open,
 )
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
@@ -48,8 +50,7 @@ class OpenVino(WatchesLoad):
     patterns: frozenset[str] = frozenset()
 
     def __init__(self, precision: str = "fp32") -> None:
-        if precision not in PRECISIONS:
-            raise UnknownPrecision(f"openvino has no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        check_precision(self.name, precision, PRECISIONS)
         self.precision = precision
 
     def check(self) -> str:
@@ -99,8 +100,7 @@ class OpenVino(WatchesLoad):
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. The engine rounds each run's times down to microseconds."""
-        if iterations < 1:
-            raise ValueError(f"a profile of {iterations} iterations; take at least 1")
+        check_iterations(iterations)
         fixed = fix_model(Path(model), batch, inputs, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"{NODE}{number}"  # the profile identifies nodes by name: make them unique
@@ -173,9 +173,7 @@ class OpenVinoSession(Closing):
         self._request = None
 
     def _open(self) -> Any:
-        if self._request is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._request
+        return still_open(self._request)
 
 
 def set_inputs(request: Any, inputs: Arrays) -> None:

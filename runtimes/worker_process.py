@@ -36,6 +36,7 @@ from .base import (
     RuntimeFailure,
     RuntimeUnavailable,
     one_line,
+    still_open,
 )
 
 ERROR_KINDS: dict[str, type[Exception]] = {
@@ -267,9 +268,7 @@ class WorkerSession(Closing):
         self._session = None
 
     def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        if self._session is None:
-            raise ValueError("this session is closed; open the model again")
-        return self._ask_worker(self._worker, op, session=self._session, **fields)
+        return self._ask_worker(self._worker, op, session=still_open(self._session), **fields)
 
 
 def describe_exit(code: int) -> str:

@@ -28,7 +28,7 @@ from onnx_spdy.pipeline.hessian import collect_hessians, squared_error
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import SpecError, load_network, load_pruner, load_samples
 
@@ -221,5 +221,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        typer.run(bench)
+    run_command(bench)

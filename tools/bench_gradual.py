@@ -22,7 +22,7 @@ from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.train import BATCH
 from onnx_spdy.pipeline.validate import evaluate
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_metric, load_network, load_samples
 
@@ -88,10 +88,7 @@ def train(
 
 def main() -> None:
     """The command line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench)
-    with one_line_errors():
-        app()
+    run_command(bench)
 
 
 if __name__ == "__main__":

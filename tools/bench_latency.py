@@ -30,7 +30,7 @@ from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
 from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_network
 
@@ -229,10 +229,7 @@ def report(
 
 def main() -> None:
     """The command line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench)
-    with one_line_errors():
-        app()
+    run_command(bench)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network, has_bfloat16
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.repair import RATE, repair
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_metric, load_network, load_samples
 
@@ -105,10 +105,7 @@ def evaluated(network: Network, samples: Samples, metric: Metric) -> float:
 
 def main() -> None:
     """The command line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench)
-    with one_line_errors():
-        app()
+    run_command(bench)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from onnx_spdy.pipeline.run import Stitching
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.solve import InfeasibleTarget
 from onnx_spdy.pipeline.validate import evaluate
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.specs import load_loss, load_network, load_samples
 
 
@@ -146,5 +146,4 @@ def _show(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        typer.run(bench)
+    run_command(bench)

@@ -26,7 +26,7 @@ from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, PRUNERS
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair
 from onnx_spdy.pipeline.report import Report
 from onnx_spdy.pipeline.run import Stitching, repair_stitched
@@ -43,6 +43,24 @@ from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.front_report import write_front_html
 from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.interrupt import Interrupt
+from onnx_spdy.tools.options import (
+    AllowBusy,
+    Batch,
+    Data,
+    Finetune,
+    LossName,
+    Memory,
+    ModelArgument,
+    Pattern,
+    PrunerName,
+    RuntimeName,
+    SearchImages,
+    SearchName,
+    SearchSamples,
+    Seed,
+    Threads,
+    TimeLimit,
+)
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
 
@@ -52,43 +70,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune a trained network to a speedup that is measured in the runtime that will run it.",
 )
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="FILE.onnx, or FILE.py:FUNCTION -> (module, example_inputs)")
-]
-Data = Annotated[str, typer.Option("--data", metavar="DATA", help="calibration samples: FILE.npz or FILE.py:FUNCTION")]
-RuntimeName = Annotated[
-    str,
-    typer.Option(
-        "--runtime",
-        metavar="R",
-        help="deepsparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; "
-        "ssh://HOST/R for one elsewhere",
-    ),
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="default: all physical cores")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
-Pattern = Annotated[str, typer.Option("--pattern", help="unstructured, block4 or N:M; several joined by commas")]
-PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]
-Memory = Annotated[
-    float | None, typer.Option("--memory", metavar="GIB", min=0.1, help="of the process while it builds the database")
-]
-SearchName = Annotated[str, typer.Option("--search", metavar="NAME")]
-LossName = Annotated[
-    str | None, typer.Option("--loss", metavar="L", help="kl, cross-entropy, squared-error or FILE.py:FUNCTION")
-]
-SearchSamples = Annotated[int, typer.Option("--search-samples", min=1, help="samples that a profile is scored on")]
-AllowBusy = Annotated[
-    bool, typer.Option("--allow-busy", help="measure even while other programs use the CPU; the table tells")
-]
-Finetune = Annotated[
-    str, typer.Option("--finetune", metavar="NAME", help="gap: train all pruned layers together, masks fixed; or none")
-]
-SearchImages = Annotated[
-    int | None, typer.Option("--search-images", min=1, help="samples that a search may run through the network")
-]
-TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="for the search")]
 
 
 @app.command()

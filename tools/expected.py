@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import typer
 
 from onnx_spdy.runtimes import RuntimeFailure
 
@@ -19,3 +21,11 @@ def one_line_errors() -> Iterator[None]:
             raise
         print("error: " + " ".join(str(exc).split()), file=sys.stderr)
         sys.exit(1)
+
+
+def run_command(function: Callable[..., None]) -> None:
+    """A function as a command line of its own."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    with one_line_errors():
+        app()

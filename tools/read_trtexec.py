@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnx_spdy.runtimes.trt_log import ProfiledLayer, exported_profile, printed_profile, sparsity_lists
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.expected import run_command
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,7 @@ def read(
 
 def main() -> None:
     """The command line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(read)
-    with one_line_errors():
-        app()
+    run_command(read)
 
 
 if __name__ == "__main__":
