@@ -9,6 +9,7 @@ import warnings
 import onnx
 
 from onnx_spdy.models.agreement import check_same_results
+from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
 from onnx_spdy.models.graph import LARGEST_PROTOBUF_BYTES, ModelError, check_model, data_bytes, graph_inputs, one_line
 from onnx_spdy.models.rewrites import name_nodes, pool_instead_of_mean, restore_names
 
@@ -66,6 +67,8 @@ def _one_round(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelP
     slimmed = _slim(_without_claims(model))
     restore_names(slimmed, model)
     pool_instead_of_mean(slimmed)
+    transpose_keys_at_once(slimmed)
+    drop_guards_against_nan(slimmed)
     name_nodes(slimmed)
     _restore_frame(slimmed, original)
     return slimmed

@@ -24,11 +24,11 @@ def pool_instead_of_mean(model: onnx.ModelProto) -> None:
     node wholly without optimisation ("reduce only supports 1 axis"). Ranks come from shape inference; where one is
     unknown the node stays.
     """
-    ranks = _ranks(model)
+    known = ranks(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
-        if node.op_type == "ReduceMean" and _is_spatial(node, ranks, constants):
+        if node.op_type == "ReduceMean" and _is_spatial(node, known, constants):
             nodes += _pooling(node)
         else:
             nodes.append(node)
@@ -78,7 +78,8 @@ def _rename_initializer(model: onnx.ModelProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
-def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+def ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """Value -> how many axes it has, where shape inference finds out."""
     graph = onnx.shape_inference.infer_shapes(outline_of(model)).graph
     return {
         value.name: len(value.type.tensor_type.shape.dim)

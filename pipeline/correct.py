@@ -17,6 +17,7 @@ import torch
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 
 SAMPLES = 256  # in one batch; more changes little
 LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
@@ -46,7 +47,8 @@ class StatisticsCorrection:
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
         network.reset()
-        self._batch = samples.take(slice(0, _affordable(network, samples)))
+        self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
+        self._paddings = [Padding(batch.inputs) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._run(network.layers, self._remember)
 
@@ -63,17 +65,17 @@ class StatisticsCorrection:
             return outputs if layer is None else visit(layer, outputs)
 
         with torch.inference_mode():
-            self._network.run_together(self._batch, after)
+            self._network.run_together(self._batches, after)
 
     def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        self._dense[layer.name] = _statistics(outputs, layer)
+        self._dense[layer.name] = self._statistics(outputs, layer)
         return outputs
 
     def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Change the layer's parameters, and its outputs as if they had been changed before."""
         network = self._network
         dense_mean, dense_deviation = self._dense[layer.name]
-        mean, deviation = _statistics(outputs, layer)
+        mean, deviation = self._statistics(outputs, layer)
         has_signal = deviation > 1e-6 * dense_deviation.clamp_min(1e-12)
         scale = torch.where(has_signal, dense_deviation / deviation.clamp_min(1e-12), 1.0)
         scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
@@ -92,6 +94,16 @@ class StatisticsCorrection:
             for output in outputs
         ]
 
+    def _statistics(self, outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
+        if layer.op != "Conv":
+            pairs = zip(self._paddings, outputs, strict=True)
+            outputs = [padding.real_rows(output).flatten(0, -2) for padding, output in pairs]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
+        deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
+        return mean, deviation
+
 
 def _affordable(network: Network, samples: Samples) -> int:
     """How many samples to take, judged by the layers' outputs for one batch of the least size."""
@@ -105,16 +117,8 @@ def _affordable(network: Network, samples: Samples) -> int:
         return found
 
     with torch.inference_mode():
-        network.run_together(samples.take(slice(0, size)), after)
+        network.run_together([samples.take(slice(0, size))], after)
     return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
-
-
-def _statistics(outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches."""
-    output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-    others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
-    deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
-    return mean, deviation
 
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:
