@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_spdy.models.rewrites import ranks
+from onnx_spdy.models.rewrites import inferred_shapes
 
 LAST_SWAPPED = (0, 2, 1)
 
@@ -23,15 +23,16 @@ def transpose_keys_at_once(model: onnx.ModelProto) -> None:
     Matches keys that are reshaped from (batch, heads, n, d) to (-1, n, d), have their last axes swapped and are
     reshaped to (batch, heads, d, n), whether the sizes are constants or computed.
     """
-    graph, rank = _Graph(model), ranks(model)
+    graph, shapes = _Graph(model), inferred_shapes(model)
     for node in model.graph.node:
         if node.op_type != "Reshape" or (swap := graph.maker(node.input[0], "Transpose")) is None:
             continue
         flat = graph.maker(swap.input[0], "Reshape")
-        if flat is None or _permutation(swap) != LAST_SWAPPED or rank.get(flat.input[0]) != 4:
+        if flat is None or _permutation(swap) != LAST_SWAPPED:
             continue
-        if graph.are_swapped(flat, node):
-            source, order = flat.input[0], (0, 1, 2, 3)
+        shape = shapes.get(flat.input[0], ())
+        if len(shape) == 4 and graph.are_swapped(flat, node, shape):
+            source, order = flat.input[0], tuple(range(4))
             if split := graph.maker(source, "Transpose"):
                 source, order = split.input[0], _permutation(split)
             swapped = [*order[:2], order[3], order[2]]
@@ -76,12 +77,14 @@ class _Graph:
         node = self._makers.get(value)
         return node if node is not None and node.op_type == op else None
 
-    def are_swapped(self, flat: onnx.NodeProto, back: onnx.NodeProto) -> bool:
-        """Whether the target of one Reshape is (-1, n, d), that of the other (*first two sizes of its input, d, n)."""
+    def are_swapped(self, flat: onnx.NodeProto, back: onnx.NodeProto, shape: tuple[int | None, ...]) -> bool:
+        """Whether one Reshape makes (-1, n, d) of `shape`, and the other (*first two sizes of `shape`, d, n)."""
         one, other = self._sizes(flat.input[1]), self._sizes(back.input[1])
-        if one is None or other is None or len(one) != 3 or len(other) != 3 or one[0] != -1:
+        if one is None or other is None or len(one) != 3 or one[0] != -1 or one[1:] != other[:-3:-1]:
             return False
-        return one[1:] == other[:0:-1] and self._is_first_two(str(other[0]), flat.input[0])
+        if len(other) == 4:
+            return other[0] == -1 and (other[1], *one[1:]) == shape[1:]
+        return len(other) == 3 and self._is_first_two(str(other[0]), flat.input[0])
 
     def _sizes(self, shape: str) -> list[int | str] | None:
         """The parts of a Reshape's target: numbers, and names of values where they are computed."""

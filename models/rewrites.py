@@ -24,11 +24,11 @@ def pool_instead_of_mean(model: onnx.ModelProto) -> None:
     node wholly without optimisation ("reduce only supports 1 axis"). Ranks come from shape inference; where one is
     unknown the node stays.
     """
-    known = ranks(model)
+    ranks = {name: len(shape) for name, shape in inferred_shapes(model).items()}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
-        if node.op_type == "ReduceMean" and _is_spatial(node, known, constants):
+        if node.op_type == "ReduceMean" and _is_spatial(node, ranks, constants):
             nodes += _pooling(node)
         else:
             nodes.append(node)
@@ -78,11 +78,11 @@ def _rename_initializer(model: onnx.ModelProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
-def ranks(model: onnx.ModelProto) -> dict[str, int]:
-    """Value -> how many axes it has, where shape inference finds out."""
+def inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Value -> its sizes where shape inference finds out how many axes it has; None for a size that isn't known."""
     graph = onnx.shape_inference.infer_shapes(outline_of(model)).graph
     return {
-        value.name: len(value.type.tensor_type.shape.dim)
+        value.name: tuple(axis.dim_value or None for axis in value.type.tensor_type.shape.dim)
         for value in (*graph.input, *graph.value_info, *graph.output)
         if value.type.tensor_type.HasField("shape")
     }

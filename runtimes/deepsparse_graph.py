@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,7 +48,7 @@ def _formula(node: onnx.NodeProto, opset: int, graph: onnx.GraphProto) -> list[o
         graph.initializer.append(numpy_helper.from_array(values, f"{output}/{name}"))
         return f"{output}/{name}"
 
-    def make(op: str, inputs: list[str], to: str, **attributes: object) -> str:
+    def make(op: str, inputs: list[str], to: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [to], f"{node.name}/{len(nodes)}", **attributes))
         return to
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
-from onnx_spdy.models import load_model, write_module
+from onnx_spdy.models import export_module, load_model, prepare, save_model, write_module
+from onnx_spdy.runtimes import RuntimeFailure, open_runtime
 from onnx_spdy.tools.cli import main
 from tests.encoder import encoder, sentences
 
@@ -61,8 +63,6 @@ def test_run_takes_a_module_with_a_mask_and_the_result_goes_back_into_it(
     pruned = load_model(tmp_path / "out" / "model.onnx")
     changed = write_module(module, load_model(tmp_path / "out" / "dense.onnx"), pruned)
     assert {name for name in changed if name.endswith("weight")}
-    import onnxruntime
-
     inputs = sentences(4, seed=2)
     session = onnxruntime.InferenceSession(pruned.SerializeToString(), providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -73,3 +73,22 @@ def test_run_takes_a_module_with_a_mask_and_the_result_goes_back_into_it(
 
 def test_several_outputs_are_compared_by_their_squared_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_in(tmp_path, monkeypatch)["loss_name"] == "squared-error"
+
+
+@pytest.mark.engine
+def test_the_sparse_engine_optimises_norms_and_activations(tmp_path: Path) -> None:
+    save_model(prepare(export_module(*encoder(embedding=False))), tmp_path / "dense.onnx")
+    inputs = sentences(8)
+    with open_runtime("deepsparse") as sparse, open_runtime("onnxruntime") as oracle:
+        try:
+            sparse.check()
+        except RuntimeFailure as exc:
+            pytest.skip(str(exc))
+        results = []
+        for engine in (sparse, oracle):
+            with engine.open(tmp_path / "dense.onnx", batch=8, inputs=inputs) as session:
+                results.append(session.run(inputs)["output"])
+                if engine is sparse:
+                    refused = session.fallback or ""
+    assert "LayerNormalization" not in refused and "Erf" not in refused
+    np.testing.assert_allclose(*results, atol=1e-4)
