@@ -7,6 +7,7 @@ by its nodes (DeepSparse does) then run each of them alone, several times slower
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from onnx import helper, numpy_helper
 from onnx_spdy.models.rewrites import inferred_shapes
 
 LAST_SWAPPED = (0, 2, 1)
+LARGEST_CONSTANT = 1 << 20  # values; a mask may be that large, and weights aren't asked for
 
 
 def transpose_keys_at_once(model: onnx.ModelProto) -> None:
@@ -69,7 +71,7 @@ class _Graph:
         self.constants: Mapping[str, np.ndarray] = {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in model.graph.initializer
-            if np.prod(tensor.dims) <= 1 << 20  # a mask may be large, a weight isn't asked for
+            if prod(tensor.dims) <= LARGEST_CONSTANT
         }
 
     def maker(self, value: str, op: str) -> onnx.NodeProto | None:
@@ -89,21 +91,25 @@ class _Graph:
     def _sizes(self, shape: str) -> list[int | str] | None:
         """The parts of a Reshape's target: numbers, and names of values where they are computed."""
         if shape in self.constants:
-            return [int(size) for size in self.constants[shape].ravel()]
+            return self.constants[shape].ravel().tolist()
         concat = self.maker(shape, "Concat")
         if concat is None:
             return None
-        parts = [(name, self.constants.get(name)) for name in concat.input]
-        return [int(part[0]) if part is not None and part.size == 1 else name for name, part in parts]
+        return [name if (size := self._integer(name)) is None else size for name in concat.input]
+
+    def _integer(self, value: str) -> int | None:
+        """The value of a constant that is one integer."""
+        array = self.constants.get(value)
+        return int(array.item()) if array is not None and array.size == 1 and array.dtype.kind == "i" else None
 
     def _is_first_two(self, sizes: str, of: str) -> bool:
         """Whether a value is `Shape(of)[:-2]`."""
         cut = self.maker(sizes, "Slice")
         shape = cut and self.maker(cut.input[0], "Shape")
-        if cut is None or shape is None or shape.input[0] != of or len(cut.input) > 3:
+        if cut is None or shape is None or shape.input[0] != of or len(cut.input) != 3:
             return False
-        start, end = (self.constants.get(name) for name in cut.input[1:3])
-        return start is not None and end is not None and int(start[0]) in (0, -(2**63)) and int(end[0]) == -2
+        start, end = map(self._integer, cut.input[1:3])
+        return start in (0, -(2**63)) and end == -2
 
     def is_finite_score(self, value: str) -> bool:
         """Whether a value is a product, or a product plus something finite."""
@@ -118,10 +124,10 @@ class _Graph:
         )
 
     def _is_finite(self, value: str) -> bool:
-        """Whether a value is a finite constant, or chosen from such."""
+        """Whether a value is a finite constant, or chosen from such; in half precision a sum with it may overflow."""
         choice = self.maker(value, "Where")
-        names = [value] if choice is None else list(choice.input[1:])
-        return all(name in self.constants and np.isfinite(self.constants[name]).all() for name in names)
+        arrays = [self.constants.get(name) for name in ([value] if choice is None else choice.input[1:])]
+        return all(array is not None and array.dtype.itemsize >= 4 and np.isfinite(array).all() for array in arrays)
 
 
 def _permutation(node: onnx.NodeProto) -> tuple[int, ...]:
