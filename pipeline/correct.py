@@ -3,16 +3,20 @@
 Pruning shifts and shrinks what later layers see. Each pruned layer's rows are scaled and its bias is
 shifted so that mean and variance of every output channel equal the dense network's, layer after layer in
 one forward pass: what a re-estimation of batch-norm statistics does, for graphs whose BatchNorm is folded.
-Zeros stay zeros.
+Zeros stay zeros. A layer that runs several times, at several nodes, is left as it is: its outputs have
+statistics of their own at each, and only one weight.
 
 Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-norm statistics reset).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch.nn import functional
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
@@ -22,6 +26,7 @@ from onnx_spdy.pipeline.padding import Padding
 SAMPLES = 256  # in one batch; more changes little
 LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
 LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling would only amplify noise
+LEAST_SAMPLES = 16  # in a batch that is corrected by its own statistics: those of fewer would give away their outputs
 
 
 class NotCorrected(ValueError):
@@ -47,8 +52,7 @@ class StatisticsCorrection:
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
         network.reset()
-        self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
-        self._paddings = [Padding(batch.inputs) for batch in self._batches]
+        self._batch = samples.take(slice(0, _affordable(network, samples)))
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._run(network.layers, self._remember)
 
@@ -58,51 +62,109 @@ class StatisticsCorrection:
 
     def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
         """Visit each layer with its outputs; what the visit returns goes on to the next one."""
-        by_module: dict[torch.nn.Module, Layer] = {self._network.graph.node(layer.name): layer for layer in layers}
+        by_module: dict[torch.nn.Module, Layer] = {
+            self._network.graph.node(layer.name): layer for layer in layers if not layer.more_uses
+        }
 
         def after(module: torch.nn.Module, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
             layer = by_module.get(module)
             return outputs if layer is None else visit(layer, outputs)
 
         with torch.inference_mode():
-            self._network.run_together(self._batches, after)
+            self._network.run_together(self._batch, after)
 
     def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        self._dense[layer.name] = self._statistics(outputs, layer)
+        self._dense[layer.name] = _statistics(outputs, layer, self._network.padding)
         return outputs
 
     def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Change the layer's parameters, and its outputs as if they had been changed before."""
         network = self._network
         dense_mean, dense_deviation = self._dense[layer.name]
-        mean, deviation = self._statistics(outputs, layer)
-        has_signal = deviation > 1e-6 * dense_deviation.clamp_min(1e-12)
-        scale = torch.where(has_signal, dense_deviation / deviation.clamp_min(1e-12), 1.0)
-        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
+        mean, deviation = _statistics(outputs, layer, self._network.padding)
+        scale = _scale(deviation, dense_deviation)
         weight = network.get(layer.weight)
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
         axis = _channel_axis(outputs[0], layer)
         if layer.bias is None:
-            return [output * _along(scale, output, axis) for output in outputs]
+            return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
         bias = network.get(layer.bias).clone()  # (out,)
         inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
         shift = (dense_mean - inside) - scale * (mean - inside)
         network.set(layer.bias, bias + shift)
         added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
-        return [
+        corrected = (
             (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(added, output, axis)
             for output in outputs
-        ]
+        )
+        return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
 
-    def _statistics(self, outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
-        if layer.op != "Conv":
-            pairs = zip(self._paddings, outputs, strict=True)
-            outputs = [padding.real_rows(output).flatten(0, -2) for padding, output in pairs]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-        others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
-        deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
-        return mean, deviation
+
+class BatchCorrection:
+    """The same correction while one batch runs, by that batch's own statistics; no weight or bias changes.
+
+    So that a search scores nearly what `StatisticsCorrection` makes of a profile, for one look at each layer's output.
+
+    Args:
+        network: its layers are watched only inside of `remember` and `apply`.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._dense: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # mean and variance, (out,) each
+
+    def remember(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the dense network runs a batch, of this number: take its statistics."""
+        return self._watching(partial(self._remember, batch))
+
+    def apply(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the network runs the same batch: correct the outputs of each layer whose weights aren't dense."""
+        return self._watching(partial(self._correct, batch))
+
+    @contextlib.contextmanager
+    def _watching(self, visit: Callable[[Layer, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+        def hook(layer: Layer) -> Callable[..., torch.Tensor | None]:
+            return lambda module, inputs, output: visit(layer, output)
+
+        graph = self._network.graph
+        handles = [graph.node(layer.name).register_forward_hook(hook(layer)) for layer in self._network.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
+        self._dense[batch, layer.name] = _moments(_channels_second(output, layer))
+
+    def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
+        if self._network.is_dense(layer.weight):
+            return None
+        values = _channels_second(output, layer)
+        (mean, variance), (dense_mean, dense_variance) = _moments(values), self._dense[batch, layer.name]
+        scale = _scale(variance.sqrt(), dense_variance.sqrt())
+        if layer.bias is None:  # nothing can shift its outputs
+            mean = dense_mean = torch.zeros_like(mean)
+        unit = torch.ones_like(variance)
+        return functional.batch_norm(values, mean, unit, scale, dense_mean, eps=0.0).view_as(output)
+
+
+def _channels_second(output: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """(samples or rows, out, *positions)."""
+    return output if layer.op == "Conv" else output.flatten(0, -2)
+
+
+def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance (out,) each, in float32, in one look at (rows, out, *positions)."""
+    mean, variance = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
+    return mean.float(), variance.float().clamp_min(0)
+
+
+def _scale(deviation: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """(out,) by what each channel is multiplied."""
+    has_signal = deviation > 1e-6 * dense.clamp_min(1e-12)
+    scale = torch.where(has_signal, dense / deviation.clamp_min(1e-12), 1.0)
+    return scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def _affordable(network: Network, samples: Samples) -> int:
@@ -117,8 +179,18 @@ def _affordable(network: Network, samples: Samples) -> int:
         return found
 
     with torch.inference_mode():
-        network.run_together([samples.take(slice(0, size))], after)
+        network.run_together(samples.take(slice(0, size)), after)
     return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
+
+
+def _statistics(outputs: Sequence[torch.Tensor], layer: Layer, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
+    output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+    if layer.op != "Conv":
+        output = padding.real_rows(output)
+    others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
+    deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
+    return mean, deviation
 
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:

@@ -17,7 +17,6 @@ import torch
 from onnx_spdy.models import InputPatches, Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.padding import Padding
 
 PATCH_BYTES = 64 << 20  # of patches in memory at once
 
@@ -38,6 +37,8 @@ def collect_hessians(
     Memory: `hessian_bytes` summed over the layers, and twice `PATCH_BYTES`: patches are copied out a few samples at a
     time and never kept. Layers may be on any device: products are taken there, the long sum is kept on the CPU.
 
+    A layer whose weight several nodes multiply by has the mean over what all of them see.
+
     An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is singular.
     Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
 
@@ -50,14 +51,14 @@ def collect_hessians(
         layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
     sums = {layer.name: _Sum(network, layer) for layer in layers}
-    hooks = [network.graph.node(name).register_forward_pre_hook(one.hook) for name, one in sums.items()]
+    hooks = [
+        network.graph.node(name).register_forward_pre_hook(sums[layer.name].hook)
+        for layer in layers
+        for name in layer.nodes
+    ]
     try:
         done = 0
-        for batch in samples.batches(network.batch_size()):
-            for one in sums.values():
-                one.padding = Padding(batch.inputs)
-            with torch.inference_mode():
-                network.run(batch)
+        for batch, _ in network.outputs(samples):
             done += len(batch)
             if progress:
                 progress(done, len(samples))
@@ -79,13 +80,12 @@ class _Sum:
         self._products = self._count = 0
         self._patches = InputPatches(network.model, layer)
         self._size = size
-        self._has_positions = layer.op != "Conv"  # before its channels
-        self.padding = Padding({})  # of the batch that runs
+        self._network, self._has_positions = network, layer.op != "Conv"  # (samples, positions, ..., channels)
 
     def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         values = inputs[0].float()
         if self._has_positions:
-            values = self.padding.real_rows(values)
+            values = self._network.padding.real_rows(values)
         if values.ndim < 3:  # a plain linear layer: no patches to unfold
             self._add(self._patches(values))
             return
