@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Collection, Mapping
 from math import prod
 
 import numpy as np
@@ -22,8 +23,12 @@ TOLERANCE = 1e-4  # of the largest absolute output
 HALF_TOLERANCE = 1e-2
 
 
-def check_same_results(original: onnx.ModelProto, changed: onnx.ModelProto) -> None:
+def check_same_results(
+    original: onnx.ModelProto, changed: onnx.ModelProto, given: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Raise ModelError unless both graphs give the same outputs for the same random inputs.
+
+    `given` are inputs that aren't random: weights that both graphs were made to read from outside.
 
     Floating outputs may differ by 1e-4 of the largest absolute value (1e-2 in half precision), or by ten times what
     the original differs from itself when ONNX Runtime optimises it, if that is more. Of the elements of integer
@@ -37,7 +42,7 @@ def check_same_results(original: onnx.ModelProto, changed: onnx.ModelProto) -> N
     """
     reference = _session(original, "the model")
     candidate = _session(changed, "the prepared model")
-    found = _inputs_that_run(original, reference)
+    found = _inputs_that_run(original, reference, given or {})
     if found is None:
         logger.warning("the prepared model could not be compared with the original: it runs with no random inputs")
         return
@@ -73,11 +78,13 @@ def _session(model: onnx.ModelProto, what: str, optimise: bool = False):
         raise ModelError(f"ONNX Runtime can't load {what}: {one_line(str(exc))}") from exc
 
 
-def _inputs_that_run(model: onnx.ModelProto, session) -> tuple[dict[str, np.ndarray], list] | None:
+def _inputs_that_run(
+    model: onnx.ModelProto, session, given: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list] | None:
     """Random inputs and the outputs for them; None if none suits a graph that may well need special ones."""
     reason = ""
     for batch, size in itertools.product(BATCHES, OPEN_SIZES):
-        inputs = _random_inputs(model, batch, size)
+        inputs = {**_random_inputs(model, batch, size, given), **given}
         try:
             return inputs, session.run(None, inputs)
         except Exception as exc:  # ONNX Runtime's errors have no common base
@@ -93,10 +100,11 @@ def _may_need_special_inputs(model: onnx.ModelProto) -> bool:
     return integers or any(None in shape[1:] for shape in input_shapes(model).values())
 
 
-def _random_inputs(model: onnx.ModelProto, batch: int, size: int) -> dict[str, np.ndarray]:
+def _random_inputs(model: onnx.ModelProto, batch: int, size: int, given: Collection[str]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     dtypes = input_dtypes(model)
-    dims = {value.name: list(value.type.tensor_type.shape.dim) for value in graph_inputs(model)}
+    free = [value for value in graph_inputs(model) if value.name not in given]
+    dims = {value.name: list(value.type.tensor_type.shape.dim) for value in free}
     batches = {axes[0].dim_param for axes in dims.values() if axes} - {""}
     inputs = {}
     for name, axes in dims.items():

@@ -3,7 +3,8 @@
 Pruning shifts and shrinks what later layers see. Each pruned layer's rows are scaled and its bias is
 shifted so that mean and variance of every output channel equal the dense network's, layer after layer in
 one forward pass: what a re-estimation of batch-norm statistics does, for graphs whose BatchNorm is folded.
-Zeros stay zeros.
+Zeros stay zeros. A layer that runs several times, at several nodes, is left as it is: its outputs have
+statistics of their own at each, and only one weight.
 
 Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-norm statistics reset).
 """
@@ -56,7 +57,9 @@ class StatisticsCorrection:
 
     def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
         """Visit each layer with its outputs; what the visit returns goes on to the next one."""
-        by_module: dict[torch.nn.Module, Layer] = {self._network.graph.node(layer.name): layer for layer in layers}
+        by_module: dict[torch.nn.Module, Layer] = {
+            self._network.graph.node(layer.name): layer for layer in layers if not layer.more_uses
+        }
 
         def after(module: torch.nn.Module, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
             layer = by_module.get(module)

@@ -15,6 +15,7 @@ from onnx_spdy.models.operators import (
     arithmetic,
     attention,
     choose,
+    control,
     conv,
     fourier,
     indexing,
@@ -54,6 +55,10 @@ OPERATORS: dict[str, Operator] = {
     "RNN": Operator(recurrent.rnn),
     "GRU": Operator(recurrent.gru),
     "LSTM": Operator(recurrent.lstm),
+    # control flow
+    "If": Operator(control.if_, host=_host(0)),
+    "Loop": Operator(control.loop, host=_host(0, 1)),
+    "Scan": Operator(control.scan),
     # quantised numbers
     "QuantizeLinear": Operator(quantize.quantize_linear, statistics=frozenset({1})),
     "DequantizeLinear": Operator(quantize.dequantize_linear, statistics=frozenset({1})),
