@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Collection, Mapping
 from math import prod
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnx_spdy.models.graph import ModelError, graph_inputs, input_dtypes, input_shapes, one_line
 
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 OPEN_SIZES = (32, 64, 224, 8, 1)
 # Exporters that trace write the example's batch into the graph, most often 1, and still declare it open.
 BATCHES = (2, 1)
+LONGEST_RUN_SECONDS = 60
 LARGEST_INPUT_BYTES = 2**28  # random numbers are made in double precision first
 TOLERANCE = 1e-4  # of the largest absolute output
 HALF_TOLERANCE = 1e-2
@@ -48,7 +51,9 @@ def check_same_results(
         return
     inputs, expected = found
     try:
-        actual = candidate.run(None, inputs)
+        actual = _run(candidate, inputs)
+    except ModelError:
+        raise
     except Exception as exc:
         raise ModelError(f"preparing the graph broke it: ONNX Runtime can't run it: {one_line(str(exc))}") from exc
     noise: list[float] | None = None
@@ -75,7 +80,35 @@ def _session(model: onnx.ModelProto, what: str, optimise: bool = False):
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's errors have no common base
-        raise ModelError(f"ONNX Runtime can't load {what}: {one_line(str(exc))}") from exc
+        advice = "; export the network in float32" if _has_half_precision(model) else ""
+        raise ModelError(f"ONNX Runtime can't load {what}: {one_line(str(exc))}{advice}") from exc
+
+
+def _has_half_precision(model: onnx.ModelProto) -> bool:
+    """Few operators take bfloat16 in ONNX Runtime, and exporters mix it and float16 up with float32."""
+    return any(tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for tensor in model.graph.initializer)
+
+
+def _run(session, inputs: Mapping[str, np.ndarray]) -> list:
+    """The session's outputs; ModelError after LONGEST_RUN_SECONDS, because a loop may have no end."""
+    import onnxruntime as ort
+
+    options, ended = ort.RunOptions(), threading.Event()
+
+    def stop() -> None:
+        options.terminate = True
+        ended.set()
+
+    timer = threading.Timer(LONGEST_RUN_SECONDS, stop)
+    timer.start()
+    try:
+        return session.run(None, inputs, options)
+    except Exception as exc:
+        if ended.is_set():
+            raise ModelError(f"one run of the model takes more than {LONGEST_RUN_SECONDS} s in ONNX Runtime") from exc
+        raise
+    finally:
+        timer.cancel()
 
 
 def _inputs_that_run(
@@ -86,7 +119,9 @@ def _inputs_that_run(
     for batch, size in itertools.product(BATCHES, OPEN_SIZES):
         inputs = {**_random_inputs(model, batch, size, given), **given}
         try:
-            return inputs, session.run(None, inputs)
+            return inputs, _run(session, inputs)
+        except ModelError:
+            raise
         except Exception as exc:  # ONNX Runtime's errors have no common base
             reason = reason or one_line(str(exc))
             logger.debug("random inputs (batch %d, open dimensions of %d) don't run: %s", batch, size, exc)

@@ -12,7 +12,7 @@ from onnx_spdy.models.graph import UnsupportedOperator, inner_graphs, node_names
 from onnx_spdy.models.operators import OPERATORS, Node, read_node, read_tensor
 from onnx_spdy.models.operators.operator import Compute
 
-OWN_DOMAINS = ("", "ai.onnx")
+OWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
 def read_nodes(graph: onnx.GraphProto, opset: int) -> list[tuple[Node, Compute]]:

@@ -52,16 +52,17 @@ class Suspended:
 
     Attributes:
         step: number of the node that comes next.
-        values: position -> computed tensor; weights aren't among them.
+        values: position -> computed tensor, or tuple of them; weights aren't among them.
     """
 
     step: int
-    values: Mapping[int, Tensor]
+    values: Mapping[int, Any]
 
     @property
     def bytes(self) -> int:
         """Memory that the tensors take."""
-        return sum(value.numel() * value.element_size() for value in self.values.values())
+        lists = (value if isinstance(value, tuple) else (value,) for value in self.values.values())
+        return sum(value.numel() * value.element_size() for values in lists for value in values)
 
 
 class TorchGraph(nn.Module):
@@ -175,7 +176,8 @@ class TorchGraph(nn.Module):
         arguments = [values[position] for position in step.inputs]
         if device is not None:
             for k in step.moves:
-                arguments[k] = arguments[k].to(device)  # type: ignore[union-attr]
+                if isinstance(moved := arguments[k], Tensor):  # a list of tensors stays where it was made
+                    arguments[k] = moved.to(device)
         return step.module(*arguments)
 
     def _store(self, step: _Step, values: list[Tensor | None], result: Any) -> None:
@@ -204,9 +206,9 @@ class TorchGraph(nn.Module):
         """Where the network is, or None when nothing has to be moved there."""
         if not self._any_moves:
             return None
-        first = next(iter(self._parameters.values()), None)
-        device = (next(iter(inputs.values())) if first is None else first).device
-        return None if device.type == "cpu" else device
+        tensors = (x for x in (*self._parameters.values(), *inputs.values()) if isinstance(x, Tensor))
+        device = next((tensor.device for tensor in tensors), None)
+        return None if device is None or device.type == "cpu" else device
 
     def _add_tensors(self, kinds: Mapping[str, bool], stored: Mapping[str, Tensor], own_names: set[str]) -> None:
         for name, trainable in kinds.items():

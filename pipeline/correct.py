@@ -84,16 +84,17 @@ class StatisticsCorrection:
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
         axis = _channel_axis(outputs[0], layer)
         if layer.bias is None:
-            return [output * _along(scale, output, axis) for output in outputs]
+            return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
         bias = network.get(layer.bias).clone()  # (out,)
         inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
         shift = (dense_mean - inside) - scale * (mean - inside)
         network.set(layer.bias, bias + shift)
         added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
-        return [
+        corrected = (
             (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(added, output, axis)
             for output in outputs
-        ]
+        )
+        return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
 
 
 def _affordable(network: Network, samples: Samples) -> int:

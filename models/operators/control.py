@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -39,13 +40,12 @@ class Body:
         return torch.zeros(0, *(dim.dim_value for dim in kind.shape.dim), dtype=getattr(torch, dtype.name))
 
 
-def _placed(arguments: Sequence[Tensor | None], host: Collection[int]) -> list[Tensor | None]:
-    """Numbers about shapes on the CPU, everything else where the network is."""
-    where = [x.device for k, x in enumerate(arguments) if x is not None and k not in host and x.device.type != "cpu"]
-    return [
-        x if x is None or (k not in host and not where) else x.cpu() if k in host else x.to(where[0])
-        for k, x in enumerate(arguments)
-    ]
+def _placed(arguments: Sequence[Any], host: Collection[int]) -> list[Any]:
+    """Numbers about shapes on the CPU, all other tensors where the network is."""
+    tensors = {k: x for k, x in enumerate(arguments) if isinstance(x, Tensor)}
+    where = next((x.device for k, x in tensors.items() if k not in host and x.device.type != "cpu"), None)
+    moved = {k: x.cpu() if k in host else x if where is None else x.to(where) for k, x in tensors.items()}
+    return [moved.get(k, x) for k, x in enumerate(arguments)]
 
 
 def if_(node: Node) -> Compute:
