@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from onnx_spdy.tools.fuzz_graphs import with_external_data
 
@@ -94,13 +94,19 @@ def _size_of_tensor(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 def _numbers_of_tensor(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     tensor = _any(model.graph.initializer, rng)
-    if tensor.data_type not in (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16) or not tensor.raw_data:
+    dtype = _NUMBER_TYPES.get(tensor.data_type)
+    if dtype is None or not tensor.raw_data or len(tensor.raw_data) % dtype.itemsize:
         return
-    array = numpy_helper.to_array(tensor).copy()
-    array.reshape(-1)[int(rng.integers(array.size))] = _any(
-        NUMBERS if array.dtype == np.int64 else (np.nan, np.inf, 6e4), rng
-    )
+    array = np.frombuffer(tensor.raw_data, dtype).copy()
+    array[int(rng.integers(array.size))] = _any(NUMBERS if dtype.kind == "i" else (np.nan, np.inf, 6e4), rng)
     tensor.raw_data = array.tobytes()
+
+
+_NUMBER_TYPES = {
+    TensorProto.INT64: np.dtype(np.int64),
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+}
 
 
 def _type_of_tensor(model: onnx.ModelProto, rng: np.random.Generator) -> None:
