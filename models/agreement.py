@@ -75,6 +75,7 @@ def _session(model: onnx.ModelProto, what: str, optimise: bool = False):
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # it would keep what a large run took, and more
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     try:

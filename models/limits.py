@@ -18,13 +18,18 @@ LARGEST_STEPS = 10**6  # of a loop that nothing but its number of steps ends
 def check_limits(model: onnx.ModelProto, name: str) -> None:
     """Raise ModelError for a tensor that is known to be larger than 2 GiB for one sample, or a loop without an end.
 
-    Sizes that are open count as 1, and a shape that can't be inferred isn't looked at. `name` stands for the model in
-    the message.
+    Sizes that are open count as 1, and a shape that can't be inferred isn't looked at. What the file claims about sizes
+    is no help: it may contradict what its nodes make. `name` stands for the model in the message.
     """
     for graph in _graphs(model.graph):
         _check_loops(graph, name)
+    outline = outline_of(model)
+    for graph in _graphs(outline.graph):
+        graph.ClearField("value_info")
+        for value in graph.output:
+            value.type.tensor_type.ClearField("shape")
     try:
-        inferred = onnx.shape_inference.infer_shapes(outline_of(model), data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return  # ONNX Runtime says what is wrong with it
     for graph in _graphs(inferred):

@@ -63,8 +63,9 @@ def _read_texts(message: Message) -> None:
     for field in message.DESCRIPTOR.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
             value = getattr(message, field.name)
-            if not isinstance(value, str):
-                list(value)
+            for text in [value] if isinstance(value, str | bytes) else value:
+                if isinstance(text, bytes):  # what some versions of protobuf give instead of an error
+                    text.decode()
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             value = getattr(message, field.name)
             if isinstance(value, Message):

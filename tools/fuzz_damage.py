@@ -102,7 +102,7 @@ def _numbers_of_tensor(model: onnx.ModelProto, rng: np.random.Generator) -> None
     tensor.raw_data = array.tobytes()
 
 
-_NUMBER_TYPES = {
+_NUMBER_TYPES: dict[int, np.dtype] = {
     TensorProto.INT64: np.dtype(np.int64),
     TensorProto.FLOAT: np.dtype(np.float32),
     TensorProto.FLOAT16: np.dtype(np.float16),

@@ -83,6 +83,13 @@ def overflowing_input(model):
         dim.dim_value = 2**62
 
 
+def more_than_it_claims(model):
+    """The declared output is small, what a node makes of a constant is 8 GiB."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2**31 - 1]), "shape"))
+    model.graph.node.add(op_type="ConstantOfShape", input=["shape"], output=["z"])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, [2]))
+
+
 def no_weights(model):
     weight = tensor(model, "w1")
     weight.dims[0] = 0
@@ -133,7 +140,7 @@ WRONG: dict[str, bytes] = {
         one.__name__: changed(one)
         for one in (
             cycle, output_twice, value_from_nowhere, name_missing, weight_twice, input_twice, huge_weight,
-            overflowing_weight, huge_input, overflowing_input, no_weights, nan_weight, huge_pads, large_pads, no_stride,
+            overflowing_weight, more_than_it_claims, huge_input, overflowing_input, no_weights, nan_weight, huge_pads, large_pads, no_stride,
             negative_kernel, unknown_operator, no_outputs, newer_than_known,
         )
     },
@@ -196,6 +203,11 @@ ELSEWHERE = {
     "no number": {"length": "many"},
     "another size": {"length": "12"},
 }
+
+
+def test_a_file_name_that_is_no_text_is_refused(tmp_path):
+    files = external()
+    refused_in_one_line(Files(files.model.replace(DATA_FILE.encode(), b"w\xe5ights.bin"), files.data), tmp_path)
 
 
 def refused_in_one_line(files: Files, folder) -> None:
