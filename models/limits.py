@@ -16,7 +16,9 @@ LARGEST_STEPS = 10**6  # of a loop that nothing but its number of steps ends
 
 
 def check_limits(model: onnx.ModelProto, name: str) -> None:
-    """Raise ModelError for a tensor that is known to be larger than 2 GiB for one sample, or a loop without an end.
+    """Raise ModelError for a tensor that is known to be huge for one sample, or a loop without an end.
+
+    Huge is over 2 GiB, and larger than every weight: one that is only transposed, say, is no sample's.
 
     Sizes that are open count as 1, and a shape that can't be inferred isn't looked at. What the file claims about sizes
     is no help: it may contradict what its nodes make. `name` stands for the model in the message.
@@ -27,14 +29,16 @@ def check_limits(model: onnx.ModelProto, name: str) -> None:
     for graph in _graphs(outline.graph):
         graph.ClearField("value_info")
         for value in graph.output:
-            value.type.tensor_type.ClearField("shape")
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return  # ONNX Runtime says what is wrong with it
+    limit = max(LARGEST_TENSOR_BYTES, *(len(tensor.raw_data) for tensor in model.graph.initializer), 0)
     for graph in _graphs(inferred):
         for value in (*graph.input, *graph.value_info, *graph.output):
-            _check_size(value, name)
+            _check_size(value, limit, name)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -45,17 +49,17 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             yield from _graphs(inner)
 
 
-def _check_size(value: onnx.ValueInfoProto, name: str) -> None:
+def _check_size(value: onnx.ValueInfoProto, limit: int, name: str) -> None:
     kind = value.type.tensor_type
     shape = [max(dim.dim_value, 1) for dim in kind.shape.dim]
     try:
         width = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
     except KeyError:
         width = 1
-    if width * prod(shape) > LARGEST_TENSOR_BYTES:
+    if width * prod(shape) > limit:
         raise ModelError(
             f"{name}: tensor '{value.name}' of shape {shape} takes {width * prod(shape) / 2**30:.1f} GiB for one "
-            f"sample, more than {LARGEST_TENSOR_BYTES / 2**30:g}: export the model with smaller inputs"
+            f"sample, more than {limit / 2**30:.3g}: export the model with smaller inputs"
         )
 
 
