@@ -3,7 +3,8 @@
 Pruning shifts and shrinks what later layers see. Each pruned layer's rows are scaled and its bias is
 shifted so that mean and variance of every output channel equal the dense network's, layer after layer in
 one forward pass: what a re-estimation of batch-norm statistics does, for graphs whose BatchNorm is folded.
-Zeros stay zeros.
+Zeros stay zeros. A layer that runs several times, at several nodes, is left as it is: its outputs have
+statistics of their own at each, and only one weight.
 
 Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-norm statistics reset).
 """
@@ -56,7 +57,9 @@ class StatisticsCorrection:
 
     def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
         """Visit each layer with its outputs; what the visit returns goes on to the next one."""
-        by_module: dict[torch.nn.Module, Layer] = {self._network.graph.node(layer.name): layer for layer in layers}
+        by_module: dict[torch.nn.Module, Layer] = {
+            self._network.graph.node(layer.name): layer for layer in layers if not layer.more_uses
+        }
 
         def after(module: torch.nn.Module, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
             layer = by_module.get(module)
@@ -81,16 +84,17 @@ class StatisticsCorrection:
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
         axis = _channel_axis(outputs[0], layer)
         if layer.bias is None:
-            return [output * _along(scale, output, axis) for output in outputs]
+            return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
         bias = network.get(layer.bias).clone()  # (out,)
         inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
         shift = (dense_mean - inside) - scale * (mean - inside)
         network.set(layer.bias, bias + shift)
         added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
-        return [
+        corrected = (
             (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(added, output, axis)
             for output in outputs
-        ]
+        )
+        return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
 
 
 def _affordable(network: Network, samples: Samples) -> int:

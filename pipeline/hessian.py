@@ -37,6 +37,8 @@ def collect_hessians(
     Memory: `hessian_bytes` summed over the layers, and twice `PATCH_BYTES`: patches are copied out a few samples at a
     time and never kept. Layers may be on any device: products are taken there, the long sum is kept on the CPU.
 
+    A layer whose weight several nodes multiply by has the mean over what all of them see.
+
     An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is singular.
     Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
 
@@ -49,7 +51,11 @@ def collect_hessians(
         layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
     sums = {layer.name: _Sum(network, layer) for layer in layers}
-    hooks = [network.graph.node(name).register_forward_pre_hook(one.hook) for name, one in sums.items()]
+    hooks = [
+        network.graph.node(name).register_forward_pre_hook(sums[layer.name].hook)
+        for layer in layers
+        for name in layer.nodes
+    ]
     try:
         done = 0
         for batch, _ in network.outputs(samples):

@@ -28,7 +28,7 @@ import onnx
 from onnx_spdy.models import find_layers, model_sha256, save_model
 from onnx_spdy.pipeline.artifact import check_same, read_json, write_json
 from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup, Prediction
-from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency
+from onnx_spdy.pipeline.latency_fit import Fit, Row, Trial, fit_latency, together
 from onnx_spdy.pipeline.level import DENSE, Level, LevelError
 from onnx_spdy.pipeline.mixed_networks import NETWORKS, imposed, layers_before, plan_networks
 from onnx_spdy.pipeline.observation import Observation
@@ -146,7 +146,7 @@ class _Work:
         self._layers = [layer for layer in find_layers(model) if layer.prunable]
         self._before, self._source_of = layers_before(model.graph, self._layers)
         self._folder, self._allow_busy, self._make_fit, self._progress = folder, allow_busy, fit, progress
-        self._row_of = {layer.output: row for row, layer in enumerate(self._layers)}
+        self._row_of = {output: row for row, layer in enumerate(self._layers) for output in layer.outputs}
         self._path = folder / "dense.onnx"
         self.observations: list[Observation] = []
 
@@ -236,7 +236,8 @@ class _Work:
         sparse, names = np.zeros(len(self._layers), bool), ["none of its own"] * len(self._layers)
         for one in rows:
             for row in self._layers_in(one):
-                sparse[row], names[row] = one.sparse, _SPARSITY.sub("", one.kernel)
+                sparse[row] |= one.sparse
+                names[row] = _SPARSITY.sub("", one.kernel)
         if level == 0 and not any(self._layers_in(one) for one in rows):
             raise NoSpeedup(
                 f"{dense.environment.runtime} runs no prunable layer of this network by itself, so pruning can't "
@@ -245,7 +246,7 @@ class _Work:
         return sparse, names
 
     def _layers_in(self, row: LayerTime) -> tuple[int, ...]:
-        return tuple(self._row_of[name] for name in row.outputs if name in self._row_of)
+        return tuple(dict.fromkeys(self._row_of[name] for name in row.outputs if name in self._row_of))
 
     def _imposed(self, choice: np.ndarray, seed: int) -> tuple[Path, dict[str, float]]:
         """A file, and the zeros to draw in it where the engine is: the network travels once."""
@@ -328,7 +329,7 @@ class _Work:
                 others = tuple(name for name in time_.outputs if name not in self._row_of)
                 rows.append(Row(layers, others, pending))
                 pending = 0.0
-        return Trial(observation.choice, tuple(rows), pending, observation.relative, noise)
+        return Trial(observation.choice, together(rows), pending, observation.relative, noise)
 
     def _networks_to_choose(self, sparse: np.ndarray) -> int:
         """How many networks of a search's choice are still to be measured."""

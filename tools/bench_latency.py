@@ -148,7 +148,7 @@ class PlainSum:
     ) -> None:
         self._seconds = np.zeros((len(layers), len(levels)))
         rest = []
-        row_of = {layer.output: row for row, layer in enumerate(layers)}
+        row_of = {output: row for row, layer in enumerate(layers) for output in layer.outputs}
         for index, level in enumerate(levels):
             zeros = {layer.weight: level.sparsity for layer in layers} if level.sparsity else {}
             rest.append(0.0)
