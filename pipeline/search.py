@@ -24,7 +24,7 @@ from onnx_spdy.pipeline.searches import CONTINUING, DEFAULT_SEARCH, SearchProble
 from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
 
 SEARCH_SAMPLES = 128
-AIM_SHARE = 4  # times the selection samples: how many images aiming anew may take
+AIM_SHARE = 8  # times the selection samples: how many images aiming anew may take
 SELECTION_SHARE = 0.75  # of the calibration samples, at most: the others are held out
 
 Progress = Callable[[float, int, int], None]  # (best loss so far, evaluations done, evaluations at least to come)

@@ -21,7 +21,7 @@ from rich.table import Table
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, open_database
-from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.loss import LOSSES, default_loss
 from onnx_spdy.pipeline.metric import top1
 from onnx_spdy.pipeline.network import Network
@@ -197,7 +197,7 @@ def _timed(finder: ProfileSearch, row: Row, trace: Trace) -> tuple[Row, Profile 
     start = time.perf_counter()
     try:
         found = finder.find(row.speedup)
-    except InfeasibleTarget as exc:
+    except (InfeasibleTarget, NoSpeedup) as exc:
         return replace(row, seconds=time.perf_counter() - start, problem=str(exc)), None
     return replace(
         row, images=found.images, evaluations=found.evaluations, seconds=time.perf_counter() - start,

@@ -18,15 +18,15 @@ import numpy as np
 
 from onnx_spdy.pipeline.searches.problem import Seen
 
-FACTOR_SPREAD = 0.7  # prior standard deviation of a factor's logarithm
+FACTOR_SPREAD = 1.0  # prior standard deviation of a factor's logarithm
 BEND_SPREAD = 0.2
 POWER_SPREAD = 0.3
 OFFSET_SPREAD = 3.0
-LEAST_NOISE = 0.02  # of the logarithm of a loss: what the model can't explain even where it has much to learn from
+NOISE = 0.02, 0.3  # least and most of the logarithm of a loss that the model is believed not to explain
 MOST = 20.0  # of the logarithm of what an error is multiplied by
 LEAST_SHARE = 0.01  # of the median loss: less counts as this much, where the loss can be below the dense network's
 TINY = 1e-12  # additive errors that count as none
-STEPS = 4
+STEPS = 6
 FURTHEST = 1.0  # largest step of a parameter in one of the `STEPS`
 
 
@@ -76,7 +76,7 @@ def fit(additive: np.ndarray, seen: Sequence[Seen], pivot: int) -> Posterior:
     logs_of_errors = np.log(np.maximum(additive, TINY))
     relative = np.where(additive > TINY, logs_of_errors - logs_of_errors[:, [pivot]], 0.0)
     if not seen:
-        return Posterior(parameters[:own], np.diag(spread), relative, LEAST_NOISE)
+        return Posterior(parameters[:own], np.diag(spread), relative, NOISE[1])
     rows, choices = np.arange(layers), np.array([one.choice for one in seen])
     parts = additive[rows, choices] + TINY  # (profiles, layers)
     levels = relative[rows, choices]
@@ -86,7 +86,7 @@ def fit(additive: np.ndarray, seen: Sequence[Seen], pivot: int) -> Posterior:
     centre = float(np.log(parts.sum(axis=1)).mean())  # so that power and offsets are nearly independent
     parameters[own + 1 :] = [logs[stage == number].mean() for number in range(len(stages))]
     prior = parameters.copy()
-    noise = 0.3
+    noise = NOISE[1]
     for _ in range(STEPS):
         weighted = parts * np.exp(np.clip(parameters[:layers] + parameters[layers:own] * levels, -MOST, MOST))
         total = weighted.sum(axis=1)
@@ -99,9 +99,20 @@ def fit(additive: np.ndarray, seen: Sequence[Seen], pivot: int) -> Posterior:
         jacobian[:, layers:own] = shares * levels
         jacobian[:, own] = size
         jacobian[np.arange(len(seen)), own + 1 + stage] = 1
-        noise = max(LEAST_NOISE, min(noise, float(np.sqrt(np.mean(residual**2)))))
-        hessian = jacobian.T @ jacobian / noise**2 + np.diag(precision)
+        information = jacobian.T @ jacobian
+        noise = _noise(information, np.diag(precision), residual, noise)
+        hessian = information / noise**2 + np.diag(precision)
         gradient = jacobian.T @ residual / noise**2 - precision * (parameters - prior)
         parameters = parameters + np.clip(np.linalg.solve(hessian, gradient), -FURTHEST, FURTHEST)
     covariance = np.linalg.inv(hessian)[:own, :own]
     return Posterior(parameters[:own], np.linalg.cholesky(covariance + 1e-12 * np.eye(own)), relative, noise)
+
+
+def _noise(information: np.ndarray, precision: np.ndarray, residual: np.ndarray, noise: float) -> float:
+    """The noise that residuals tell of, some of which the parameters took up already.
+
+    Source: MacKay, Bayesian Interpolation (1992), section 4: the number of well-determined parameters.
+    """
+    determined = np.trace(np.linalg.solve(information + noise**2 * precision, information))
+    left = max(len(residual) - float(determined), 0.1 * len(residual))
+    return float(np.clip(np.sqrt(residual @ residual / left), *NOISE))

@@ -31,6 +31,8 @@ REDRAWN = 0.3  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
 LEAST_LOSS = 1e-9  # above the dense network's: less counts as nothing
 LEAST_FACTOR = 1e-2  # of the median layer's loss for its error: what one scored alone costs at least
+LARGEST_STAGE = 1 / 16  # of the image limit: to know few profiles well is worth less than to know many
+LEARNT_FROM = 1000  # profiles at most, the last ones: they are nearest to what is looked for
 DRAWS = 8  # for one candidate, as long as it repeats an earlier one,
 WIDER = 1.5  # each so many times wider than the one before
 
@@ -44,11 +46,16 @@ def thompson(problem: SearchProblem) -> SearchResult:
     Without an image limit it ends when `PATIENCE` generations in a row gained nothing worth their cost; with one, when
     the images are used up. In both cases it ends when there is nothing new to propose.
     """
+    if problem.image_limit is not None:
+        affordable = LARGEST_STAGE * problem.image_limit
+        problem = replace(problem, stages=tuple(n for n in problem.stages if n <= affordable) or problem.stages[:1])
     race = _Race(problem)
-    additive = probed_errors(problem, race)
+    probed = probed_errors(problem, race)
+    # What a layer costs alone says as little as its error does of what it costs among others; together they say more.
+    additive = np.sqrt(problem.errors * probed)
     levels = len(problem.levels)
     quadratic = np.tile(np.square(np.arange(levels) / (levels - 1)), (problem.layer_count, 1))
-    seeds = [additive, np.sqrt(problem.errors * additive), quadratic, *problem.learned]
+    seeds = [additive, probed, quadratic, *problem.learned]
     race.run({_key(problem.solve(errors)): errors for errors in seeds})
     pivot, idle = probed_levels(levels)[-1], 0
     while not race.is_over() and (idle < PATIENCE or problem.image_limit is not None):
@@ -174,7 +181,8 @@ class _Race:
     def scored(self) -> list[Seen]:
         """What the loss model can learn from: profiles of this and of other targets, losses above the dense one."""
         earlier = {one.choice: one for one in self._problem.seen if np.count_nonzero(one.choice) > 1}
-        return [replace(one, loss=one.loss - self.dense_loss(one.samples)) for one in (earlier | self.scores).values()]
+        known = [*(earlier | self.scores).values()][-LEARNT_FROM:]
+        return [replace(one, loss=one.loss - self.dense_loss(one.samples)) for one in known]
 
     def tell(self) -> None:
         """Report progress."""

@@ -96,6 +96,21 @@ def test_an_image_limit_is_kept_and_more_images_find_no_less() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_dense_loss_that_differs_between_sample_sets_does_not_mislead() -> None:
+    """As cross-entropy has; KL to the dense outputs is 0 everywhere."""
+
+    class Labelled(Scripted):
+        def loss(self, choice: np.ndarray, samples: int | None = None) -> float:
+            return super().loss(choice, samples) + {32: 3.0, 64: 0.5, 128: 1.0}[samples or 128]
+
+    plain, labelled = Scripted(), Labelled()
+    losses = [
+        Scripted().loss(SEARCHES["thompson"](network.problem(0.4, image_limit=2000)).choice)
+        for network in (plain, labelled)
+    ]
+    assert losses[1] < 1.1 * losses[0]
+
+
 def test_profiles_that_were_scored_for_another_target_help() -> None:
     network = Scripted()
     SEARCHES["thompson"](network.problem(0.5))
