@@ -23,7 +23,7 @@ from onnx_spdy.pipeline.search_state import SearchState
 from onnx_spdy.pipeline.searches import CONTINUING, DEFAULT_SEARCH, SearchProblem, SearchResult, Seen, search_named
 from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
 
-SEARCH_SAMPLES = 128
+SEARCH_SAMPLES = 512
 AIM_SHARE = 8  # times the selection samples: how many images aiming anew may take
 SELECTION_SHARE = 0.75  # of the calibration samples, at most: the others are held out
 

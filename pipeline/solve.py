@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -233,12 +234,13 @@ def _rows(errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], capacity:
     """For l = 0, 1, ... best[s, b]: least error of layers < l that end in state s with total cost <= b <= capacity."""
     # Backtracking recomputes the same sums instead of storing the choices: two vectorised passes for each level
     # are all that the inner loop does.
+    useful = _undominated(errors, costs)
     best = np.zeros((1, capacity + 1))
     yield best
     scratch = np.empty(capacity + 1)
     for layer, step in enumerate(costs.steps):
         values = np.full((step.states, capacity + 1), np.inf)
-        for state, level in np.ndindex(step.following.shape):
+        for state, level in product(range(len(step.following)), np.flatnonzero(useful[layer])):
             reach = capacity + 1 - rounded[layer][state, level]
             if reach > 0:
                 candidate = np.add(best[state, :reach], errors[layer, level], out=scratch[:reach])
@@ -246,6 +248,17 @@ def _rows(errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], capacity:
                 np.minimum(row, candidate, out=row)
         best = values
         yield best
+
+
+def _undominated(errors: np.ndarray, costs: Costs) -> np.ndarray:
+    """(layers, levels) bool: no other level with the same kind of kernel is as good and as fast in every state."""
+    quantities = (errors, costs.seconds, costs.seconds + costs.entry)
+    differences = [values[:, :, None] - values[:, None, :] for values in quantities]  # (layers, other, level)
+    no_worse = np.logical_and.reduce([one <= 0 for one in differences])
+    levels = np.arange(errors.shape[1])
+    better = np.logical_or.reduce([one < 0 for one in differences]) | (levels[:, None] < levels)  # of equals the first
+    same_kind = costs.dense[:, :, None] == costs.dense[:, None, :]
+    return ~(no_worse & better & same_kind).any(axis=1)
 
 
 def _backtrack(

@@ -27,7 +27,7 @@ SURVIVORS = 0.5  # the fraction of them that goes on to the next set of samples
 MARGIN = 0.2  # of the best loss, by which a candidate may be worse on few samples; falls to 0 on all of them
 PATIENCE = 8  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
-REDRAWN = 0.3  # of the layers in one candidate
+REDRAWN = (0.05, 0.15, 0.4)  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
 LEAST_LOSS = 1e-9  # above the dense network's: less counts as nothing
 LEAST_FACTOR = 1e-2  # of the median layer's loss for its error: what one scored alone costs at least
@@ -119,7 +119,7 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
         base = race.best.errors if number % 2 and race.best.errors is not None else likeliest
         for draw in range(DRAWS if number else 1):
             change = posterior.draw(problem.rng, WIDER**draw * float(problem.rng.choice(WIDTHS))) - known
-            redrawn = problem.rng.random(problem.layer_count) < REDRAWN
+            redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
             redrawn[problem.rng.integers(problem.layer_count)] = True
             errors = base * np.exp(change * (redrawn * (number > 0))[:, None])
             choice = _key(problem.solve(errors / errors.max()))
