@@ -179,15 +179,16 @@ class ProfileSearch:
         problem = self._problem(speedup)
         if profile.errors is None:
             result = search_named(self._search)(problem)
-        elif self._search in CONTINUING:
-            limit = AIM_SHARE * problem.stages[-1]
-            result = search_named(self._search)(replace(problem, learned=[np.array(profile.errors)], image_limit=limit))
         else:
             errors = np.array(profile.errors)
-            result = SearchResult(problem.solve(errors), errors)
-        known = np.array([self._table.levels.index(level) for level in profile.levels.values()])
-        if problem.is_feasible(known) and self._score(known) <= self._score(result.choice):
-            result = replace(result, choice=known)
+            candidates = [SearchResult(problem.solve(errors), errors)]
+            if self._search in CONTINUING and profile.ended == "finished":
+                short = replace(problem, learned=[errors], image_limit=AIM_SHARE * problem.stages[-1])
+                candidates.append(search_named(self._search)(short))
+            known = np.array([self._table.levels.index(level) for level in profile.levels.values()])
+            if problem.is_feasible(known):
+                candidates.append(SearchResult(known, errors))
+            result = min(candidates, key=lambda one: self._score(one.choice))
         counts = profile.evaluations, profile.images
         return self._profile(result, profile.target_speedup, speedup, profile.ended, counts)
 
