@@ -109,7 +109,8 @@ def bench(
                 )  # fmt: skip
                 row, profile = _timed(finder, Row(name, target, seed, search_samples, limit, 0, 0, 0.0), trace)
                 if judge is not None and profile is not None:
-                    row = replace(row, **judge(profile))
+                    deployed, accuracy = judge(profile)
+                    row = replace(row, deployed_loss=deployed, top1=accuracy)
                 rows.append(row)
                 print(row, flush=True)
                 if json:
@@ -160,19 +161,19 @@ class Judge:
         self._dense = [outputs for _, outputs in network.outputs(unseen)]
         self._loss = LOSSES[default_loss(self._dense[0])]
 
-    def __call__(self, profile: Profile) -> dict[str, float | None]:
-        """`deployed_loss` and, where there are labels, `top1`."""
+    def __call__(self, profile: Profile) -> tuple[float, float | None]:
+        """Loss, and top-1 where there are labels."""
         self._stitching.stitch(profile)
-        losses, values, sizes = [], [], []
+        losses: list[float] = []
+        values: list[float] = []
+        sizes: list[int] = []
         for (batch, outputs), dense in zip(self._network.outputs(self._unseen), self._dense, strict=True):
             losses.append(float(self._loss(outputs, dense, None)))
             sizes.append(len(batch))
             if batch.target is not None:
                 values.append(top1({name: value.numpy() for name, value in outputs.items()}, batch.target))
-        return {
-            "deployed_loss": float(np.average(losses, weights=sizes)),
-            "top1": float(np.average(values, weights=sizes)) if values else None,
-        }
+        accuracy = float(np.average(values, weights=sizes)) if values else None
+        return float(np.average(losses, weights=sizes)), accuracy
 
 
 class Trace:

@@ -69,12 +69,8 @@ class SyntheticNetwork:
         """What the loss would be on endless samples."""
         return self._of(choice, np.zeros(self.layers))
 
-    def problem(self, speedup: float, seed: int = 0, **more) -> SearchProblem:
-        """The search for a speedup of these layers.
-
-        Args:
-            more: see `SearchProblem`.
-        """
+    def problem(self, speedup: float, seed: int = 0, image_limit: int | None = None) -> SearchProblem:
+        """The search for a speedup of these layers."""
         return SearchProblem(
             levels=LEVELS,
             costs=self.costs,
@@ -85,7 +81,7 @@ class SyntheticNetwork:
             rng=np.random.default_rng(seed),
             stages=STAGES,
             images=lambda: self.images,
-            **more,
+            image_limit=image_limit,
         )
 
     def _of(self, choice: np.ndarray, tilt: np.ndarray) -> float:
