@@ -11,9 +11,12 @@ Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch.nn import functional
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
@@ -22,6 +25,7 @@ from onnx_spdy.pipeline.network import Network
 SAMPLES = 256  # in one batch; more changes little
 LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
 LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling would only amplify noise
+LEAST_SAMPLES = 16  # in a batch that is corrected by its own statistics: those of fewer would give away their outputs
 
 
 class NotCorrected(ValueError):
@@ -77,9 +81,7 @@ class StatisticsCorrection:
         network = self._network
         dense_mean, dense_deviation = self._dense[layer.name]
         mean, deviation = _statistics(outputs, layer)
-        has_signal = deviation > 1e-6 * dense_deviation.clamp_min(1e-12)
-        scale = torch.where(has_signal, dense_deviation / deviation.clamp_min(1e-12), 1.0)
-        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
+        scale = _scale(deviation, dense_deviation)
         weight = network.get(layer.weight)
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
         axis = _channel_axis(outputs[0], layer)
@@ -95,6 +97,73 @@ class StatisticsCorrection:
             for output in outputs
         )
         return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
+
+
+class BatchCorrection:
+    """The same correction while one batch runs, by that batch's own statistics; no weight or bias changes.
+
+    So that a search scores nearly what `StatisticsCorrection` makes of a profile, for one look at each layer's output.
+
+    Args:
+        network: its layers are watched only inside of `remember` and `apply`.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._dense: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # mean and variance, (out,) each
+
+    def remember(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the dense network runs a batch, of this number: take its statistics."""
+        return self._watching(partial(self._remember, batch))
+
+    def apply(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the network runs the same batch: correct the outputs of each layer whose weights aren't dense."""
+        return self._watching(partial(self._correct, batch))
+
+    @contextlib.contextmanager
+    def _watching(self, visit: Callable[[Layer, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+        def hook(layer: Layer) -> Callable[..., torch.Tensor | None]:
+            return lambda module, inputs, output: visit(layer, output)
+
+        graph = self._network.graph
+        handles = [graph.node(layer.name).register_forward_hook(hook(layer)) for layer in self._network.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
+        self._dense[batch, layer.name] = _moments(_channels_second(output, layer))
+
+    def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
+        if self._network.is_dense(layer.weight):
+            return None
+        values = _channels_second(output, layer)
+        (mean, variance), (dense_mean, dense_variance) = _moments(values), self._dense[batch, layer.name]
+        scale = _scale(variance.sqrt(), dense_variance.sqrt())
+        if layer.bias is None:  # nothing can shift its outputs
+            mean = dense_mean = torch.zeros_like(mean)
+        unit = torch.ones_like(variance)
+        return functional.batch_norm(values, mean, unit, scale, dense_mean, eps=0.0).view_as(output)
+
+
+def _channels_second(output: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """(samples or rows, out, *positions)."""
+    return output if layer.op == "Conv" else output.flatten(0, -2)
+
+
+def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance (out,) each, in float32, in one look at (rows, out, *positions)."""
+    mean, variance = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
+    return mean.float(), variance.float().clamp_min(0)
+
+
+def _scale(deviation: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """(out,) by what each channel is multiplied."""
+    has_signal = deviation > 1e-6 * dense.clamp_min(1e-12)
+    scale = torch.where(has_signal, dense / deviation.clamp_min(1e-12), 1.0)
+    return scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def _affordable(network: Network, samples: Samples) -> int:
