@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,8 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
         if data_bytes(model) <= LARGEST_PROTOBUF_BYTES:
             _write(path, [model.SerializeToString(deterministic=True)])
             return
-        outline, payloads = _set_data_aside(model, f"{path.name}.data")
-        _write(path.with_name(f"{path.name}.data"), payloads)
+        outline, large = _set_data_aside(model, f"{path.name}.data")
+        _write(path.with_name(f"{path.name}.data"), (tensor.raw_data for tensor in large))
         _write(path, [outline.SerializeToString(deterministic=True)])
     except OSError as exc:
         raise ModelError(f"cannot write the model to {path}: {exc.strerror or exc}") from exc
@@ -56,10 +56,10 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
 
 def model_sha256(model: onnx.ModelProto) -> str:
     """Hexadecimal sha256 of everything in the model, whatever its size and wherever it was stored."""
-    outline, payloads = _set_data_aside(model, "data")
+    outline, large = _set_data_aside(model, "data")
     digest = hashlib.sha256(outline.SerializeToString(deterministic=True))
-    for payload in payloads:
-        digest.update(payload)
+    for tensor in large:
+        digest.update(tensor.raw_data)
     return digest.hexdigest()
 
 
@@ -76,7 +76,7 @@ def data_bytes(model: onnx.ModelProto) -> int:
 def check_model(model: onnx.ModelProto, name: str) -> None:
     """Let `onnx.checker` look at the model; `name` stands for it in the message of the ModelError."""
     # Above 2 GiB the checker can't be given the data; what it has to say about the structure stays the same.
-    subject = model if data_bytes(model) <= LARGEST_PROTOBUF_BYTES else _without_large_data(model)
+    subject = model if data_bytes(model) <= LARGEST_PROTOBUF_BYTES else without_large_data(model, LARGE_TENSOR_BYTES)
     try:
         onnx.checker.check_model(subject)
     except onnx.checker.ValidationError as exc:
@@ -138,6 +138,24 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     return fixed
 
 
+def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs inside a node: branches of an If, the body of a Loop or Scan."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def captured_names(graph: onnx.GraphProto) -> list[str]:
+    """What a graph inside a node, or one inside that, reads from the graphs around it."""
+    own = {value.name for value in (*graph.input, *graph.initializer)}
+    own |= {name for node in graph.node for name in node.output}
+    read = [name for node in graph.node for name in node.input]
+    read += [name for node in graph.node for inner in inner_graphs(node) for name in captured_names(inner)]
+    read += [value.name for value in graph.output]
+    return list(dict.fromkeys(name for name in read if name and name not in own))
+
+
 def node_names(graph: onnx.GraphProto) -> list[str]:
     """A unique name for each node: its own, or one made from its operator and first output.
 
@@ -192,12 +210,28 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[TensorProto]:
         if attribute.type == AttributeProto.TENSOR:
             yield attribute.t
         yield from attribute.tensors
-        for graph in (*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs):
-            yield from _graph_tensors(graph)
+    for graph in inner_graphs(node):
+        yield from _graph_tensors(graph)
 
 
-def _set_data_aside(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[bytes]]:
-    """The model with its large initializers as external data at `location`, and that file's parts in order."""
+def without_large_data(model: onnx.ModelProto, smallest_bytes: int) -> onnx.ModelProto:
+    """A copy whose initializers of `smallest_bytes` and more are graph inputs, so that it has a shape but no data."""
+    outline, large = _set_data_aside(model, "data", smallest_bytes)
+    known = {value.name for value in outline.graph.input}
+    kept = [tensor for tensor in outline.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
+    for tensor in large:
+        if tensor.name not in known:
+            outline.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del outline.graph.initializer[:]
+    outline.graph.initializer.extend(kept)
+    return outline
+
+
+def _set_data_aside(
+    model: onnx.ModelProto, location: str, smallest_bytes: int | None = None
+) -> tuple[onnx.ModelProto, list[TensorProto]]:
+    """The model with its large initializers as external data at `location`, and those initializers in order."""
+    smallest_bytes = LARGE_TENSOR_BYTES if smallest_bytes is None else smallest_bytes
     outline = onnx.ModelProto()
     for field, value in model.ListFields():
         if field.name != "graph":
@@ -205,10 +239,11 @@ def _set_data_aside(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelPr
     for field, value in model.graph.ListFields():
         if field.name != "initializer":
             _copy_field(outline.graph, field, value)
-    payloads: list[bytes] = []
+    large: list[TensorProto] = []
     offset = 0
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) < LARGE_TENSOR_BYTES:
+        size = len(tensor.raw_data)
+        if size < smallest_bytes:
             outline.graph.initializer.add().CopyFrom(tensor)
             continue
         reference = outline.graph.initializer.add()
@@ -216,24 +251,11 @@ def _set_data_aside(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelPr
             if field.name != "raw_data":
                 _copy_field(reference, field, value)
         reference.data_location = TensorProto.EXTERNAL
-        for key, text in (("location", location), ("offset", str(offset)), ("length", str(len(tensor.raw_data)))):
+        for key, text in (("location", location), ("offset", str(offset)), ("length", str(size))):
             reference.external_data.add(key=key, value=text)
-        payloads.append(tensor.raw_data)
-        offset += len(tensor.raw_data)
-    return outline, payloads
-
-
-def _without_large_data(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The outline with its large initializers as graph inputs, so that nothing refers to a file."""
-    outline = outline_of(model)
-    kept = [tensor for tensor in outline.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
-    known = {value.name for value in outline.graph.input}
-    for tensor in outline.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in known:
-            outline.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    del outline.graph.initializer[:]
-    outline.graph.initializer.extend(kept)
-    return outline
+        large.append(tensor)
+        offset += size
+    return outline, large
 
 
 def _copy_field(target, field, value) -> None:
@@ -245,7 +267,7 @@ def _copy_field(target, field, value) -> None:
         setattr(target, field.name, value)
 
 
-def _write(path: Path, parts: list[bytes]) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:

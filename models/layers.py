@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
 import onnx
-from onnx import AttributeProto, TensorProto
+from onnx import TensorProto
 
-from onnx_spdy.models.graph import FLOATS, node_names
+from onnx_spdy.models.graph import FLOATS, inner_graphs, node_names
 
 Array = TypeVar("Array", bound=Any)  # a NumPy array or a PyTorch tensor
 
@@ -60,6 +60,8 @@ class Layer:
         shape: (out, in, *kernel); () where the weight isn't stored in the graph.
         transposed: the weight is stored as (in, out).
         skip: why the layer can't be pruned, in words; None if it can.
+        more_uses: (node, its output) of the later nodes that multiply by the same weight in the same way: they are
+            pruned with this one. Each of them is a layer too, which is skipped.
     """
 
     name: str
@@ -70,10 +72,21 @@ class Layer:
     shape: tuple[int, ...]
     transposed: bool
     skip: str | None
+    more_uses: tuple[tuple[str, str], ...] = ()
 
     @property
     def prunable(self) -> bool:
         return self.skip is None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of all nodes that multiply by the weight, in graph order."""
+        return (self.name, *(name for name, _ in self.more_uses))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The output of each of them."""
+        return (self.output, *(output for _, output in self.more_uses))
 
 
 def find_layers(model: onnx.ModelProto, *, minimum_weights: int = MINIMUM_WEIGHTS) -> list[Layer]:
@@ -91,7 +104,20 @@ def find_layers(model: onnx.ModelProto, *, minimum_weights: int = MINIMUM_WEIGHT
         elif node.op_type in OTHER_OPERATORS and (weight := _largest_stored(node, usage)):
             reason = OTHER_OPERATORS[node.op_type]
             layers.append(Layer(name, node.op_type, weight, None, node.output[0], (), False, reason))
+        for graph in inner_graphs(node):
+            layers += _inside(graph, name, node.op_type, usage.stored)
     return layers
+
+
+def _inside(graph: onnx.GraphProto, owner: str, control: str, outside: Mapping[str, TensorProto]) -> Iterator[Layer]:
+    """The layers of a graph inside a node."""
+    stored = {**outside, **{tensor.name: tensor for tensor in graph.initializer}}
+    for node, name in zip(graph.node, node_names(graph), strict=True):
+        if node.op_type in PRUNED_OPERATORS and len(node.input) > 1 and node.input[1] in stored:
+            reason = f"inside control flow ({control})"
+            yield Layer(f"{owner}/{name}", node.op_type, node.input[1], None, node.output[0], (), False, reason)
+        for inner in inner_graphs(node):
+            yield from _inside(inner, f"{owner}/{name}", node.op_type, stored)
 
 
 def to_canonical(layer: Layer, array: Array) -> Array:
@@ -112,20 +138,25 @@ class _Usage:
         self.stored: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.reads: Counter[str] = Counter()
         self.producers = {output: node for node in graph.node for output in node.output}
-        self.readers: dict[str, onnx.NodeProto] = {}  # the last one, so meaningful where there is one read
+        self.readers: dict[str, list[tuple[str, onnx.NodeProto]]] = {}  # (name, node) of the graph itself
         _count_reads(graph, self.reads)
-        for node in graph.node:
-            self.readers.update(dict.fromkeys(node.input, node))
+        for node, name in zip(graph.node, node_names(graph), strict=True):
+            for value in dict.fromkeys(node.input):
+                self.readers.setdefault(value, []).append((name, node))
         self.interface = {value.name for value in (*graph.input, *graph.output)}
+
+    def adding(self, value: str) -> onnx.NodeProto | None:
+        """The Add that reads a value, if its first reader is one."""
+        node = next((node for _, node in self.readers.get(value, [])), None)
+        return node if node is not None and node.op_type == "Add" else None
 
 
 def _count_reads(graph: onnx.GraphProto, reads: Counter[str]) -> None:
     for node in graph.node:
         reads.update(node.input)
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _count_reads(attribute.g, reads)
-                reads.update(value.name for value in attribute.g.output)
+        for inner in inner_graphs(node):
+            _count_reads(inner, reads)
+            reads.update(value.name for value in inner.output)
 
 
 def _layer(node: onnx.NodeProto, name: str, usage: _Usage, minimum_weights: int) -> Layer:
@@ -140,9 +171,10 @@ def _layer(node: onnx.NodeProto, name: str, usage: _Usage, minimum_weights: int)
     elif transposed:
         shape = shape[::-1] if len(shape) == 2 else shape
     transposed = transposed and len(shape) == 2
-    skip = _reason_to_skip(node, position, attributes, usage, minimum_weights)
+    skip = _reason_to_skip(node, name, position, attributes, usage, minimum_weights)
     bias = _bias(node, shape, usage)
-    return Layer(name, node.op_type, weight, bias, node.output[0], shape, transposed, skip)
+    more = () if skip else tuple((other, use.output[0]) for other, use in usage.readers[weight][1:])
+    return Layer(name, node.op_type, weight, bias, node.output[0], shape, transposed, skip, more)
 
 
 def _largest_stored(node: onnx.NodeProto, usage: _Usage) -> str | None:
@@ -158,7 +190,7 @@ def _weight_position(node: onnx.NodeProto, stored: Mapping[str, TensorProto]) ->
 
 
 def _reason_to_skip(
-    node: onnx.NodeProto, position: int, attributes: Mapping[str, Any], usage: _Usage, minimum_weights: int
+    node: onnx.NodeProto, name: str, position: int, attributes: Mapping[str, Any], usage: _Usage, minimum_weights: int
 ) -> str | None:
     weight = node.input[position]
     stored = usage.stored.get(weight)
@@ -176,15 +208,24 @@ def _reason_to_skip(
         return f"its weight has {len(stored.dims)} dimensions, not 2"
     if node.op_type == "Gemm" and attributes.get("transA", 0):
         return "its input is transposed (transA=1)"
-    if usage.reads[weight] > 1:
-        return f"its weight '{weight}' is shared by {usage.reads[weight]} uses"
+    uses = usage.readers[weight]
+    if usage.reads[weight] > len(uses) or any(_way(use, weight) != _way(node, weight) for _, use in uses):
+        return f"its weight '{weight}' is shared by {usage.reads[weight]} uses of different kinds"
     groups = attributes.get("group", 1)
     if groups > 1:
         kind = "depthwise" if stored.dims[1] == 1 else "grouped"
         return f"{kind} convolution ({groups} groups)"
     if prod(stored.dims) < minimum_weights:
         return f"only {prod(stored.dims)} weights (fewer than {minimum_weights})"
+    if uses[0][0] != name:
+        return f"its weight '{weight}' is that of '{uses[0][0]}' and pruned there"
     return None
+
+
+def _way(node: onnx.NodeProto, weight: str) -> tuple[Any, ...]:
+    """How a node multiplies by a weight: nodes that do it in one way are one layer that runs several times."""
+    attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+    return node.domain, node.op_type, attributes, [k for k, name in enumerate(node.input) if name == weight]
 
 
 def _reason_for_computed(value: str, usage: _Usage) -> str:
@@ -203,8 +244,7 @@ def _bias(node: onnx.NodeProto, shape: tuple[int, ...], usage: _Usage) -> str | 
     output = node.output[0]
     if node.op_type != "MatMul":
         name = node.input[2] if len(node.input) > 2 else ""
-    elif usage.reads[output] == 1 and output not in usage.interface and usage.readers[output].op_type == "Add":
-        add = usage.readers[output]
+    elif usage.reads[output] == 1 and output not in usage.interface and (add := usage.adding(output)) is not None:
         name = add.input[1] if add.input[0] == output else add.input[0]
     else:
         return None

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.graph import FLOATS, ModelError, all_tensors, check_model
+from onnx_spdy.models.limits import check_limits
 
 # An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
 PARAMETRIC = frozenset(
@@ -26,7 +27,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     Raises:
         ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
             outside the model's folder, text that is no UTF-8, tensors without the data that their shape promises, a
-            model that `onnx.checker` refuses, or NaN or infinite weights.
+            model that `onnx.checker` refuses, tensors or loops beyond all measure, or NaN or infinite weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,6 +46,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
             _read_external(tensor, path)
         _check_size(tensor, str(path))
     check_model(model, str(path))
+    check_limits(model, str(path))
     _check_finite(model, str(path))
     return model
 
@@ -61,8 +63,9 @@ def _read_texts(message: Message) -> None:
     for field in message.DESCRIPTOR.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
             value = getattr(message, field.name)
-            if not isinstance(value, str):
-                list(value)
+            for text in [value] if isinstance(value, str | bytes) else value:
+                if isinstance(text, bytes):  # what some versions of protobuf give instead of an error
+                    text.decode()
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             value = getattr(message, field.name)
             if isinstance(value, Message):

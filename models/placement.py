@@ -39,9 +39,7 @@ def place(nodes: Sequence[Node], stored: Mapping[str, Tensor]) -> Placement:
     for i, node in enumerate(nodes):
         numbers = OPERATORS[node.op].host
         operands = [name for k, name in enumerate(node.inputs) if name and k not in numbers]
-        arithmetic = bool(operands) and all(
-            name in on_host if name not in stored else _may_be_on_host(stored[name]) for name in operands
-        )
+        arithmetic = all(name in on_host if name not in stored else _may_be_on_host(stored[name]) for name in operands)
         arithmetic = arithmetic and node.op not in SOURCES
         if arithmetic or node.op in SOURCES:
             on_host.update(node.outputs)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
 
 import onnx
+from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.agreement import check_same_results
 from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
-from onnx_spdy.models.graph import LARGEST_PROTOBUF_BYTES, ModelError, check_model, data_bytes, graph_inputs, one_line
+from onnx_spdy.models.graph import (
+    LARGEST_PROTOBUF_BYTES,
+    ModelError,
+    check_model,
+    data_bytes,
+    graph_inputs,
+    one_line,
+    without_large_data,
+)
 from onnx_spdy.models.rewrites import name_nodes, pool_instead_of_mean, restore_names
 
 # weight_tying merges equal small tensors, so that biases of different layers (all zero, say) become one, which
@@ -20,6 +30,8 @@ SKIPPED_OPTIMISATIONS = ["weight_tying"]
 SKIPPED_FUSIONS = ["FusionGemm", "FusionGemmMul", "FusionGemmAdd"]
 # A pass may open the way for another one; real networks settle after two.
 LARGEST_ROUNDS = 6
+# In a model that is too large for one protobuf message, tensors of this size and more stay what they are.
+UNTOUCHED_BYTES = 1 << 20
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -31,13 +43,15 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Source: constant folding and clean-up by onnxslim (https://github.com/inisis/OnnxSlim).
 
+    In a model over 2 GiB the large weights are set aside meanwhile: they come through as they are, and nothing is
+    folded into them.
+
     Raises:
-        ModelError: the model is larger than 2 GiB, ONNX Runtime can't run it, onnxslim can't read it, or the result
-            is invalid or computes something else (see `check_same_results` for how that is judged).
+        ModelError: ONNX Runtime can't run the model, onnxslim can't read it, or the result is invalid or computes
+            something else (see `check_same_results` for how that is judged).
     """
-    if data_bytes(model) > LARGEST_PROTOBUF_BYTES:
-        raise ModelError(f"a model of {data_bytes(model) / 2**30:.1f} GiB can't be prepared: the limit is 2 GiB")
-    named = _copy(model)
+    large = data_bytes(model) > LARGEST_PROTOBUF_BYTES
+    named = without_large_data(model, UNTOUCHED_BYTES) if large else _copy(model)
     name_nodes(named)  # first: ONNX Runtime, which compares below, refuses two nodes of one name
     original = _inlined(named)
     original.ir_version = max(original.ir_version, 4)  # before 4 every initializer had to be an input too
@@ -47,9 +61,24 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
         prepared = _one_round(prepared, original)
         if prepared.SerializeToString(deterministic=True) == before:
             break
+    aside = {value.name for value in graph_inputs(named)} - {value.name for value in graph_inputs(model)}
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in aside]
+    check_same_results(named, prepared, {tensor.name: numpy_helper.to_array(tensor) for tensor in weights})
+    if weights:
+        _put_back(weights, prepared, model)
     check_model(prepared, "the prepared model")
-    check_same_results(named, prepared)
     return prepared
+
+
+def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Inputs that stand for weights become initializers; those that no node reads any more go."""
+    inputs = [value for value in prepared.graph.input if value.name in {one.name for one in graph_inputs(model)}]
+    del prepared.graph.input[:]
+    prepared.graph.input.extend(inputs)
+    used = {name for node in prepared.graph.node for name in node.input} | {v.name for v in prepared.graph.output}
+    for tensor in weights:
+        if tensor.name in used:
+            prepared.graph.initializer.add().CopyFrom(tensor)
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

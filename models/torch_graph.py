@@ -10,10 +10,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from onnx_spdy.models.graph import ModelError, UnsupportedOperator, graph_inputs, node_names
-from onnx_spdy.models.operators import OPERATORS, Node, read_node, read_tensor
+from onnx_spdy.models.graph import ModelError, UnsupportedOperator, graph_inputs
+from onnx_spdy.models.operators import OPERATORS, Node
 from onnx_spdy.models.operators.operator import Compute
 from onnx_spdy.models.placement import Placement, place
+from onnx_spdy.models.read_graph import read_nodes, read_tensors
 
 
 class NodeModule(nn.Module):
@@ -51,16 +52,17 @@ class Suspended:
 
     Attributes:
         step: number of the node that comes next.
-        values: position -> computed tensor; weights aren't among them.
+        values: position -> computed tensor, or tuple of them; weights aren't among them.
     """
 
     step: int
-    values: Mapping[int, Tensor]
+    values: Mapping[int, Any]
 
     @property
     def bytes(self) -> int:
         """Memory that the tensors take."""
-        return sum(value.numel() * value.element_size() for value in self.values.values())
+        lists = (value if isinstance(value, tuple) else (value,) for value in self.values.values())
+        return sum(value.numel() * value.element_size() for values in lists for value in values)
 
 
 class TorchGraph(nn.Module):
@@ -81,12 +83,12 @@ class TorchGraph(nn.Module):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
-        nodes, computes = _read_nodes(model)
-        stored = _read_tensors(model)
+        read = _read(model)
+        nodes, stored = [node for node, _ in read], read_tensors(model.graph)
         placement = place(nodes, stored)
         self.input_names = tuple(value.name for value in graph_inputs(model))
         self.output_names = tuple(value.name for value in model.graph.output)
-        modules = [NodeModule(node, compute) for node, compute in zip(nodes, computes, strict=True)]
+        modules = [NodeModule(node, compute) for node, compute in read]
         self._nodes = nn.ModuleList(modules)
         self._node_index = {node.name: i for i, node in enumerate(nodes)}
         own_names = {tensor.name for tensor in model.graph.initializer}
@@ -174,7 +176,8 @@ class TorchGraph(nn.Module):
         arguments = [values[position] for position in step.inputs]
         if device is not None:
             for k in step.moves:
-                arguments[k] = arguments[k].to(device)  # type: ignore[union-attr]
+                if isinstance(moved := arguments[k], Tensor):  # a list of tensors stays where it was made
+                    arguments[k] = moved.to(device)
         return step.module(*arguments)
 
     def _store(self, step: _Step, values: list[Tensor | None], result: Any) -> None:
@@ -203,9 +206,9 @@ class TorchGraph(nn.Module):
         """Where the network is, or None when nothing has to be moved there."""
         if not self._any_moves:
             return None
-        first = next(iter(self._parameters.values()), None)
-        device = (next(iter(inputs.values())) if first is None else first).device
-        return None if device.type == "cpu" else device
+        tensors = (x for x in (*self._parameters.values(), *inputs.values()) if isinstance(x, Tensor))
+        device = next((tensor.device for tensor in tensors), None)
+        return None if device is None or device.type == "cpu" else device
 
     def _add_tensors(self, kinds: Mapping[str, bool], stored: Mapping[str, Tensor], own_names: set[str]) -> None:
         for name, trainable in kinds.items():
@@ -261,52 +264,12 @@ class TorchGraph(nn.Module):
         self._value_count = len(positions)
 
 
-def _read_nodes(model: onnx.ModelProto) -> tuple[list[Node], list[Compute]]:
-    """All nodes but constants; raises one UnsupportedOperator for everything that can't be run."""
+def _read(model: onnx.ModelProto) -> list[tuple[Node, Compute]]:
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    nodes, computes = [], []
-    missing: dict[str, str] = {}
-    problems: list[str] = []
-    for proto, name in zip(model.graph.node, node_names(model.graph), strict=True):
-        if proto.domain not in ("", "ai.onnx"):
-            missing.setdefault(f"{proto.domain}.{proto.op_type}", name)
-        elif proto.op_type == "Constant":
-            continue
-        elif proto.op_type not in OPERATORS:
-            missing.setdefault(proto.op_type, name)
-        else:
-            try:
-                nodes.append(read_node(proto, name, opset))
-                computes.append(OPERATORS[proto.op_type].build(nodes[-1]))
-            except UnsupportedOperator as exc:
-                problems.append(str(exc))
-    if missing:
-        listed = ", ".join(f"{op} (node '{name}')" for op, name in sorted(missing.items()))
-        problems.insert(0, f"no function for {listed}; add one to a file in models/operators/ and to its OPERATORS")
-    if problems:
-        raise UnsupportedOperator("TorchGraph can't run this graph: " + "; ".join(problems))
-    return nodes, computes
-
-
-def _read_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """Initializers, and the values of Constant nodes under the names of their outputs."""
-    stored = {proto.name: read_tensor(proto) for proto in model.graph.initializer}
-    for proto in model.graph.node:
-        if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
-            stored[proto.output[0]] = _constant(proto)
-    return stored
-
-
-def _constant(proto: onnx.NodeProto) -> Tensor:
-    attribute = proto.attribute[0]
-    value = onnx.helper.get_attribute_value(attribute)
-    if attribute.name == "value":
-        return read_tensor(value)
-    if attribute.name in ("value_float", "value_floats"):
-        return torch.tensor(value, dtype=torch.float32)
-    if attribute.name in ("value_int", "value_ints"):
-        return torch.tensor(value, dtype=torch.int64)
-    raise UnsupportedOperator(f"Constant (node '{proto.name}'): no function for its attribute '{attribute.name}'")
+    try:
+        return read_nodes(model.graph, opset)
+    except UnsupportedOperator as exc:
+        raise UnsupportedOperator(f"TorchGraph can't run this graph: {exc}") from exc
 
 
 def _used_on_device(

@@ -135,18 +135,22 @@ class BatchCorrection:
                 handle.remove()
 
     def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
-        self._dense[batch, layer.name] = _moments(_channels_second(output, layer))
+        self._dense[batch, layer.name] = self._moments(layer, output)
 
     def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
         if self._network.is_dense(layer.weight):
             return None
         values = _channels_second(output, layer)
-        (mean, variance), (dense_mean, dense_variance) = _moments(values), self._dense[batch, layer.name]
+        (mean, variance), (dense_mean, dense_variance) = self._moments(layer, output), self._dense[batch, layer.name]
         scale = _scale(variance.sqrt(), dense_variance.sqrt())
         if layer.bias is None:  # nothing can shift its outputs
             mean = dense_mean = torch.zeros_like(mean)
         unit = torch.ones_like(variance)
         return functional.batch_norm(values, mean, unit, scale, dense_mean, eps=0.0).view_as(output)
+
+    def _moments(self, layer: Layer, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (out,) of a layer's output channels, without padding."""
+        return _moments(_channels_second(_real(output, layer, self._network.padding), layer))
 
 
 def _channels_second(output: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -185,12 +189,15 @@ def _affordable(network: Network, samples: Samples) -> int:
 
 def _statistics(outputs: Sequence[torch.Tensor], layer: Layer, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
-    output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-    if layer.op != "Conv":
-        output = padding.real_rows(output)
+    output = _real(outputs[0] if len(outputs) == 1 else torch.cat(list(outputs)), layer, padding)
     others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
     deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
     return mean, deviation
+
+
+def _real(output: torch.Tensor, layer: Layer, padding: Padding) -> torch.Tensor:
+    """A layer's output without padding, in any shape with its channels where they were."""
+    return output if layer.op == "Conv" else padding.real_rows(output)
 
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:

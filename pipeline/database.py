@@ -198,7 +198,7 @@ def _build_layer(
     pruner: Pruner,
     folder: Path,
 ) -> dict[str, Any]:
-    dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+    dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
     dense_power = squared_error(dense.flatten(1).double(), hessian)
     errors = [0.0]
     tensors: dict[str, torch.Tensor] = {}

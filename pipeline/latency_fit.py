@@ -46,6 +46,18 @@ class Row:
     seconds: float
 
 
+def together(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows with one for each layer: a layer that runs several times has several, which become one."""
+    merged: list[Row] = []
+    for row in rows:
+        for other in [one for one in merged if set(one.layers) & set(row.layers)]:
+            merged.remove(other)
+            layers = tuple(dict.fromkeys((*other.layers, *row.layers)))
+            row = Row(layers, other.others + row.others, other.seconds + row.seconds)
+        merged.append(row)
+    return tuple(merged)
+
+
 @dataclass(frozen=True)
 class Trial:
     """A network whose layers are at these levels, as it was measured.

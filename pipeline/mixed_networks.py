@@ -16,7 +16,7 @@ from onnx_spdy.runtimes import zero_randomly
 
 NETWORKS = 24  # of random levels
 DENSE_EVERY = 8  # one of so many is the dense network
-DENSE_SHARE = 0.3  # of the layers, in networks that have dense ones
+FEW_DENSE, MANY_DENSE = 0.3, 0.6  # shares of the layers, in networks that have dense ones: low targets leave many
 MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
 
 
@@ -33,9 +33,9 @@ def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Ge
     middle = (len(levels) - 1) // 2 + 1
     highest = len(levels)
     ranges = [
-        (1, highest, DENSE_SHARE),
+        (1, highest, FEW_DENSE),
         (1, middle, 0.0),
-        (1, highest, DENSE_SHARE),
+        (1, highest, MANY_DENSE),
         (min(middle, highest - 1), highest, 0.0),
     ]
     for number, (lowest, end, dense_share) in enumerate(ranges):
@@ -55,14 +55,14 @@ def layers_before(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.n
         (layers,) index of the layer that each one reads from, or NONE_BEFORE; and the same for every tensor that a
         node makes. Layers that would have more than MOST_AWAITED others waiting for them at once have none.
     """
-    number_of = {layer.output: number for number, layer in enumerate(layers)}
+    number_of = {output: number for number, layer in enumerate(layers) for output in layer.outputs}
     source: dict[str, int] = {}
     before = np.full(len(layers), NONE_BEFORE)
     for node in graph.node:
         read = next((number_of.get(name, source[name]) for name in node.input if name in source), NONE_BEFORE)
         for name in node.output:
             source[name] = read
-            if name in number_of:
+            if name in number_of and name == layers[number_of[name]].output:  # of several uses the first counts
                 before[number_of[name]] = source[name]
     for number in range(len(layers)):
         awaited = {int(one) for one in before[number + 1 :] if NONE_BEFORE < one <= number}

@@ -1,4 +1,4 @@
-"""The operators that TorchGraph can run, by ONNX name (domain `ai.onnx`).
+"""The operators that TorchGraph can run, by ONNX name (domains `ai.onnx` and `ai.onnx.ml`).
 
 To add one: write a function in the file of its family that takes a `Node` and returns the function from the node's
 input tensors to its output, and add a line to `OPERATORS`. The ONNX backend tests of `tests/models` then run on it by
@@ -15,6 +15,8 @@ from onnx_spdy.models.operators import (
     arithmetic,
     attention,
     choose,
+    classical,
+    control,
     conv,
     fourier,
     indexing,
@@ -27,6 +29,7 @@ from onnx_spdy.models.operators import (
     reduction,
     resize,
     sample,
+    sequence,
     shape,
 )
 from onnx_spdy.models.operators.operator import Node, Operator, read_node, read_tensor, simple
@@ -54,6 +57,25 @@ OPERATORS: dict[str, Operator] = {
     "RNN": Operator(recurrent.rnn),
     "GRU": Operator(recurrent.gru),
     "LSTM": Operator(recurrent.lstm),
+    # control flow
+    "If": Operator(control.if_, host=_host(0)),
+    "Loop": Operator(control.loop, host=_host(0, 1)),
+    "Scan": Operator(control.scan),
+    # lists of tensors
+    "SequenceConstruct": simple(sequence.construct),
+    "SequenceEmpty": simple(sequence.empty),
+    "SequenceAt": Operator(lambda node: sequence.at, host=_host(1)),
+    "SequenceLength": simple(sequence.length),
+    "SequenceInsert": Operator(lambda node: sequence.insert, host=_host(2)),
+    "SequenceErase": Operator(lambda node: sequence.erase, host=_host(1)),
+    "SplitToSequence": Operator(sequence.split, host=_host(1)),
+    "ConcatFromSequence": Operator(sequence.concat),
+    # around networks of scikit-learn
+    "ArrayFeatureExtractor": Operator(lambda node: classical.array_feature_extractor),
+    "Binarizer": Operator(classical.binarizer),
+    "LabelEncoder": Operator(classical.label_encoder),
+    "Normalizer": Operator(classical.normalizer),
+    "Scaler": Operator(classical.scaler),
     # quantised numbers
     "QuantizeLinear": Operator(quantize.quantize_linear, statistics=frozenset({1})),
     "DequantizeLinear": Operator(quantize.dequantize_linear, statistics=frozenset({1})),

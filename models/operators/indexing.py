@@ -34,10 +34,10 @@ def slice_(node: Node) -> Compute:
     def run(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
         return _cut(
             x,
-            starts.tolist(),
-            ends.tolist(),
-            None if axes is None else axes.tolist(),
-            None if steps is None else steps.tolist(),
+            starts.reshape(-1).tolist(),
+            ends.reshape(-1).tolist(),
+            None if axes is None else axes.reshape(-1).tolist(),
+            None if steps is None else steps.reshape(-1).tolist(),
         )
 
     return run

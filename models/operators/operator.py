@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from onnx_spdy.models.graph import UnsupportedOperator
+from onnx_spdy.models.graph import UnsupportedOperator, captured_names, inner_graphs
 
 Compute = Callable[..., Any]
 
@@ -35,7 +35,10 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Node:
-    """An ONNX node with its attributes as Python values (tensors stay `TensorProto`)."""
+    """An ONNX node with its attributes as Python values (tensors and graphs stay messages).
+
+    `captured` names what the graphs inside the node read from outside; these are its last inputs too.
+    """
 
     op: str
     name: str
@@ -43,6 +46,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    captured: tuple[str, ...] = ()
 
     def get(self, attribute: str, default: Any = None) -> Any:
         return self.attributes.get(attribute, default)
@@ -76,16 +80,15 @@ def simple(function: Compute) -> Operator:
 
 
 def read_node(proto: onnx.NodeProto, name: str, opset: int) -> Node:
-    """Raises UnsupportedOperator for subgraphs, and for the explicit broadcasting of opsets before 7."""
+    """Raises UnsupportedOperator for the explicit broadcasting of opsets before 7."""
     attributes: dict[str, Any] = {}
     for attribute in proto.attribute:
         value = onnx.helper.get_attribute_value(attribute)
-        if isinstance(value, onnx.GraphProto):
-            raise UnsupportedOperator(f"{proto.op_type} (node '{name}'): subgraphs (control flow) can't be run")
         attributes[attribute.name] = _text(value) if isinstance(value, bytes) else value
     if attributes.get("broadcast"):
         raise UnsupportedOperator(f"{proto.op_type} (node '{name}'): broadcasting as before opset 7")
-    return Node(proto.op_type, name, opset, tuple(proto.input), tuple(proto.output), attributes)
+    captured = tuple(dict.fromkeys(name for graph in inner_graphs(proto) for name in captured_names(graph)))
+    return Node(proto.op_type, name, opset, (*proto.input, *captured), tuple(proto.output), attributes, captured)
 
 
 def _text(value: bytes) -> str:

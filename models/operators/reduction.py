@@ -19,7 +19,7 @@ def reduction(function: Compute, axes_input_since: int = 18) -> Operator:
         nothing_for_empty = node.get("noop_with_empty_axes", 0)
 
         def run(x: Tensor, axes: Tensor | None = None) -> Tensor:
-            chosen = () if axes is None else tuple(axes.tolist())
+            chosen = () if axes is None else tuple(axes.reshape(-1).tolist())
             if not chosen and not nothing_for_empty:
                 chosen = tuple(range(x.dim()))
             return function(x, chosen, keep)

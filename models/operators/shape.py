@@ -62,7 +62,7 @@ def squeeze(node: Node) -> Compute:
 
     if node.opset < 13:
         return lambda x: drop(x, node.get("axes"))
-    return lambda x, axes=None: drop(x, None if axes is None else axes.tolist())
+    return lambda x, axes=None: drop(x, None if axes is None else axes.reshape(-1).tolist())
 
 
 def unsqueeze(node: Node) -> Compute:
@@ -74,7 +74,7 @@ def unsqueeze(node: Node) -> Compute:
 
     if node.opset < 13:
         return lambda x: insert(x, node.get("axes"))
-    return lambda x, axes: insert(x, axes.tolist())
+    return lambda x, axes: insert(x, axes.reshape(-1).tolist())
 
 
 def expand(x: Tensor, target: Tensor) -> Tensor:

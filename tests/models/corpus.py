@@ -294,6 +294,34 @@ class FeaturePyramidDetector(nn.Module):
 
 
 @network(image())
+class RetinaNet(nn.Module):
+    """The same head on every level: one weight, several convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = conv(3, 16, 3, 2), conv(16, 32, 3, 2)
+        self.lateral, self.reduce = nn.Conv2d(16, 24, 1), nn.Conv2d(32, 24, 1)
+        self.tower, self.classes = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.stem(x)
+        b = self.reduce(self.deep(a))
+        a = self.lateral(a) + F.interpolate(b, scale_factor=2.0, mode="nearest")
+        one, other = (self.classes(F.relu(self.tower(level))).flatten(2) for level in (a, b))
+        return one, other
+
+
+@network(lambda: {"a": torch.randn(3, 3, 16, 16), "b": torch.randn(3, 3, 16, 16)})
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(conv(3, 16, 3, 2), Residual(16, 24, 2), head(24, 16))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.cosine_similarity(self.encoder(a), self.encoder(b))
+
+
+@network(image())
 class Detr(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Architectures of all kinds from export to pruned file and back into the module.
 
-A few by default; all with CORPUS=all, some with CORPUS=Gpt,Vgg.
+A few by default; all with CORPUS=all, those of the `transformers` library with CORPUS=transformers (it has to be
+installed), some with CORPUS=Gpt,Vgg,HfBert.
 """
 
 from __future__ import annotations
@@ -21,29 +22,36 @@ from onnx_spdy.models import TorchGraph, differences, export_module, find_layers
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.run import run
 from onnx_spdy.runtimes import open_runtime
+from tests.models import corpus_transformers
 from tests.models.corpus import NETWORKS
 
 ASKED = os.environ.get("CORPUS", "")
-CHOSEN = list(NETWORKS) if ASKED == "all" else [name for name in ASKED.split(",") if name]
+GROUPS = {"all": list(NETWORKS), "transformers": list(corpus_transformers.NETWORKS)}
+CHOSEN = GROUPS.get(ASKED) or [name for name in ASKED.split(",") if name]
 # A few kinds of graphs: convolutions and norms, attention and masks, several outputs, recurrence, rank 5.
-NEWER = CHOSEN or ["EfficientNet", "Bert"]
+NEWER = CHOSEN or ["EfficientNet", "Bert", "RetinaNet"]
 OLDER = CHOSEN or ["FeaturePyramidDetector", "SpeechLstm", "Video"]
 NOT_OLDER = {
     "Llama": "PyTorch's older exporter has no RMSNorm",
     "Detr": "the `fake` runtime can't infer a shape behind this exporter's attention",
 }
+HALF = {"ConvNeXt", "EfficientNet", "ResNet", "SpeechLstm", "UNet", "VisionTransformer"}
 NOT_WRITTEN_BACK = {
     "Gpt": "its head is the embedding",
     "Whisper": "its head is the embedding",
     "SpeechGru": "its weights are unrolled",
     "T5": "the graph holds slices of the cross attention's one matrix; `write_module` knows whole parameters",
 }
-TOLERANCE = 1e-4  # of the largest absolute output
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest absolute output
 
 
 def made(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    module, inputs = NETWORKS[name]()
+    if name in corpus_transformers.NETWORKS:
+        pytest.importorskip("transformers")
+        module, inputs = corpus_transformers.NETWORKS[name]()
+    else:
+        module, inputs = NETWORKS[name]()
     for part in module.modules():  # as after training: no statistic at its start value
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             part.running_mean.uniform_(-0.5, 0.5)
@@ -59,7 +67,8 @@ def outputs_of(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np
 def assert_close(actual, expected) -> None:
     actual = [actual] if isinstance(actual, torch.Tensor) else list(actual)
     for a, b in zip(actual, expected, strict=True):
-        assert np.abs(np.asarray(a.detach()) - b).max() <= TOLERANCE * max(np.abs(b).max(), 1e-6)
+        tolerance = HALF_TOLERANCE if b.dtype == np.float16 else TOLERANCE
+        assert np.abs(np.asarray(a.detach()) - b).max() <= tolerance * max(np.abs(b).max(), 1e-6)
 
 
 def older_export(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
@@ -115,6 +124,16 @@ def test_files_of_the_older_exporter_are_pruned_as_well(name, tmp_path):
         pytest.skip(NOT_OLDER[name])
     module, inputs = made(name)
     goes_all_the_way(module, inputs, older_export(module, inputs), tmp_path)
+
+
+@pytest.mark.parametrize("name", CHOSEN or ["UNet"])
+def test_half_precision(name, tmp_path):
+    if name not in HALF:
+        pytest.skip("not one of the networks that are tried in half precision")
+    module, inputs = made(name)
+    module, inputs = module.half(), {key: x.half() for key, x in inputs.items()}
+    model = export_module(module, inputs if len(inputs) > 1 else tuple(inputs.values()))
+    goes_all_the_way(module, inputs, model, tmp_path)
 
 
 def test_the_corpus_is_as_large_as_promised():

@@ -76,10 +76,33 @@ def test_a_bias_that_two_layers_share_counts_for_none(build):
     assert [layer.bias for layer in find_layers(model)] == [None, None]
 
 
-def test_a_shared_weight_is_skipped(build):
+def test_a_weight_that_several_nodes_share_is_one_layer(build):
     nodes = [node("MatMul", ["x", "w"], "m", "a"), node("MatMul", ["m", "w"], "y", "b")]
     model = build(nodes, {"x": [1, 16]}, {"y": [1, 16]}, {"w": ones(16, 16)})
-    assert all("shared by 2 uses" in layer.skip for layer in find_layers(model))
+    first, second = find_layers(model)
+    assert first.prunable and first.nodes == ("a", "b") and first.outputs == ("m", "y")
+    assert second.skip == "its weight 'w' is that of 'a' and pruned there" and second.nodes == ("b",)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        node("Gemm", ["m", "w"], "y", "b", transB=1),
+        node("Add", ["m", "w"], "y", "b"),
+        node("MatMul", ["w", "m"], "y", "b"),
+    ],
+)
+def test_a_weight_that_is_used_in_different_ways_is_skipped(build, other):
+    nodes = [node("MatMul", ["x", "w"], "m", "a"), other]
+    model = build(nodes, {"x": [16, 16]}, {"y": [16, 16]}, {"w": ones(16, 16)})
+    first = find_layers(model)[0]
+    assert first.skip == "its weight 'w' is shared by 2 uses of different kinds" and first.more_uses == ()
+
+
+def test_a_convolution_with_another_stride_is_another_kind(build):
+    nodes = [node("Conv", ["x", "w"], "m", "a"), node("Conv", ["m", "w"], "y", "b", strides=[2, 2])]
+    model = build(nodes, {"x": [1, 16, 4, 4]}, {"y": [1, 16, 2, 2]}, {"w": ones(16, 16, 1, 1)})
+    assert all("different kinds" in layer.skip for layer in find_layers(model))
 
 
 def test_reasons_to_skip(build):

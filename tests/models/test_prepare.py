@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from onnx_spdy.models import ModelError, find_layers, input_shapes, load_model, node_names, prepare
+from onnx_spdy.models import ModelError, agreement, find_layers, input_shapes, load_model, node_names, prepare
 from onnx_spdy.models.agreement import check_same_results
 
 
@@ -195,3 +196,34 @@ def test_functions_are_inlined(build):
     model.opset_import.add(domain="mine", version=1)
     prepared = prepare(model)
     assert operators(prepared) == {"Sigmoid": 1, "Add": 1} and not prepared.functions
+
+
+def test_what_no_engine_runs_in_half_precision_is_refused_with_advice(build):
+    import ml_dtypes
+
+    kind = onnx.TensorProto.BFLOAT16
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = build(
+        nodes,
+        {"x": (kind, [1, 4, 4, 4])},
+        {"y": (kind, [1, 8, 2, 2])},
+        {"w": np.ones((8, 4, 3, 3), ml_dtypes.bfloat16)},
+    )
+    with pytest.raises(ModelError, match=r"can't load the model: .*; export the network in float32"):
+        prepare(model)
+
+
+def test_a_run_without_an_end_is_stopped(monkeypatch):
+    """A loop that ends when a value is large enough, which it never is."""
+    monkeypatch.setattr(agreement, "LONGEST_RUN_SECONDS", 0.5)
+    endless = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18]>
+        g (float[batch, 4] x) => (float[batch, 4] y) <bool on = {1}, float large = {1e30}> {
+            y = Loop (, on, x) <body = b (int64 i, bool go, float[batch, 4] u) => (bool more, float[batch, 4] v) {
+                v = Tanh (u)
+                size = ReduceMax <keepdims = 0> (v)
+                more = Less (size, large)
+            }>
+        }""")
+    with pytest.raises(ModelError, match=r"takes more than 0\.5 s"):
+        check_same_results(endless, endless)

@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.tools.fuzz_inspect import examples, inspected, mutated
+from onnx_spdy.tools.fuzz_damage import DATA_FILE, Files, damaged
+from onnx_spdy.tools.fuzz_graphs import examples, with_external_data
+from onnx_spdy.tools.fuzz_inspect import inspected
 
 
 def test_damaged_files_end_in_one_line():
@@ -22,7 +25,7 @@ def test_damaged_files_end_in_one_line():
 
 def test_the_same_seed_makes_the_same_files():
     model = examples()[0]
-    first, again, other = (mutated(model, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (damaged(model, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert first == again != other
 
 
@@ -38,7 +41,7 @@ def test_trouble_is_noticed(tmp_path, monkeypatch):
 
     for number, (main, trouble) in enumerate([(broken, "traceback"), (writing, "wrote a file")]):
         monkeypatch.setattr(cli, "main", main)
-        assert inspected(b"", tmp_path / str(number)).trouble == trouble
+        assert inspected(Files(b""), tmp_path / str(number)).trouble == trouble
 
 
 def test_huge_inputs_are_refused_before_anything_is_made_of_them(tmp_path):
@@ -47,13 +50,19 @@ def test_huge_inputs_are_refused_before_anything_is_made_of_them(tmp_path):
         helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 2**20, 2**20]) for n, c in (("x", 3), ("y", 32))
     ]
     graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", value[:1], value[1:], [weight])
-    outcome = inspected(helper.make_model(graph).SerializeToString(), tmp_path / "case")
+    outcome = inspected(Files(helper.make_model(graph).SerializeToString()), tmp_path / "case")
     assert outcome.trouble is None and not outcome.accepted
     assert "'x'" in outcome.text and "GiB" in outcome.text
 
 
-def test_the_examples_themselves_are_accepted(tmp_path):
-    for number, model in enumerate(examples()):
-        onnx.checker.check_model(model)
-        outcome = inspected(model.SerializeToString(), tmp_path / str(number))
-        assert outcome.accepted and outcome.trouble is None, outcome.text
+@pytest.mark.parametrize("number", range(len(examples())))
+@pytest.mark.parametrize("external", [False, True])
+def test_the_examples_themselves_are_accepted(tmp_path, number, external):
+    model = examples()[number]
+    onnx.checker.check_model(model)
+    files = Files(model.SerializeToString())
+    if external:
+        outside, data = with_external_data(model, DATA_FILE)
+        files = Files(outside.SerializeToString(), data)
+    outcome = inspected(files, tmp_path / "case")
+    assert outcome.accepted and outcome.trouble is None, outcome.text
