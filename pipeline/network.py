@@ -10,6 +10,7 @@ import torch
 
 from onnx_spdy.models import Layer, Suspended, TorchGraph, find_layers, fixed_batch, model_sha256
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.padding import Padding
 
 BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in its caches
 
@@ -98,21 +99,24 @@ class Network:
         keep: Keep | None = None,
         keep_before: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
-        """Outputs for one batch; for `start`, `keep` and `keep_before` see `TorchGraph.run`."""
+        """Outputs for one batch, zero at padding; for `start`, `keep` and `keep_before` see `TorchGraph.run`."""
         if start is None and keep is None:
-            return self.graph(_tensors(samples))
-        return self.graph.run(_tensors(samples), start, keep, keep_before)
+            outputs = self.graph(_tensors(samples))
+        else:
+            outputs = self.graph.run(_tensors(samples), start, keep, keep_before)
+        padding = Padding(samples.inputs)
+        return {name: padding.zeroed(values) for name, values in outputs.items()}
+
+    def whole_batches(self, samples: Samples) -> list[Samples]:
+        """All samples in one batch, or in as many as the graph needs; those that don't fill its batch are left out."""
+        size = self.batch_size(len(samples))
+        return [batch for batch in samples.batches(size) if len(batch) == size]
 
     def run_together(
-        self, samples: Samples, after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+        self, batches: Sequence[Samples], after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
     ) -> None:
-        """Run all samples node by node, in one batch or in as many as the graph needs; see `TorchGraph.run_together`.
-
-        Samples that don't fill a batch that the graph fixes are left out.
-        """
-        size = self.batch_size(len(samples))
-        whole = [batch for batch in samples.batches(size) if len(batch) == size]
-        self.graph.run_together([_tensors(batch) for batch in whole], after)
+        """Run all batches node by node; see `TorchGraph.run_together`."""
+        self.graph.run_together([_tensors(batch) for batch in batches], after)
 
     def outputs(self, samples: Samples, *, bfloat16: bool = False) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""
