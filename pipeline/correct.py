@@ -52,7 +52,8 @@ class StatisticsCorrection:
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
         network.reset()
-        self._batch = samples.take(slice(0, _affordable(network, samples)))
+        self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
+        self._paddings = [Padding(batch.inputs) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._run(network.layers, self._remember)
 
@@ -71,17 +72,17 @@ class StatisticsCorrection:
             return outputs if layer is None else visit(layer, outputs)
 
         with torch.inference_mode():
-            self._network.run_together(self._batch, after)
+            self._network.run_together(self._batches, after)
 
     def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        self._dense[layer.name] = _statistics(outputs, layer, self._network.padding)
+        self._dense[layer.name] = self._statistics(outputs, layer)
         return outputs
 
     def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Change the layer's parameters, and its outputs as if they had been changed before."""
         network = self._network
         dense_mean, dense_deviation = self._dense[layer.name]
-        mean, deviation = _statistics(outputs, layer, self._network.padding)
+        mean, deviation = self._statistics(outputs, layer)
         scale = _scale(deviation, dense_deviation)
         weight = network.get(layer.weight)
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
@@ -99,6 +100,16 @@ class StatisticsCorrection:
         )
         return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
 
+    def _statistics(self, outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
+        if layer.op != "Conv":
+            pairs = zip(self._paddings, outputs, strict=True)
+            outputs = [padding.real_rows(output).flatten(0, -2) for padding, output in pairs]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
+        deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
+        return mean, deviation
+
 
 class BatchCorrection:
     """The same correction while one batch runs, by that batch's own statistics; no weight or bias changes.
@@ -107,10 +118,11 @@ class BatchCorrection:
 
     Args:
         network: its layers are watched only inside of `remember` and `apply`.
+        paddings: of each batch.
     """
 
-    def __init__(self, network: Network) -> None:
-        self._network = network
+    def __init__(self, network: Network, paddings: Sequence[Padding]) -> None:
+        self._network, self._paddings = network, paddings
         self._dense: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # mean and variance, (out,) each
 
     def remember(self, batch: int) -> contextlib.AbstractContextManager[None]:
@@ -127,7 +139,8 @@ class BatchCorrection:
             return lambda module, inputs, output: visit(layer, output)
 
         graph = self._network.graph
-        handles = [graph.node(layer.name).register_forward_hook(hook(layer)) for layer in self._network.layers]
+        once = [layer for layer in self._network.layers if not layer.more_uses]
+        handles = [graph.node(layer.name).register_forward_hook(hook(layer)) for layer in once]
         try:
             yield
         finally:
@@ -135,33 +148,32 @@ class BatchCorrection:
                 handle.remove()
 
     def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
-        self._dense[batch, layer.name] = self._moments(layer, output)
+        self._dense[batch, layer.name] = self._moments(batch, layer, output)
 
     def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
         if self._network.is_dense(layer.weight):
             return None
-        values = _channels_second(output, layer)
-        (mean, variance), (dense_mean, dense_variance) = self._moments(layer, output), self._dense[batch, layer.name]
+        (mean, variance), (dense_mean, dense_variance) = (
+            self._moments(batch, layer, output),
+            self._dense[batch, layer.name],
+        )
         scale = _scale(variance.sqrt(), dense_variance.sqrt())
         if layer.bias is None:  # nothing can shift its outputs
             mean = dense_mean = torch.zeros_like(mean)
         unit = torch.ones_like(variance)
+        values = _channels_second(output, layer)
         return functional.batch_norm(values, mean, unit, scale, dense_mean, eps=0.0).view_as(output)
 
-    def _moments(self, layer: Layer, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance (out,) of a layer's output channels, without padding."""
-        return _moments(_channels_second(_real(output, layer, self._network.padding), layer))
+    def _moments(self, batch: int, layer: Layer, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (out,) each, in float32, in one look at the output, without padding."""
+        real = output if layer.op == "Conv" else self._paddings[batch].real_rows(output)
+        mean, variance = torch.ops.aten.batch_norm_update_stats(_channels_second(real, layer), None, None, 0.0)
+        return mean.float(), variance.float().clamp_min(0)
 
 
 def _channels_second(output: torch.Tensor, layer: Layer) -> torch.Tensor:
     """(samples or rows, out, *positions)."""
     return output if layer.op == "Conv" else output.flatten(0, -2)
-
-
-def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance (out,) each, in float32, in one look at (rows, out, *positions)."""
-    mean, variance = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
-    return mean.float(), variance.float().clamp_min(0)
 
 
 def _scale(deviation: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
@@ -183,21 +195,8 @@ def _affordable(network: Network, samples: Samples) -> int:
         return found
 
     with torch.inference_mode():
-        network.run_together(samples.take(slice(0, size)), after)
+        network.run_together([samples.take(slice(0, size))], after)
     return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
-
-
-def _statistics(outputs: Sequence[torch.Tensor], layer: Layer, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
-    output = _real(outputs[0] if len(outputs) == 1 else torch.cat(list(outputs)), layer, padding)
-    others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
-    deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
-    return mean, deviation
-
-
-def _real(output: torch.Tensor, layer: Layer, padding: Padding) -> torch.Tensor:
-    """A layer's output without padding, in any shape with its channels where they were."""
-    return output if layer.op == "Conv" else padding.real_rows(output)
 
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:

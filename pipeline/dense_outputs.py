@@ -11,6 +11,7 @@ import torch
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network, has_bfloat16
+from onnx_spdy.pipeline.padding import Padding
 
 CACHE_BYTES = 1 << 30
 
@@ -42,7 +43,8 @@ class Capture:
         """Tensor name -> value; in bfloat16 where the CPU multiplies it itself."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             outputs = self._network.run(batch)
-        found = {name: self._network.padding.zeroed(values) for name, values in self._found.items()} | outputs
+        padding = Padding(batch.inputs)
+        found = {name: padding.zeroed(values) for name, values in self._found.items()} | outputs
         self._found.clear()
         return found
 

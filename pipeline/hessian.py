@@ -17,6 +17,7 @@ import torch
 from onnx_spdy.models import InputPatches, Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 
 PATCH_BYTES = 64 << 20  # of patches in memory at once
 
@@ -58,7 +59,11 @@ def collect_hessians(
     ]
     try:
         done = 0
-        for batch, _ in network.outputs(samples):
+        for batch in samples.batches(network.batch_size()):
+            for one in sums.values():
+                one.padding = Padding(batch.inputs)
+            with torch.inference_mode():
+                network.run(batch)
             done += len(batch)
             if progress:
                 progress(done, len(samples))
@@ -80,12 +85,13 @@ class _Sum:
         self._products = self._count = 0
         self._patches = InputPatches(network.model, layer)
         self._size = size
-        self._network, self._has_positions = network, layer.op != "Conv"  # (samples, positions, ..., channels)
+        self._has_positions = layer.op != "Conv"  # before its channels
+        self.padding = Padding({})  # of the batch that runs
 
     def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         values = inputs[0].float()
         if self._has_positions:
-            values = self._network.padding.real_rows(values)
+            values = self.padding.real_rows(values)
         if values.ndim < 3:  # a plain linear layer: no patches to unfold
             self._add(self._patches(values))
             return

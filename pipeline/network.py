@@ -26,7 +26,6 @@ class Network:
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
         edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
-        padding: of the samples that run, for hooks, or that ran last.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -45,7 +44,6 @@ class Network:
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
         self.sha256 = model_sha256(model)
         self.edits = 0
-        self.padding = Padding({})
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense = {
             name: self._parameters[name].clone()
@@ -102,24 +100,23 @@ class Network:
         keep_before: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
         """Outputs for one batch, zero at padding; for `start`, `keep` and `keep_before` see `TorchGraph.run`."""
-        self.padding = Padding(samples.inputs)
         if start is None and keep is None:
             outputs = self.graph(_tensors(samples))
         else:
             outputs = self.graph.run(_tensors(samples), start, keep, keep_before)
-        return {name: self.padding.zeroed(values) for name, values in outputs.items()}
+        padding = Padding(samples.inputs)
+        return {name: padding.zeroed(values) for name, values in outputs.items()}
+
+    def whole_batches(self, samples: Samples) -> list[Samples]:
+        """All samples in one batch, or in as many as the graph needs; those that don't fill its batch are left out."""
+        size = self.batch_size(len(samples))
+        return [batch for batch in samples.batches(size) if len(batch) == size]
 
     def run_together(
-        self, samples: Samples, after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+        self, batches: Sequence[Samples], after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
     ) -> None:
-        """Run all samples node by node, in one batch or in as many as the graph needs; see `TorchGraph.run_together`.
-
-        Samples that don't fill a batch that the graph fixes are left out.
-        """
-        size = self.batch_size(len(samples))
-        whole = samples.take(slice(0, len(samples) // size * size))
-        self.padding = Padding(whole.inputs)
-        self.graph.run_together([_tensors(batch) for batch in whole.batches(size)], after)
+        """Run all batches node by node; see `TorchGraph.run_together`."""
+        self.graph.run_together([_tensors(batch) for batch in batches], after)
 
     def outputs(self, samples: Samples, *, bfloat16: bool = False) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""

@@ -13,6 +13,7 @@ from onnx_spdy.pipeline.correct import LEAST_SAMPLES, BatchCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
 from onnx_spdy.pipeline.network import BATCH_SIZE, Keep, Network, has_bfloat16
+from onnx_spdy.pipeline.padding import Padding
 
 LARGEST_BATCH = 64
 
@@ -45,7 +46,7 @@ class Objective:
         self.batches = [samples.take(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         self.stages = stages(np.minimum(ends, len(samples)).tolist())
         network.reset()
-        self._correction = BatchCorrection(network)
+        self._correction = BatchCorrection(network, [Padding(batch.inputs) for batch in self.batches])
         self._reference: list[dict[str, torch.Tensor]] = []
         for number, batch in enumerate(self.batches):
             with self._correction.remember(number):

@@ -17,7 +17,7 @@ MASKS = ("attention_mask", "input_mask")  # what names of such inputs end in
 
 
 class Padding:
-    """The padding of some samples.
+    """The padding of one batch.
 
     Args:
         inputs: input name -> (samples, ...).

@@ -11,6 +11,7 @@ from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.mask import select_mask
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.pruners import PRUNERS
 from onnx_spdy.runtimes import open_runtime
 
@@ -163,7 +164,7 @@ def test_a_batch_is_corrected_by_its_own_statistics_as_if_the_weights_had_been(
         del model.graph.node[0].input[2]
         del model.graph.initializer[1]
     network, batch = Network(model), samples.take(slice(0, 64))
-    within = BatchCorrection(network)
+    within = BatchCorrection(network, [Padding(batch.inputs)])
     with torch.inference_mode():
         with within.remember(0):
             dense = network.run(batch)["output"]
