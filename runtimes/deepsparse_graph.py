@@ -7,12 +7,14 @@ multiplied first, both leave its optimised part, and every piece of the network 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from .model_file import walk_graphs
 
 AXES_AS_INPUT = 18  # of ReduceMean, from this opset on
 
@@ -28,7 +30,9 @@ def say_in_older_words(model: onnx.ModelProto) -> None:
             nodes += _formula(node, opset, graph)
         else:
             nodes.append(node)
-    _halve_last(nodes, {name for name, tensor in floats.items() if _is(tensor, 0.5)})
+    reads = Counter(name for part in walk_graphs(graph) for node in part.node for name in node.input)
+    reads.update(value.name for part in walk_graphs(graph) for value in part.output)
+    _halve_last(nodes, reads, {name for name, tensor in floats.items() if _is(tensor, 0.5)})
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -70,10 +74,9 @@ def _formula(node: onnx.NodeProto, opset: int, graph: onnx.GraphProto) -> list[o
     return nodes
 
 
-def _halve_last(nodes: list[onnx.NodeProto], halves: set[str]) -> None:
+def _halve_last(nodes: list[onnx.NodeProto], reads: Mapping[str, int], halves: set[str]) -> None:
     """x * (0.5 * sum) with sum = 1 + erf(x / sqrt 2) becomes (x * sum) * 0.5: halving is exact, nothing changes."""
     makers = {output: node for node in nodes for output in node.output}
-    reads = Counter(name for node in nodes for name in node.input)
 
     def made_by(op: str, names: Iterable[str]) -> onnx.NodeProto | None:
         found = (makers.get(name) for name in names)
