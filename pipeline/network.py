@@ -26,6 +26,8 @@ class Network:
         graph: the TorchGraph whose weights the stages exchange.
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
+        bfloat16: whether it runs faster in bfloat16 here, and may: a network that is stored in half precision mixes types
+            as it does on purpose.
         edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
     """
 
@@ -43,6 +45,7 @@ class Network:
                 "; ".join(f"{layer.name}: {layer.skip}" for layer in self.skipped[:3]) or "no Conv, Gemm or MatMul"
             )
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
+        self.bfloat16 = has_bfloat16() and not any(p.dtype.itemsize == 2 for p in self.graph.parameters())
         self.sha256 = model_sha256(model)
         self.edits = 0
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
@@ -140,7 +143,7 @@ class Objective:
 
     def __init__(self, network: Network, samples: Samples, loss: str | Loss | None = None) -> None:
         self.network = network
-        self._bfloat16 = has_bfloat16()
+        self._bfloat16 = network.bfloat16
         fixed = fixed_batch(network.model)
         sizes = growing_batches(len(samples)) if fixed is None else [fixed] * -(-len(samples) // fixed)
         ends = np.cumsum(sizes)
