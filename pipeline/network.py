@@ -26,7 +26,7 @@ class Network:
         graph: the TorchGraph whose weights the stages exchange.
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
-        bfloat16: whether it runs faster in bfloat16 here, and may: a network that is stored in half precision mixes types
+        bfloat16: whether it runs faster in bfloat16 here, and may: one that is stored in half precision mixes types
             as it does on purpose.
         edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
     """
