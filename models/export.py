@@ -112,9 +112,15 @@ def _in_order(module: nn.Module, positional: int, keywords: Mapping[str, Any]) -
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Arguments by position and by name. Each tensor is one of its own: the exporter makes one input of two that are
+    the same object, and the graph then ignores the other."""
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)), {}
+        return (), {name: _own(value) for name, value in example_inputs.items()}
+    return (_own(example_inputs),) if isinstance(example_inputs, Tensor) else tuple(map(_own, example_inputs)), {}
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _input_names(module: nn.Module, positional: int, keywords: Mapping[str, Any], exported: list[str]) -> list[str]:

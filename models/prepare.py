@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.agreement import check_same_results
+from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
 from onnx_spdy.models.graph import (
     LARGEST_PROTOBUF_BYTES,
     ModelError,
@@ -95,6 +96,8 @@ def _one_round(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelP
     slimmed = _slim(_without_claims(model))
     restore_names(slimmed, model)
     pool_instead_of_mean(slimmed)
+    transpose_keys_at_once(slimmed)
+    drop_guards_against_nan(slimmed)
     name_nodes(slimmed)
     _restore_frame(slimmed, original)
     return slimmed

@@ -24,7 +24,7 @@ def pool_instead_of_mean(model: onnx.ModelProto) -> None:
     node wholly without optimisation ("reduce only supports 1 axis"). Ranks come from shape inference; where one is
     unknown the node stays.
     """
-    ranks = _ranks(model)
+    ranks = {name: len(shape) for name, shape in inferred_shapes(model).items()}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
@@ -78,10 +78,11 @@ def _rename_initializer(model: onnx.ModelProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
-def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+def inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Value -> its sizes where shape inference finds out how many axes it has; None for a size that isn't known."""
     graph = onnx.shape_inference.infer_shapes(outline_of(model)).graph
     return {
-        value.name: len(value.type.tensor_type.shape.dim)
+        value.name: tuple(axis.dim_value or None for axis in value.type.tensor_type.shape.dim)
         for value in (*graph.input, *graph.value_info, *graph.output)
         if value.type.tensor_type.HasField("shape")
     }

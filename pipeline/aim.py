@@ -7,6 +7,7 @@ target, the next profile aims higher by as much; where it overshoots, the slack 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,8 +99,7 @@ def reach(
         lower = tried[-1].validation.lower
         if len(tried) == attempts or target <= lower <= target * (1 + OVERSHOOT):
             break
-        # From what the table says of the profile itself: where steps are coarse that is more than was aimed at.
-        wanted = profile.predicted_speedup * target * (1 + MARGIN) / lower
+        wanted = _next_aim(tried, target)
         try:
             following = resolve(wanted)
             while lower < target and following.levels == profile.levels and following.aim_speedup >= wanted:
@@ -117,6 +117,20 @@ def reach(
         # Measured again, and judged by both: it was chosen among several, perhaps for its luck.
         best = Attempt(best.profile, best.validation.with_more(realise(best.profile)))
     return Outcome(best, tuple(tried), exhausted)
+
+
+def _next_aim(tried: Sequence[Attempt], target: float) -> float:
+    """The speedup by the table that measures the target, if the table is wrong by the same factor as the last time.
+
+    It isn't where a layer changes its kernel, so what was tried before bounds the answer: between a profile that missed
+    and a faster one that met the target, the middle is next.
+    """
+    # From what the table says of the profile itself: where steps are coarse that is more than was aimed at.
+    last = tried[-1]
+    wanted = last.profile.predicted_speedup * target * (1 + MARGIN) / last.validation.lower
+    missed = max((one.profile.predicted_speedup for one in tried if not one.meets(target)), default=0.0)
+    met = min((one.profile.predicted_speedup for one in tried if one.meets(target)), default=math.inf)
+    return math.sqrt(missed * met) if missed < met < math.inf and not missed < wanted < met else wanted
 
 
 def _best(tried: Sequence[Attempt], target: float) -> Attempt:

@@ -11,17 +11,22 @@ Source: the idea is Frantar & Alistarh, OBC (NeurIPS 2022), section 6 (batch-nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch.nn import functional
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 
 SAMPLES = 256  # in one batch; more changes little
 LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
 LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling would only amplify noise
+LEAST_SAMPLES = 16  # in a batch that is corrected by its own statistics: those of fewer would give away their outputs
 
 
 class NotCorrected(ValueError):
@@ -47,7 +52,8 @@ class StatisticsCorrection:
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
         network.reset()
-        self._batch = samples.take(slice(0, _affordable(network, samples)))
+        self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
+        self._paddings = [Padding(batch.inputs) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._run(network.layers, self._remember)
 
@@ -66,20 +72,18 @@ class StatisticsCorrection:
             return outputs if layer is None else visit(layer, outputs)
 
         with torch.inference_mode():
-            self._network.run_together(self._batch, after)
+            self._network.run_together(self._batches, after)
 
     def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        self._dense[layer.name] = _statistics(outputs, layer)
+        self._dense[layer.name] = self._statistics(outputs, layer)
         return outputs
 
     def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Change the layer's parameters, and its outputs as if they had been changed before."""
         network = self._network
         dense_mean, dense_deviation = self._dense[layer.name]
-        mean, deviation = _statistics(outputs, layer)
-        has_signal = deviation > 1e-6 * dense_deviation.clamp_min(1e-12)
-        scale = torch.where(has_signal, dense_deviation / deviation.clamp_min(1e-12), 1.0)
-        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (out,)
+        mean, deviation = self._statistics(outputs, layer)
+        scale = _scale(deviation, dense_deviation)
         weight = network.get(layer.weight)
         network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
         axis = _channel_axis(outputs[0], layer)
@@ -96,6 +100,88 @@ class StatisticsCorrection:
         )
         return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
 
+    def _statistics(self, outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches, without padding."""
+        if layer.op != "Conv":
+            pairs = zip(self._paddings, outputs, strict=True)
+            outputs = [padding.real_rows(output).flatten(0, -2) for padding, output in pairs]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
+        deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
+        return mean, deviation
+
+
+class BatchCorrection:
+    """The same correction while one batch runs, by that batch's own statistics; no weight or bias changes.
+
+    So that a search scores nearly what `StatisticsCorrection` makes of a profile, for one look at each layer's output.
+
+    Args:
+        network: its layers are watched only inside of `remember` and `apply`.
+        paddings: of each batch.
+    """
+
+    def __init__(self, network: Network, paddings: Sequence[Padding]) -> None:
+        self._network, self._paddings = network, paddings
+        self._dense: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}  # mean and variance, (out,) each
+
+    def remember(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the dense network runs a batch, of this number: take its statistics."""
+        return self._watching(partial(self._remember, batch))
+
+    def apply(self, batch: int) -> contextlib.AbstractContextManager[None]:
+        """While the network runs the same batch: correct the outputs of each layer whose weights aren't dense."""
+        return self._watching(partial(self._correct, batch))
+
+    @contextlib.contextmanager
+    def _watching(self, visit: Callable[[Layer, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+        def hook(layer: Layer) -> Callable[..., torch.Tensor | None]:
+            return lambda module, inputs, output: visit(layer, output)
+
+        graph = self._network.graph
+        once = [layer for layer in self._network.layers if not layer.more_uses]
+        handles = [graph.node(layer.name).register_forward_hook(hook(layer)) for layer in once]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
+        self._dense[batch, layer.name] = self._moments(batch, layer, output)
+
+    def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
+        if self._network.is_dense(layer.weight):
+            return None
+        (mean, variance), (dense_mean, dense_variance) = (
+            self._moments(batch, layer, output),
+            self._dense[batch, layer.name],
+        )
+        scale = _scale(variance.sqrt(), dense_variance.sqrt())
+        if layer.bias is None:  # nothing can shift its outputs
+            mean = dense_mean = torch.zeros_like(mean)
+        unit = torch.ones_like(variance)
+        values = _channels_second(output, layer)
+        return functional.batch_norm(values, mean, unit, scale, dense_mean, eps=0.0).view_as(output)
+
+    def _moments(self, batch: int, layer: Layer, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (out,) each, in float32, in one look at the output, without padding."""
+        real = output if layer.op == "Conv" else self._paddings[batch].real_rows(output)
+        mean, variance = torch.ops.aten.batch_norm_update_stats(_channels_second(real, layer), None, None, 0.0)
+        return mean.float(), variance.float().clamp_min(0)
+
+
+def _channels_second(output: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """(samples or rows, out, *positions)."""
+    return output if layer.op == "Conv" else output.flatten(0, -2)
+
+
+def _scale(deviation: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """(out,) by what each channel is multiplied."""
+    has_signal = deviation > 1e-6 * dense.clamp_min(1e-12)
+    scale = torch.where(has_signal, dense / deviation.clamp_min(1e-12), 1.0)
+    return scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+
 
 def _affordable(network: Network, samples: Samples) -> int:
     """How many samples to take, judged by the layers' outputs for one batch of the least size."""
@@ -109,16 +195,8 @@ def _affordable(network: Network, samples: Samples) -> int:
         return found
 
     with torch.inference_mode():
-        network.run_together(samples.take(slice(0, size)), after)
+        network.run_together([samples.take(slice(0, size))], after)
     return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
-
-
-def _statistics(outputs: Sequence[torch.Tensor], layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (out,) and standard deviation (out,) of a layer's output channels over all batches."""
-    output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-    others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
-    deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
-    return mean, deviation
 
 
 def _channel_axis(output: torch.Tensor, layer: Layer) -> int:

@@ -11,12 +11,13 @@ import torch
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 
 CACHE_BYTES = 1 << 30
 
 
 class Capture:
-    """Runs a network and returns the outputs of some of its layers beside its own. A context manager.
+    """Runs a network and returns the outputs of some of its layers beside its own, zero at padding. A context manager.
 
     Args:
         network: with whatever weights it has when it runs.
@@ -42,7 +43,8 @@ class Capture:
         """Tensor name -> value; in bfloat16 where the CPU multiplies it itself."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             outputs = self._network.run(batch)
-        found = {**self._found, **outputs}
+        padding = Padding(batch.inputs)
+        found = {name: padding.zeroed(values) for name, values in self._found.items()} | outputs
         self._found.clear()
         return found
 

@@ -1,8 +1,8 @@
 """Layer Hessians from one pass over the calibration samples, or several where memory is short.
 
 For a layer that computes W x on input patches x (d,), the squared output error of changed weights is
-tr((W - W0) H (W - W0)^T) with H = E[x x^T] (d, d), the mean over samples and positions. Everything that
-the pruners know about the data is in H.
+tr((W - W0) H (W - W0)^T) with H = E[x x^T] (d, d), the mean over samples and positions, without padding.
+Everything that the pruners know about the data is in H.
 
 Source: Frantar & Alistarh, OBC (NeurIPS 2022), section 3 (H = 2 X X^T there; a constant factor changes nothing).
 """
@@ -17,6 +17,7 @@ import torch
 from onnx_spdy.models import InputPatches, Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.padding import Padding
 
 PATCH_BYTES = 64 << 20  # of patches in memory at once
 
@@ -58,7 +59,11 @@ def collect_hessians(
     ]
     try:
         done = 0
-        for batch, _ in network.outputs(samples):
+        for batch in samples.batches(network.batch_size()):
+            for one in sums.values():
+                one.padding = Padding(batch.inputs)
+            with torch.inference_mode():
+                network.run(batch)
             done += len(batch)
             if progress:
                 progress(done, len(samples))
@@ -80,9 +85,13 @@ class _Sum:
         self._products = self._count = 0
         self._patches = InputPatches(network.model, layer)
         self._size = size
+        self._has_positions = layer.op != "Conv"  # before its channels
+        self.padding = Padding({})  # of the batch that runs
 
     def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         values = inputs[0].float()
+        if self._has_positions:
+            values = self.padding.real_rows(values)
         if values.ndim < 3:  # a plain linear layer: no patches to unfold
             self._add(self._patches(values))
             return

@@ -55,10 +55,13 @@ LOSSES: dict[str, Loss] = {
 
 
 def default_loss(dense: Outputs) -> str:
-    """`kl` for a classifier (one output of shape (samples, classes > 1)), `squared-error` otherwise."""
+    """`kl` for a classifier (one output of shape (samples, classes > 1)), `squared-error` otherwise.
+
+    Rows of length 1 that are no probabilities are normalised embeddings.
+    """
     values = list(dense.values())
     is_classifier = len(values) == 1 and values[0].ndim == 2 and values[0].shape[1] > 1
-    return "kl" if is_classifier else "squared-error"
+    return "kl" if is_classifier and not _are_directions(values[0]) else "squared-error"
 
 
 def distillation_loss(
@@ -92,6 +95,11 @@ def _log_probabilities(outputs: Outputs, dense: Outputs) -> tuple[torch.Tensor, 
         smallest = torch.finfo(torch.float32).tiny
         return outputs[name].float().clamp_min(smallest).log(), reference.float().clamp_min(smallest).log()
     return outputs[name].float().log_softmax(1), reference.float().log_softmax(1)
+
+
+def _are_directions(values: torch.Tensor) -> bool:
+    lengths = values.float().norm(dim=1)
+    return torch.allclose(lengths, torch.ones_like(lengths), atol=1e-2) and not _are_probabilities(values)
 
 
 def _are_probabilities(values: torch.Tensor) -> bool:

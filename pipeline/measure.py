@@ -1,17 +1,18 @@
 """Measuring the latency model: in the runtime, with the batch and threads of the user, on this machine or another.
 
 First the engine says from which level on it runs each layer in a sparse kernel. Then networks whose layers are at
-random levels are measured, each twice: the engine's own profile of it, and its time as a whole in turns with the
-dense network. What a layer takes depends on its neighbours, and only mixed networks show that; and because every
-level occurs all over the measurement, drift of the machine hits all of them alike. `latency_fit.py` makes the table of
-it. The last networks are the ones that a search would choose; the model has to foretell them before it may learn
-from them.
+random levels are measured, each twice: the engine's own profile of it, and its time as a whole, a group of them in
+turns with the dense network. What a layer takes depends on its neighbours, and only mixed networks show that; and
+because every level occurs all over the measurement, drift of the machine hits all of them alike. `latency_fit.py` makes
+the table of it. The last networks are the ones that a search would choose; the model has to foretell them before it may
+learn from them.
 
 Random zeros do, although the trained masks don't exist yet: an engine's time depends on where they are only weakly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import tempfile
@@ -50,7 +51,9 @@ DENSE_ROUNDS = 12
 CHOSEN_NETWORKS = 8  # of those that a search would choose
 MORE_NETWORKS = 8  # at most, while the model doesn't foretell them
 FORETOLD = 0.02  # median error that is good enough
-PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.6  # of each network, so that small ones are run more often
+GROUP, CHOSEN_GROUP = 8, 4  # networks that are measured in turns, so that a phase of the machine is shared
+GROUP_BYTES = 2 << 30  # of their weights in memory at once
+PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.2  # of each network, so that small ones are run more often
 RUNS_A_ROUND = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 40
 FEWEST_ITERATIONS, MOST_ITERATIONS = 3, 40
@@ -158,22 +161,28 @@ class _Work:
             self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, "kernels")
             sparse, kernels = self._kernels(dense)
 
-            def measure(choice: np.ndarray, foretold: float | None, left: int) -> None:
-                self.observations.append(self._observe(dense, reference, choice, foretold))
+            def measure(choices: np.ndarray, foretold: Sequence[float | None], left: int) -> None:
+                self.observations += self._observe(dense, reference, choices, foretold)
                 if keep:
                     content = {**question, "observations": [asdict(one) for one in self.observations]}
                     write_json(keep, "measurement", VERSION, content)
                 self._progress(len(self.observations), len(self.observations) + left, "")
 
             plan = plan_networks(sparse, self._levels, np.random.default_rng(self._seed))
-            for choice in plan[len(self.observations) :]:
-                measure(choice, None, len(plan) - len(self.observations) - 1 + CHOSEN_NETWORKS * bool(sparse.any()))
+            while len(choices := plan[len(self.observations) :][: self._group(GROUP)]):
+                left = len(plan) - len(self.observations) - len(choices)
+                measure(choices, [None] * len(choices), left + CHOSEN_NETWORKS * bool(sparse.any()))
             fit = self._fit(sparse)
             while (left := self._networks_to_choose(sparse)) > 0:
-                choice = self._chosen(fit, sparse)
-                measure(choice, self._foretell(fit, sparse, choice), left - 1)
+                choices = self._chosen(fit, sparse, min(left, self._group(CHOSEN_GROUP)))
+                measure(choices, [self._foretell(fit, sparse, choice) for choice in choices], left - len(choices))
                 fit = self._fit(sparse)
             return self._table(fit, sparse, kernels, dense)
+
+    def _group(self, most: int) -> int:
+        """How many networks may be open beside the dense one."""
+        each = sum(tensor.ByteSize() for tensor in self._model.graph.initializer)
+        return _between(1, GROUP_BYTES / max(1, each) - 1, most)
 
     def _question(self, environment: Environment) -> dict[str, Any]:
         return {
@@ -246,52 +255,56 @@ class _Work:
         others = {layer: level for layer, level in levels.items() if level.pattern not in ("unstructured", "dense")}
         if not others:
             return self._path, zeros
-        path = self._folder / "network.onnx"
+        path = self._folder / f"network-{seed}.onnx"
         save_model(imposed(self._model, others, np.random.default_rng(seed)), path)
         return path, zeros
 
     def _observe(
-        self, dense: Session, reference: Measurement, choice: np.ndarray, foretold: float | None
-    ) -> Observation:
-        """Measure one network; again while other programs disturb."""
+        self, dense: Session, reference: Measurement, choices: np.ndarray, foretold: Sequence[float | None]
+    ) -> list[Observation]:
+        """Measure a group of networks; again while other programs disturb."""
         for wait in (*BUSY_WAITS_SECONDS, None):
-            found = self._observe_once(dense, reference, choice, foretold)
-            if self._allow_busy or not is_busy(found.foreign_cores, dense.environment.cores):
+            found = self._observe_once(dense, reference, choices, foretold)
+            load, cores = found[0].foreign_cores, dense.environment.cores
+            if self._allow_busy or not is_busy(load, cores):
                 return found
             if wait:
-                self._note(f"other programs keep {found.foreign_cores:.1f} cores busy, waiting")
+                self._note(f"other programs keep {load:.1f} cores busy, waiting")
                 time.sleep(wait)
         raise MachineBusy(
-            f"other programs keep {found.foreign_cores:.1f} of the {dense.environment.cores} cores of "
-            f"{dense.environment.host} busy, so the times would be wrong; stop them, or measure all the same with "
-            "--allow-busy"
+            f"other programs keep {load:.1f} of the {cores} cores of {dense.environment.host} busy, so the times would "
+            "be wrong; stop them, or measure all the same with --allow-busy"
         )
 
     def _observe_once(
-        self, dense: Session, reference: Measurement, choice: np.ndarray, foretold: float | None
-    ) -> Observation:
-        seed = self._seed + len(self.observations)
-        path, zeros = self._imposed(choice, seed)
+        self, dense: Session, reference: Measurement, choices: np.ndarray, foretold: Sequence[float | None]
+    ) -> list[Observation]:
         iterations = _between(FEWEST_ITERATIONS, PROFILE_SECONDS / reference.median, MOST_ITERATIONS)
-        rounds = _between(
-            FEWEST_ROUNDS, ROUNDS_SECONDS / (2 * (1 + RUNS_A_ROUND) * reference.median), MOST_ROUNDS
-        )  # fmt: skip
+        share = len(choices) / (len(choices) + 1)  # of the turns; the dense network has the others
+        rounds = _between(FEWEST_ROUNDS, share * ROUNDS_SECONDS / ((1 + RUNS_A_ROUND) * reference.median), MOST_ROUNDS)
         self._runtime.foreign_cores()
-        rows = self._runtime.layer_seconds(
-            path, **self._arguments, iterations=iterations, warmup=WARMUP, zeros=zeros, seed=seed
-        )
-        with self._runtime.open(path, **self._arguments, zeros=zeros, seed=seed) as network:
-            times = measure_interleaved(
-                {"dense": dense, "network": network}, rounds=rounds, iterations=RUNS_A_ROUND, warmup=WARMUP
+        profiles = []
+        with contextlib.ExitStack() as opened:
+            sessions = {"dense": dense}
+            for number, choice in enumerate(choices):
+                seed = self._seed + len(self.observations) + number
+                path, zeros = self._imposed(choice, seed)
+                arguments: dict[str, Any] = {**self._arguments, "zeros": zeros, "seed": seed}
+                profiles.append(self._runtime.layer_seconds(path, iterations=iterations, warmup=WARMUP, **arguments))
+                sessions[str(number)] = opened.enter_context(self._runtime.open(path, **arguments))
+            times = measure_interleaved(sessions, rounds=rounds, iterations=RUNS_A_ROUND, warmup=WARMUP)
+        load = self._runtime.foreign_cores()
+        return [
+            Observation(
+                choice=tuple(map(int, choice)),
+                rows=tuple(profiles[number]),
+                dense=times["dense"].seconds,
+                network=times[str(number)].seconds,
+                foreign_cores=load,
+                foretold=foretold[number],
             )
-        return Observation(
-            choice=tuple(map(int, choice)),
-            rows=tuple(rows),
-            dense=times["dense"].seconds,
-            network=times["network"].seconds,
-            foreign_cores=self._runtime.foreign_cores(),
-            foretold=foretold,
-        )
+            for number, choice in enumerate(choices)
+        ]
 
     def _note(self, note: str) -> None:
         self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, note)
@@ -326,21 +339,24 @@ class _Work:
         if len(errors) < CHOSEN_NETWORKS:
             return CHOSEN_NETWORKS - len(errors)
         good = np.median(errors[-CHOSEN_NETWORKS:]) <= FORETOLD
-        return 0 if good or len(errors) >= CHOSEN_NETWORKS + MORE_NETWORKS else 1
+        return 0 if good else max(0, CHOSEN_NETWORKS + MORE_NETWORKS - len(errors))
 
-    def _chosen(self, fit: Fit, sparse: np.ndarray) -> np.ndarray:
-        """(layers,) levels as a search chooses them: for some target, and errors as SPDY's search draws them."""
+    def _chosen(self, fit: Fit, sparse: np.ndarray, networks: int) -> np.ndarray:
+        """(networks, layers) levels as a search chooses them: for some target, errors as SPDY's search draws them."""
         rng = np.random.default_rng([self._seed, len(self.observations)])
         costs = self._costs(fit, sparse)
         fastest = costs.total(costs.fastest())
         slowest = costs.total(np.zeros(len(self._layers), np.int64))
         prior = np.square(np.arange(len(self._levels)) / (len(self._levels) - 1))
+        choices = []
         # Evenly in the speedup of the layers, so that targets of 1.5x and 3x are equally likely.
-        budget = slowest / rng.uniform(1.0, max(1.0, slowest / fastest))
-        try:
-            return solve(rng.random((len(self._layers), 1)) * prior, costs, max(budget, fastest))
-        except InfeasibleTarget:  # by rounding only
-            return costs.fastest()
+        for place in (rng.permutation(networks) + rng.random(networks)) / networks:
+            budget = slowest / (1 + place * max(0.0, slowest / fastest - 1))
+            try:
+                choices.append(solve(rng.random((len(self._layers), 1)) * prior, costs, max(budget, fastest)))
+            except InfeasibleTarget:  # by rounding only
+                choices.append(costs.fastest())
+        return np.array(choices)
 
     def _costs(self, fit: Fit, sparse: np.ndarray) -> Costs:
         return Costs(fit.seconds, fit.entry, self._before, ~sparse)

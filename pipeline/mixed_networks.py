@@ -16,7 +16,7 @@ from onnx_spdy.runtimes import zero_randomly
 
 NETWORKS = 24  # of random levels
 DENSE_EVERY = 8  # one of so many is the dense network
-DENSE_SHARE = 0.3  # of the layers, in networks that have dense ones
+FEW_DENSE, MANY_DENSE = 0.3, 0.6  # shares of the layers, in networks that have dense ones: low targets leave many
 MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
 
 
@@ -33,9 +33,9 @@ def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Ge
     middle = (len(levels) - 1) // 2 + 1
     highest = len(levels)
     ranges = [
-        (1, highest, DENSE_SHARE),
+        (1, highest, FEW_DENSE),
         (1, middle, 0.0),
-        (1, highest, DENSE_SHARE),
+        (1, highest, MANY_DENSE),
         (min(middle, highest - 1), highest, 0.0),
     ]
     for number, (lowest, end, dense_share) in enumerate(ranges):

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.loss import Loss
-from onnx_spdy.pipeline.network import Network, Objective
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.search_state import SearchState
-from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SearchProblem, SearchResult, Seen, search_named
+from onnx_spdy.pipeline.searches import CONTINUING, DEFAULT_SEARCH, SearchProblem, SearchResult, Seen, search_named
 from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
 
-SEARCH_SAMPLES = 128
+SEARCH_SAMPLES = 512
+AIM_SHARE = 8  # times the selection samples: how many images aiming anew may take
 SELECTION_SHARE = 0.75  # of the calibration samples, at most: the others are held out
 
 Progress = Callable[[float, int, int], None]  # (best loss so far, evaluations done, evaluations at least to come)
@@ -164,18 +167,28 @@ class ProfileSearch:
     def aim(self, profile: Profile, speedup: float) -> Profile:
         """The profile for another speedup by the table, for the same target, with what the search has learned.
 
-        Above the highest speedup that the table knows it is the profile for that one.
+        A search that goes on from what was scored before does so, briefly; otherwise it is the solution for the errors
+        that the profile is optimal for. Where the profile is fast enough and better than that, it stays. Above the
+        highest speedup that the table knows it is the profile for that one.
 
         Raises:
             InfeasibleTarget: the search has no profile that is as fast.
         """
         speedup = min(speedup, self._table.highest_speedup * (1 - 1e-6))  # the margin is for rounding
+        self._state.recall(self._score)
         problem = self._problem(speedup)
         if profile.errors is None:
             result = search_named(self._search)(problem)
         else:
             errors = np.array(profile.errors)
-            result = SearchResult(problem.solve(errors), errors)
+            candidates = [SearchResult(problem.solve(errors), errors)]
+            if self._search in CONTINUING and profile.ended == "finished":
+                short = replace(problem, learned=[errors], image_limit=AIM_SHARE * problem.stages[-1])
+                candidates.append(search_named(self._search)(short))
+            known = np.array([self._table.levels.index(level) for level in profile.levels.values()])
+            if problem.is_feasible(known):
+                candidates.append(SearchResult(known, errors))
+            result = min(candidates, key=lambda one: self._score(one.choice))
         counts = profile.evaluations, profile.images
         return self._profile(result, profile.target_speedup, speedup, profile.ended, counts)
 

@@ -49,6 +49,10 @@ class SearchState:
         self._began[key] = len(score.log)
         return self._seconds.get(key, 0.0)
 
+    def recall(self, score: ProfileLoss) -> None:
+        """Let `score` know everything that was ever scored."""
+        score.learn(self._log, len(self._log))
+
     def learned(self, speedup: float) -> list[np.ndarray]:
         """(layers, levels) errors that led to the best profiles for other speedups, found before this search began."""
         began = self._began[f"{speedup:g}"]

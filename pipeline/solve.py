@@ -11,9 +11,11 @@ never exceeds the budget by the table. `error_bounds` tells how far from the exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -175,20 +177,21 @@ def solve(errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int 
 
 
 def error_bounds(
-    errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int = 20 * BUCKETS
+    errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int = 100 * BUCKETS
 ) -> tuple[float, float]:
     """Least total error within the budget, from below and from above; the optimum of `solve` lies between.
 
     From below: with times rounded down to whole buckets every choice that fits still fits, so the optimum of those is
-    no worse than the exact one. From above: what `solve` finds with as many buckets.
+    no worse than the exact one. From above: what `solve` finds with a tenth of the buckets.
 
     Args:
         errors, costs, budget_seconds: see `solve`.
         buckets: the more, the closer the bounds are together, and the longer it takes.
     """
     rounded = _rounded(costs, budget_seconds, buckets, np.floor)
-    lower = float(_fill(np.asarray(errors, np.float64), costs, rounded, buckets)[-1][0, -1])
-    choice = solve(errors, costs, budget_seconds, buckets)
+    (last,) = deque(_rows(np.asarray(errors, np.float64), costs, rounded, buckets), maxlen=1)
+    lower = float(last[0, -1])
+    choice = solve(errors, costs, budget_seconds, max(1, buckets // 10))
     return lower, float(errors[np.arange(len(errors)), choice].sum())
 
 
@@ -198,7 +201,7 @@ def _solve_rounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int
     None when the rounding leaves no choice at all within the budget itself.
     """
     rounded = _rounded(costs, budget, buckets, np.ceil)
-    best = _fill(errors, costs, rounded, buckets + len(errors))
+    best = list(_rows(errors, costs, rounded, buckets + len(errors)))
     if np.isinf(best[-1][0, buckets]):
         return None
     values = best[-1][0, buckets:]  # falls with the capacity; each step is another choice
@@ -227,22 +230,35 @@ def _rounded(
     ]
 
 
-def _fill(errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], capacity: int) -> list[np.ndarray]:
-    """best[l][s, b]: least error of layers < l that end in state s with total cost <= b, for b in 0..capacity."""
+def _rows(errors: np.ndarray, costs: Costs, rounded: list[np.ndarray], capacity: int) -> Iterator[np.ndarray]:
+    """For l = 0, 1, ... best[s, b]: least error of layers < l that end in state s with total cost <= b <= capacity."""
     # Backtracking recomputes the same sums instead of storing the choices: two vectorised passes for each level
     # are all that the inner loop does.
-    best = [np.zeros((1, capacity + 1))]
+    useful = _undominated(errors, costs)
+    best = np.zeros((1, capacity + 1))
+    yield best
     scratch = np.empty(capacity + 1)
     for layer, step in enumerate(costs.steps):
         values = np.full((step.states, capacity + 1), np.inf)
-        for state, level in np.ndindex(step.following.shape):
+        for state, level in product(range(len(step.following)), np.flatnonzero(useful[layer])):
             reach = capacity + 1 - rounded[layer][state, level]
             if reach > 0:
-                candidate = np.add(best[-1][state, :reach], errors[layer, level], out=scratch[:reach])
+                candidate = np.add(best[state, :reach], errors[layer, level], out=scratch[:reach])
                 row = values[step.following[state, level], capacity + 1 - reach :]
                 np.minimum(row, candidate, out=row)
-        best.append(values)
-    return best
+        best = values
+        yield best
+
+
+def _undominated(errors: np.ndarray, costs: Costs) -> np.ndarray:
+    """(layers, levels) bool: no other level with the same kind of kernel is as good and as fast in every state."""
+    quantities = (errors, costs.seconds, costs.seconds + costs.entry)
+    differences = [values[:, :, None] - values[:, None, :] for values in quantities]  # (layers, other, level)
+    no_worse = np.logical_and.reduce([one <= 0 for one in differences])
+    levels = np.arange(errors.shape[1])
+    better = np.logical_or.reduce([one < 0 for one in differences]) | (levels[:, None] < levels)  # of equals the first
+    same_kind = costs.dense[:, :, None] == costs.dense[:, None, :]
+    return ~(no_worse & better & same_kind).any(axis=1)
 
 
 def _backtrack(

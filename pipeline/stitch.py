@@ -12,7 +12,8 @@ import torch
 from onnx_spdy.models import Suspended
 from onnx_spdy.pipeline.database import LayerDatabase
 from onnx_spdy.pipeline.level import DENSE, Level
-from onnx_spdy.pipeline.network import Network, Objective
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.objective import Objective
 
 WEIGHTS_BYTES = 512 << 20  # unpacked weights that are kept for the next profile
 PREFIX_BYTES = 256 << 20  # activations that are kept, so that a profile is only run from its first changed layer on

@@ -23,6 +23,7 @@ from .base import (
     RuntimeUnavailable,
     check_iterations,
 )
+from .deepsparse_graph import say_in_older_words
 from .deepsparse_log import fallback_reasons
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model, prepare_zeros
@@ -252,6 +253,7 @@ def _engine_copy(path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[s
     """The model as the worker gets it: ready for zeros, which are drawn there."""
     fixed = fix_model(path, batch, inputs)
     prepare_zeros(fixed.proto.graph, zeros)
+    say_in_older_words(fixed.proto)
     lower_versions(fixed.proto, opset=MAX_OPSET, ir_version=MAX_IR_VERSION, engine="deepsparse")
     return fixed
 

@@ -4,14 +4,15 @@
 
 The table is measured when the file isn't there yet; what the parts of its model buy is shown then, too: the same
 measurements are fitted without the terms of neighbouring layers, and without the networks' times as a whole. Then
-networks that the table has never seen are measured in turns with the dense one: random levels for each layer, drawn
-from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order, because a
-disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no prediction
-can be told from a better one.
+networks that the table has never seen are measured, some of them in turns with the dense one: random levels for each
+layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order,
+because a disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no
+prediction can be told from a better one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from onnx_spdy.tools.specs import load_network
 LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the highest level
 VISIT_SECONDS = 2.5
 RUNS_A_ROUND = 2
+GROUP = 10  # networks that are measured in turns
 UNSEEN = 1e3  # relative noise of a measurement that is to count for nothing
 
 
@@ -74,10 +76,12 @@ def bench(
                 if wrong := found.environment.mismatch(reference.environment):
                     raise ValueError(f"{table} was measured in another environment: {[*wrong]} differ; remove it")
                 visit = Visit(engine, path, reference, layers, levels, batch, threads)
-                order = [(n, v) for v in range(visits) for n in np.random.default_rng(seed + v).permutation(networks)]
-                for done, (number, time) in enumerate(order):
-                    measured[number, time] = visit(choices[number], seed + int(number))
-                    watch("networks", done + 1, len(order), "")
+                for time in range(visits):
+                    order = np.random.default_rng(seed + time).permutation(networks)
+                    for start in range(0, networks, GROUP):
+                        group = order[start : start + GROUP]
+                        measured[group, time] = visit(choices[group], [seed + int(number) for number in group])
+                        watch("networks", time * networks + start + len(group), visits * networks, "")
     relative = {
         "model": np.array([found.predict(choice) for choice in choices]) / found.dense_seconds,
         **parts.without(choices),
@@ -162,7 +166,7 @@ class PlainSum:
 
 
 class Visit:
-    """Measures a network in turns with the dense one."""
+    """Measures some networks in turns with the dense one."""
 
     def __init__(
         self,
@@ -177,20 +181,20 @@ class Visit:
         self._engine, self._path, self._reference, self._layers, self._levels = engine, path, reference, layers, levels
         self._arguments: dict[str, Any] = {"batch": batch, "threads": threads}
         dense = float(np.median(reference.seconds(5, warmup=3)))
-        self._rounds = max(5, round(VISIT_SECONDS / (2 * dense * (1 + RUNS_A_ROUND))))
+        self._rounds = max(5, round(VISIT_SECONDS / (dense * (1 + RUNS_A_ROUND))))
 
-    def __call__(self, choice: np.ndarray, seed: int) -> float:
-        """Seconds of the network / those of the dense one."""
-        chosen = zip(self._layers, choice, strict=True)
-        zeros = {layer.weight: self._levels[index].sparsity for layer, index in chosen if index}
-        with self._engine.open(self._path, **self._arguments, zeros=zeros, seed=seed) as network:
-            times = measure_interleaved(
-                {"dense": self._reference, "network": network},
-                rounds=self._rounds,
-                iterations=RUNS_A_ROUND,
-                warmup=2,
-            )
-        return median_ratio(times["network"].seconds, times["dense"].seconds)[0]
+    def __call__(self, choices: np.ndarray, seeds: list[int]) -> list[float]:
+        """(networks,) seconds of each network (networks, layers) / those of the dense one."""
+        with contextlib.ExitStack() as opened:
+            sessions = {"dense": self._reference}
+            for number, (choice, seed) in enumerate(zip(choices, seeds, strict=True)):
+                chosen = zip(self._layers, choice, strict=True)
+                zeros = {layer.weight: self._levels[index].sparsity for layer, index in chosen if index}
+                session = self._engine.open(self._path, **self._arguments, zeros=zeros, seed=seed)
+                sessions[str(number)] = opened.enter_context(session)
+            times = measure_interleaved(sessions, rounds=self._rounds, iterations=RUNS_A_ROUND, warmup=2)
+        dense = times.pop("dense").seconds
+        return [median_ratio(one.seconds, dense)[0] for one in times.values()]
 
 
 def report(

@@ -26,6 +26,7 @@ SEARCHES: dict[str, Search] = {
 }
 
 DEFAULT_SEARCH = "thompson"
+CONTINUING = frozenset({"thompson"})  # learn from profiles that were scored before, for whatever budget
 
 
 class UnknownSearch(ValueError):
@@ -44,6 +45,7 @@ def search_named(name: str) -> Search:
 
 
 __all__ = [
+    "CONTINUING",
     "DEFAULT_SEARCH",
     "SEARCHES",
     "Search",

@@ -39,9 +39,10 @@ def spdy(problem: SearchProblem) -> SearchResult:
         problem.progress(best_loss, evaluations, left)
         return better
 
-    widest = max(1, round(REDRAWN * problem.layer_count))
+    widest = _widest(problem.layer_count)
+    least = least_evaluations(problem.layer_count)
     for draw in range(DRAWS):
-        is_better(problem.rng.random(problem.layer_count), DRAWS - draw - 1 + widest * PATIENCE)
+        is_better(problem.rng.random(problem.layer_count), least - draw - 1)
         if problem.is_over():
             return SearchResult(best_choice, best_sensitivity[:, None] * prior)
     for width in range(widest, 0, -1):
@@ -53,3 +54,12 @@ def spdy(problem: SearchProblem) -> SearchResult:
             left = PATIENCE - failures - 1 + (width - 1) * PATIENCE
             failures = 0 if is_better(candidate, left) else failures + 1
     return SearchResult(best_choice, best_sensitivity[:, None] * prior)
+
+
+def least_evaluations(layers: int) -> int:
+    """How many profiles the search scores where no redraw ever helps."""
+    return DRAWS + _widest(layers) * PATIENCE
+
+
+def _widest(layers: int) -> int:
+    return max(1, round(REDRAWN * layers))

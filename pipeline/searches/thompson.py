@@ -27,10 +27,14 @@ SURVIVORS = 0.5  # the fraction of them that goes on to the next set of samples
 MARGIN = 0.2  # of the best loss, by which a candidate may be worse on few samples; falls to 0 on all of them
 PATIENCE = 8  # generations in a row that gain less than GAIN
 GAIN = 0.01  # of the loss
-REDRAWN = 0.3  # of the layers in one candidate
+REDRAWN = (0.05, 0.15, 0.4)  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
-LEAST_LOSS = 1e-9  # above the dense network's: less counts as this much
-DRAWS = 6  # for one candidate, as long as it repeats an earlier one
+LEAST_LOSS = 1e-9  # above the dense network's: less counts as nothing
+LEAST_FACTOR = 1e-2  # of the median layer's loss for its error: what one scored alone costs at least
+LARGEST_STAGE = 1 / 16  # of the image limit: to know few profiles well is worth less than to know many
+LEARNT_FROM = 1000  # profiles at most, the last ones: they are nearest to what is looked for
+DRAWS = 8  # for one candidate, as long as it repeats an earlier one,
+WIDER = 1.5  # each so many times wider than the one before
 
 
 Candidates = Mapping[tuple[int, ...], np.ndarray]  # choice -> the (layers, levels) errors that it is optimal for
@@ -42,16 +46,21 @@ def thompson(problem: SearchProblem) -> SearchResult:
     Without an image limit it ends when `PATIENCE` generations in a row gained nothing worth their cost; with one, when
     the images are used up. In both cases it ends when there is nothing new to propose.
     """
+    if problem.image_limit is not None:
+        affordable = LARGEST_STAGE * problem.image_limit
+        problem = replace(problem, stages=tuple(n for n in problem.stages if n <= affordable) or problem.stages[:1])
     race = _Race(problem)
-    additive = probed_errors(problem, race)
+    probed = probed_errors(problem, race)
+    # What a layer costs alone says as little as its error does of what it costs among others; together they say more.
+    additive = np.sqrt(problem.errors * probed)
     levels = len(problem.levels)
     quadratic = np.tile(np.square(np.arange(levels) / (levels - 1)), (problem.layer_count, 1))
-    seeds = [additive, np.sqrt(problem.errors * additive), quadratic, *problem.learned]
+    seeds = [additive, probed, quadratic, *problem.learned]
     race.run({_key(problem.solve(errors)): errors for errors in seeds})
-    idle = 0
+    pivot, idle = probed_levels(levels)[-1], 0
     while not race.is_over() and (idle < PATIENCE or problem.image_limit is not None):
         before = race.best_loss
-        candidates = _proposals(problem, race, additive, fit(additive, race.scored(), LEAST_LOSS))
+        candidates = _proposals(problem, race, additive, fit(additive, race.scored(), pivot))
         if not candidates:
             break
         race.run(candidates)
@@ -65,7 +74,7 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
     Levels between the probes go along with the database's error; with one probe in proportion to it.
     """
     levels = len(problem.levels)
-    probes = sorted({max(1, round(fraction * (levels - 1))) for fraction in PROBES})
+    probes = probed_levels(levels)
     samples = problem.stages[0]
     additive = problem.errors.copy()
     for layer in range(problem.layer_count):
@@ -75,11 +84,18 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
                 return problem.errors
             choice = np.zeros(problem.layer_count, np.int64)
             choice[layer] = level
-            scores.append(problem.loss(choice, samples) - race.dense_loss)
+            scores.append(problem.loss(choice, samples) - race.dense_loss(samples))
             race.tell()
         additive[layer] = _scaled(problem.errors[layer], probes, scores)
-    known = additive[:, probes]
-    return np.maximum(additive, 1e-4 * np.median(known[known > 0]) * problem.errors) if (known > 0).any() else additive
+    factors = additive[:, probes] / np.maximum(problem.errors[:, probes], 1e-12)
+    if not (factors > 0).any():
+        return problem.errors
+    return np.maximum(additive, LEAST_FACTOR * np.median(factors[factors > 0]) * problem.errors)
+
+
+def probed_levels(levels: int) -> list[int]:
+    """Indices of the levels at which each layer is scored alone."""
+    return sorted({max(1, round(fraction * (levels - 1))) for fraction in PROBES})
 
 
 def _scaled(errors: np.ndarray, probes: Sequence[int], scores: Sequence[float]) -> np.ndarray:
@@ -97,14 +113,15 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
     much as the posterior is unsure of, and that of the likeliest errors changed in the same way.
     """
     found: dict[tuple[int, ...], np.ndarray] = {}
-    likeliest = additive * np.exp(posterior.mean)[:, None]
+    known = posterior.likeliest()
+    likeliest = additive * np.exp(known)
     for number in range(CANDIDATES):
         base = race.best.errors if number % 2 and race.best.errors is not None else likeliest
-        for _ in range(DRAWS if number else 1):
-            change = posterior.draw(problem.rng, float(problem.rng.choice(WIDTHS))) - posterior.mean
-            redrawn = problem.rng.random(problem.layer_count) < REDRAWN
+        for draw in range(DRAWS if number else 1):
+            change = posterior.draw(problem.rng, WIDER**draw * float(problem.rng.choice(WIDTHS))) - known
+            redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
             redrawn[problem.rng.integers(problem.layer_count)] = True
-            errors = base * np.exp(change * redrawn * (number > 0))[:, None]
+            errors = base * np.exp(change * (redrawn * (number > 0))[:, None])
             choice = _key(problem.solve(errors / errors.max()))
             if choice not in race.scores and choice not in found:
                 found[choice] = errors / errors.max()
@@ -117,19 +134,24 @@ class _Race:
 
     Attributes:
         best, best_loss: the best profile so far, its loss on all samples.
-        dense_loss: loss of the dense network.
         scores: the choices that were scored, each on as many samples as it came to.
     """
 
     def __init__(self, problem: SearchProblem) -> None:
         self._problem = problem
         self._first_images, self._told = problem.images(), 0
-        self.best = SearchResult(problem.solve(problem.errors), problem.errors)
+        errors = problem.learned[-1] if problem.learned else problem.errors
+        self.best = SearchResult(problem.solve(errors), errors)
         self.best_loss = np.inf
         self.scores: dict[tuple[int, ...], Seen] = {}
         # Whatever happens next, there is a result with a loss.
         self.best_loss = self._score(_key(self.best.choice), problem.stages[-1])
-        self.dense_loss = problem.loss(np.zeros(problem.layer_count, np.int64), problem.stages[0])
+
+    def dense_loss(self, samples: int) -> float:
+        """Loss of the dense network; of most losses it is 0."""
+        dense = np.zeros(self._problem.layer_count, np.int64)
+        least = self._problem.loss(dense, self._problem.stages[0])
+        return least if abs(least) <= LEAST_LOSS else self._problem.loss(dense, samples)
 
     def is_over(self) -> bool:
         """Whether time, images or the user's patience are used up."""
@@ -159,7 +181,8 @@ class _Race:
     def scored(self) -> list[Seen]:
         """What the loss model can learn from: profiles of this and of other targets, losses above the dense one."""
         earlier = {one.choice: one for one in self._problem.seen if np.count_nonzero(one.choice) > 1}
-        return [replace(one, loss=one.loss - self.dense_loss) for one in (earlier | self.scores).values()]
+        known = [*(earlier | self.scores).values()][-LEARNT_FROM:]
+        return [replace(one, loss=one.loss - self.dense_loss(one.samples)) for one in known]
 
     def tell(self) -> None:
         """Report progress."""

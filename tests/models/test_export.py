@@ -158,3 +158,14 @@ def test_open_axes_of_nothing_are_refused(axes):
     inputs = {"ids": torch.randint(0, 20, (2, 7)), "mask": torch.ones(2, 7)}
     with pytest.raises(ModelError, match="open ax"):
         export_module(Masked(), inputs, axes)
+
+
+def test_one_tensor_given_for_two_arguments_stays_two_inputs() -> None:
+    class Difference(nn.Module):
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return one - other
+
+    example = torch.ones(2, 3)
+    model = export_module(Difference(), {"one": example, "other": example})
+    inputs = {name: np.full((4, 3), value, np.float32) for name, value in (("one", 3), ("other", 1))}
+    np.testing.assert_array_equal(ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0], 2)

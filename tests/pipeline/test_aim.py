@@ -103,3 +103,21 @@ def test_where_steps_are_coarse_the_next_one_is_taken() -> None:
     outcome = reach(2.0, resolve(1.9), resolve, realise)
     assert outcome.kept.validation.lower >= 2.0
     assert outcome.kept.profile.predicted_speedup == 2.2
+
+
+def test_a_jump_of_the_engine_is_bracketed() -> None:
+    """The engine is slower than the table below an aim of 2.2, and much faster above: scaling alone would never end."""
+    engine = Engine(1.0)
+    asked: list[float] = []
+
+    def resolve(aim: float) -> Profile:
+        asked.append(aim)
+        return profile(aim)
+
+    def realise(one: Profile) -> Validation:
+        engine.factor = 0.93 if one.aim_speedup < 2.06 else 0.95 if one.aim_speedup < 2.13 else 1.2
+        return engine.realise(one)
+
+    outcome = reach(2.0, profile(2.0), resolve, realise)
+    assert all(aim > 2.0 for aim in asked)  # 2.0 has missed: less isn't tried again
+    assert 2.0 <= outcome.kept.validation.lower <= 2.0 * (1 + OVERSHOOT)

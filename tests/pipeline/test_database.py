@@ -11,7 +11,8 @@ from onnx_spdy.pipeline.database import MemoryTooSmall, PrunerFailed, build_data
 from onnx_spdy.pipeline.deploy import level_violation
 from onnx_spdy.pipeline.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
-from onnx_spdy.pipeline.network import Network, Objective
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.pruners.obs import obs
 from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher

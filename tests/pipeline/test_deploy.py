@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from onnx_spdy.models import load_model, with_batch
-from onnx_spdy.pipeline.correct import LARGEST_SCALE, NotCorrected, StatisticsCorrection
+from onnx_spdy.pipeline.correct import LARGEST_SCALE, BatchCorrection, NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level_violation
 from onnx_spdy.pipeline.level import Level, levels_for
@@ -150,6 +150,35 @@ def test_a_network_that_fixes_its_batch_is_corrected_as_with_an_open_one(
     assert expected.keys() == found.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_is_corrected_by_its_own_statistics_as_if_the_weights_had_been(
+    model: onnx.ModelProto, samples: Samples, bias: bool
+) -> None:
+    import torch
+
+    if not bias:
+        model = onnx.ModelProto.FromString(model.SerializeToString())
+        del model.graph.node[0].input[2]
+        del model.graph.initializer[1]
+    network, batch = Network(model), samples.take(slice(0, 64))
+    within = BatchCorrection(network)
+    with torch.inference_mode():
+        with within.remember(0):
+            dense = network.run(batch)["output"]
+        correction = StatisticsCorrection(network, batch)
+        for layer in (one for one in network.layers if one.op != "Gemm"):  # a dense layer stays as it is
+            weight = network.dense(layer.weight)
+            network.set(layer.weight, weight * (weight.abs() > weight.abs().median()))
+        plain = network.run(batch)["output"]
+        with within.apply(0):
+            found = network.run(batch)["output"]
+        torch.testing.assert_close(network.run(batch)["output"], plain)
+        correction.apply([layer for layer in network.layers if not network.is_dense(layer.weight)])
+        expected = network.run(batch)["output"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert (found - dense).square().sum() < 0.9 * (plain - dense).square().sum()
 
 
 def test_too_few_samples_for_a_fixed_batch_are_not_corrected(model: onnx.ModelProto, samples: Samples) -> None:

@@ -194,7 +194,7 @@ def test_a_busy_machine_may_be_allowed_and_is_told(model: onnx.ModelProto) -> No
 class Dying(FakeRuntime):
     """Its process dies after some networks."""
 
-    left = 12
+    left = 20
 
     def layer_seconds(self, model: Path, **options: Any) -> list[LayerTime]:  # type: ignore[override]
         self.left -= 1

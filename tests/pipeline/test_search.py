@@ -9,19 +9,24 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_spdy.pipeline.correct import LEAST_SAMPLES
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import LayerDatabase, build_database
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.measure import measure_latency
-from onnx_spdy.pipeline.network import Network, Objective, growing_batches
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.objective import Objective, growing_batches
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import pruner_named
-from onnx_spdy.pipeline.search import ProfileSearch, split
+from onnx_spdy.pipeline.search import AIM_SHARE, ProfileSearch, split
+from onnx_spdy.pipeline.searches.thompson import probed_levels
+from onnx_spdy.pipeline.solve import solve
 from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
 from onnx_spdy.runtimes import open_runtime
 
 LEVELS = levels_for("unstructured")
+PROBED = probed_levels(len(LEVELS))[0]
 Finder = Callable[..., ProfileSearch]
 
 
@@ -118,7 +123,7 @@ def test_targets_of_one_search_share_what_it_scored(finder: Finder) -> None:
     """Each layer alone, for instance, is scored once for all targets."""
 
     def alone(one: ProfileSearch, first: int) -> int:
-        return sum(np.count_nonzero(score.choice) == 1 for score in one._score.log[first:])
+        return sum(sorted(score.choice) == [0, 0, 0, PROBED] for score in one._score.log[first:])
 
     together, fresh = finder(), finder()
     together.find(3.0)
@@ -156,8 +161,20 @@ def test_the_errors_of_a_profile_lead_to_faster_and_slower_ones(finder: Finder) 
     search = finder()
     profile = search.find(2.0)
     faster, slower = search.aim(profile, 2.2), search.aim(profile, 1.8)
-    assert faster.predicted_speedup >= 2.2 > profile.predicted_speedup >= 2.0 > slower.predicted_speedup >= 1.8
-    assert slower.loss < profile.loss < faster.loss
+    assert faster.predicted_speedup >= 2.2 > profile.predicted_speedup >= 2.0
+    assert profile.predicted_speedup >= slower.predicted_speedup >= 1.8
+    assert slower.loss <= profile.loss < faster.loss
+
+
+def test_aiming_anew_takes_few_images_and_finds_no_less_than_the_known_errors_do(
+    finder: Finder, table: LatencyTable
+) -> None:
+    search = finder()
+    profile, score = search.find(2.0), search._score
+    before = search.images
+    faster = search.aim(profile, 2.3)
+    assert search.images - before <= (AIM_SHARE + 1) * score.objective.stages[-1]
+    assert faster.loss <= score(solve(np.array(profile.errors), table.costs, table.budget(2.3)))
 
 
 def test_a_time_limit_ends_a_search_with_a_profile_that_says_so(finder: Finder) -> None:
@@ -197,7 +214,8 @@ def test_batches_grow_and_hold_every_sample() -> None:
     for count in (1, 31, 32, 33, 100, 128, 1000):
         sizes = growing_batches(count)
         assert sum(sizes) == count
-        assert max(sizes) <= 64
+        assert max(sizes) < 64 + LEAST_SAMPLES
+        assert min(sizes) >= min(count, LEAST_SAMPLES)  # fewer can't be corrected by their own statistics
 
 
 def test_a_profile_is_the_same_after_saving(finder: Finder, tmp_path: Path) -> None:

@@ -96,6 +96,21 @@ def test_an_image_limit_is_kept_and_more_images_find_no_less() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_dense_loss_that_differs_between_sample_sets_does_not_mislead() -> None:
+    """As cross-entropy has; KL to the dense outputs is 0 everywhere."""
+
+    class Labelled(Scripted):
+        def loss(self, choice: np.ndarray, samples: int | None = None) -> float:
+            return super().loss(choice, samples) + {32: 3.0, 64: 0.5, 128: 1.0}[samples or 128]
+
+    plain, labelled = Scripted(), Labelled()
+    losses = [
+        Scripted().loss(SEARCHES["thompson"](network.problem(0.4, image_limit=2000)).choice)
+        for network in (plain, labelled)
+    ]
+    assert losses[1] < 1.1 * losses[0]
+
+
 def test_profiles_that_were_scored_for_another_target_help() -> None:
     network = Scripted()
     SEARCHES["thompson"](network.problem(0.5))
@@ -107,18 +122,23 @@ def test_profiles_that_were_scored_for_another_target_help() -> None:
     assert warm < fresh.loss(SEARCHES["thompson"](fresh.problem(0.4, image_limit=400)).choice)
 
 
-def test_the_loss_model_learns_factors_from_whole_profiles() -> None:
+@pytest.mark.parametrize("bent", [False, True])
+def test_the_loss_model_learns_the_layers_from_whole_profiles(bent: bool) -> None:
     rng = np.random.default_rng(0)
-    additive = np.linspace(0, 1, 42) ** 2 * np.ones((LAYERS, 1))
-    factors = np.exp(rng.normal(0, 0.7, LAYERS))
-    profiles = rng.integers(1, 42, (120, LAYERS))
-    losses = (factors * additive[np.arange(LAYERS), profiles]).sum(axis=1) ** 1.1
-    posterior = fit(additive, [Seen(tuple(p), 128, loss) for p, loss in zip(profiles, losses, strict=True)], 1e-9)
-    found, truth = posterior.mean - posterior.mean.mean(), np.log(factors) - np.log(factors).mean()
-    assert np.abs(found - truth).max() < 0.25
-    assert np.corrcoef(found, truth)[0, 1] > 0.98
-    spread = np.std([posterior.draw(rng) for _ in range(200)], axis=0)
-    assert (spread < 0.5 * np.diag(fit(additive, [], 1e-9).root)).all()
+    additive = (np.arange(42) / 41) ** 2 * np.ones((LAYERS, 1))
+    factors = np.exp(rng.normal(0, 0.7, (LAYERS, 1)))
+    bends = 1 + rng.normal(0, 0.2, (LAYERS, 1)) if bent else 1.0
+    truth = factors * additive[:, [20]] * (additive / additive[:, [20]]) ** bends
+    profiles = rng.integers(1, 42, (200, LAYERS))
+    losses = truth[np.arange(LAYERS), profiles].sum(axis=1) ** 1.1
+    seen = [Seen(tuple(p), 128, loss) for p, loss in zip(profiles.tolist(), losses, strict=True)]
+    posterior = fit(additive, seen, pivot=20)
+    found, wanted = posterior.likeliest()[:, 10:], np.log(truth[:, 10:] / additive[:, 10:])
+    difference = (found - found.mean()) - (wanted - wanted.mean())
+    assert np.abs(difference).max() < 0.25
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.98
+    spreads = [np.std([one.draw(rng) for _ in range(100)], axis=0) for one in (posterior, fit(additive, [], 20))]
+    assert (spreads[0][:, 10:] < 0.5 * spreads[1][:, 10:]).all()
 
 
 def test_erk_prunes_large_layers_more() -> None:

@@ -1,0 +1,119 @@
+"""The objective: the calibration loss of a compressed network, as it will be once its statistics are corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from onnx_spdy.models import Suspended, fixed_batch
+from onnx_spdy.pipeline.correct import LEAST_SAMPLES, BatchCorrection
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
+from onnx_spdy.pipeline.network import BATCH_SIZE, Keep, Network
+from onnx_spdy.pipeline.padding import Padding
+
+LARGEST_BATCH = 64
+
+
+class Objective:
+    """The calibration loss of the network with the weights that it has now.
+
+    Args:
+        network: with its dense weights; their outputs are the reference.
+        samples: on which the loss is computed.
+        loss: a name of LOSSES, a function of your own, or None for the one that fits the outputs.
+    Attributes:
+        name: of the loss.
+        batches: the samples in batches; the first few make a small set of samples, more of them a larger one.
+        stages: numbers of samples, each about twice the one before, up to all; each is a whole number of batches.
+
+    Each batch is corrected by its own statistics while it runs (see `BatchCorrection`), unless it is too small: what is
+    deployed will be corrected, too, and profiles that are good without it aren't those that are good with it.
+
+    On CPUs with bfloat16 instructions both networks run in bfloat16, which takes half the time; the loss itself
+    is computed in float32.
+    """
+
+    def __init__(self, network: Network, samples: Samples, loss: str | Loss | None = None) -> None:
+        self.network = network
+        self._bfloat16 = network.bfloat16
+        fixed = fixed_batch(network.model)
+        sizes = growing_batches(len(samples)) if fixed is None else [fixed] * max(1, len(samples) // fixed)
+        ends = np.cumsum(sizes)
+        self.batches = [samples.take(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+        self.stages = stages(np.minimum(ends, len(samples)).tolist())
+        network.reset()
+        self._correction = BatchCorrection(network, [Padding(batch.inputs) for batch in self.batches])
+        self._reference: list[dict[str, torch.Tensor]] = []
+        for number, batch in enumerate(self.batches):
+            with self._correction.remember(number):
+                self._reference.append(self._outputs(batch))
+        if loss is None:
+            loss = default_loss(self._reference[0])
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise LossError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")
+        self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "custom")
+        self._loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.of_batch(0)  # refuses a loss that doesn't fit before any work is done
+
+    def __call__(self) -> float:
+        """Mean loss over all samples.
+
+        Raises:
+            LossError: the loss is not a finite number.
+        """
+        return self.mean([self.of_batch(number) for number in range(len(self.batches))])
+
+    def mean(self, losses: Sequence[float]) -> float:
+        """Mean loss over the samples of the first batches, from the loss of each."""
+        sizes = [len(batch) for batch in self.batches[: len(losses)]]
+        return float(np.dot(losses, sizes) / sum(sizes))
+
+    def of_batch(
+        self, number: int, start: Suspended | None = None, keep: Keep | None = None, keep_before: Sequence[int] = ()
+    ) -> float:
+        """Mean loss over one batch; for the other arguments see `TorchGraph.run`.
+
+        Raises:
+            LossError: the loss is not a finite number.
+        """
+        batch = self.batches[number]
+        target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
+        with self._correction.apply(number) if len(batch) >= LEAST_SAMPLES else nullcontext():
+            outputs = self._outputs(batch, start, keep, keep_before)
+        loss = float(self._loss(outputs, self._reference[number], target))
+        if not np.isfinite(loss):
+            raise LossError(f"loss {self.name!r} is {loss} on the calibration data; check the network and the loss")
+        return loss
+
+    def _outputs(
+        self, batch: Samples, start: Suspended | None = None, keep: Keep | None = None, keep_before: Sequence[int] = ()
+    ) -> dict[str, torch.Tensor]:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            outputs = self.network.run(batch, start, keep, keep_before)
+        return {name: v.float() if v.is_floating_point() else v for name, v in outputs.items()}
+
+
+def growing_batches(count: int) -> list[int]:
+    """Sizes of batches whose running sum meets BATCH_SIZE, twice that, four times that, ... and ends at `count`."""
+    sizes: list[int] = []
+    while (left := count - sum(sizes)) > 0:
+        size = max(BATCH_SIZE, min(sum(sizes), LARGEST_BATCH))
+        sizes.append(size if left - size >= LEAST_SAMPLES else left)
+    return sizes
+
+
+def stages(ends: Sequence[int]) -> tuple[int, ...]:
+    """Of these running sums the first from BATCH_SIZE on, each next one at least twice as large, and the last.
+
+    >>> stages([32, 64, 128, 192, 256, 300])
+    (32, 64, 128, 256, 300)
+    """
+    found: list[int] = []
+    for end in ends:
+        if end >= (2 * found[-1] if found else BATCH_SIZE):
+            found.append(end)
+    return (*found, ends[-1]) if not found or found[-1] != ends[-1] else tuple(found)
