@@ -41,7 +41,10 @@ NOT_WRITTEN_BACK = {
     "Whisper": "its head is the embedding",
     "SpeechGru": "its weights are unrolled",
     "Siamese": "each branch has its own copy of the weights, with the BatchNormalization folded into it",
-    "T5": "the graph holds slices of the cross attention's one matrix; `write_module` knows whole parameters",
+    **dict.fromkeys(
+        ("Detr", "T5"),
+        "the graph holds slices of the cross attention's one matrix; `write_module` knows whole parameters",
+    ),
 }
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest absolute output
 
