@@ -65,8 +65,8 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
         if home.scale is not None:
             values = values / home.scale.reshape(-1, *[1] * (values.dim() - 1))
         updates[home.name] = values
-    convolutions = [node for node in dense.graph.node if node.op_type == "Conv" and len(node.input) > 2]
-    layers = {node.input[2]: node.input[1] for node in convolutions}
+    biased = [node for node in dense.graph.node if node.op_type in ("Conv", "Gemm") and len(node.input) > 2]
+    layers = {node.input[2]: node.input[1] for node in biased}
     for name in biases:
         target, difference = _home_of_bias(name, new[name] - old[name], layers, homes, module)
         updates[target] = parameters[target].detach().cpu() + difference

@@ -10,7 +10,7 @@ import torch
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.network import Network, has_bfloat16
+from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
 
 CACHE_BYTES = 1 << 30
@@ -28,7 +28,7 @@ class Capture:
         self._network = network
         self._found: dict[str, torch.Tensor] = {}
         self._hooks = [network.graph.node(layer.name).register_forward_hook(self._keeper(layer)) for layer in layers]
-        self._bfloat16 = has_bfloat16()
+        self._bfloat16 = network.bfloat16
 
     def __enter__(self) -> Capture:
         return self

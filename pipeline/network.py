@@ -25,6 +25,8 @@ class Network:
         graph: the TorchGraph whose weights the stages exchange.
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
+        bfloat16: whether it runs faster in bfloat16 here, and may: one that is stored in half precision mixes types
+            as it does on purpose.
         edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
     """
 
@@ -42,6 +44,7 @@ class Network:
                 "; ".join(f"{layer.name}: {layer.skip}" for layer in self.skipped[:3]) or "no Conv, Gemm or MatMul"
             )
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
+        self.bfloat16 = has_bfloat16() and not any(p.dtype.itemsize == 2 for p in self.graph.parameters())
         self.sha256 = model_sha256(model)
         self.edits = 0
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())

@@ -12,7 +12,7 @@ from onnx_spdy.models import Suspended, fixed_batch
 from onnx_spdy.pipeline.correct import LEAST_SAMPLES, BatchCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
-from onnx_spdy.pipeline.network import BATCH_SIZE, Keep, Network, has_bfloat16
+from onnx_spdy.pipeline.network import BATCH_SIZE, Keep, Network
 from onnx_spdy.pipeline.padding import Padding
 
 LARGEST_BATCH = 64
@@ -39,7 +39,7 @@ class Objective:
 
     def __init__(self, network: Network, samples: Samples, loss: str | Loss | None = None) -> None:
         self.network = network
-        self._bfloat16 = has_bfloat16()
+        self._bfloat16 = network.bfloat16
         fixed = fixed_batch(network.model)
         sizes = growing_batches(len(samples)) if fixed is None else [fixed] * max(1, len(samples) // fixed)
         ends = np.cumsum(sizes)

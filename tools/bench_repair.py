@@ -23,7 +23,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.hessian import collect_hessians
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.metric import Metric
-from onnx_spdy.pipeline.network import Network, has_bfloat16
+from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.repair import RATE, repair
 from onnx_spdy.tools.expected import run_command
@@ -98,7 +98,7 @@ def steps(
 
 def evaluated(network: Network, samples: Samples, metric: Metric) -> float:
     """The metric of the network with the weights that it has now."""
-    parts = [outputs for _, outputs in network.outputs(samples, bfloat16=has_bfloat16())]
+    parts = [outputs for _, outputs in network.outputs(samples, bfloat16=network.bfloat16)]
     outputs = {name: np.concatenate([part[name].float().numpy() for part in parts]) for name in parts[0]}
     return metric(outputs, samples.target)
 

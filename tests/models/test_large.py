@@ -1,7 +1,11 @@
-"""A network over 2 GiB, which no single protobuf message holds: its weights are in a second file."""
+"""A network over 2 GiB, which no single protobuf message holds: its weights are in a second file.
+
+The real one takes 8 GiB of memory and 5 GiB of disk, and is run where LARGE=1 is set.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +93,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("LARGE" not in os.environ, reason="takes 8 GiB of memory and 5 GiB of disk; set LARGE=1 to run it")
 def test_a_network_over_2_gib_goes_from_file_to_pruned_file(tmp_path):
     path = large_network(tmp_path)
     done = subprocess.run([sys.executable, "-c", WHOLE_PATH, str(path)], capture_output=True, text=True)

@@ -140,7 +140,8 @@ WRONG: dict[str, bytes] = {
         one.__name__: changed(one)
         for one in (
             cycle, output_twice, value_from_nowhere, name_missing, weight_twice, input_twice, huge_weight,
-            overflowing_weight, more_than_it_claims, huge_input, overflowing_input, no_weights, nan_weight, huge_pads, large_pads, no_stride,
+            overflowing_weight, more_than_it_claims, huge_input,
+            overflowing_input, no_weights, nan_weight, huge_pads, large_pads, no_stride,
             negative_kernel, unknown_operator, no_outputs, newer_than_known,
         )
     },
