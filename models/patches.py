@@ -25,56 +25,67 @@ class InputPatches:
     Args:
         model: the model that the layer is from.
         layer: a prunable layer.
+    Attributes:
+        kernel: () for a layer that is no convolution. channels: of the input. strides, dilations: for each axis.
     """
 
     def __init__(self, model: onnx.ModelProto, layer: Layer) -> None:
         names = node_names(model.graph)
         node = model.graph.node[names.index(layer.name)]
         attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        self._kernel = layer.shape[2:] if layer.op == "Conv" else ()
-        self._channels = layer.shape[1]
-        rank = len(self._kernel)
-        self._strides: Sequence[int] = attributes.get("strides", [1] * rank)
-        self._dilations: Sequence[int] = attributes.get("dilations", [1] * rank)
+        self.kernel = layer.shape[2:] if layer.op == "Conv" else ()
+        self.channels = layer.shape[1]
+        rank = len(self.kernel)
+        self.strides: Sequence[int] = attributes.get("strides", [1] * rank)
+        self.dilations: Sequence[int] = attributes.get("dilations", [1] * rank)
         self._pads: Sequence[int] = attributes.get("pads", [0] * (2 * rank))
         self._auto_pad: str = attributes.get("auto_pad", b"NOTSET").decode()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(n, prod(kernel) * in) patches of the layer's input x."""
-        if not self._kernel:
+        if not self.kernel:
             return x.reshape(-1, x.shape[-1])
-        spans = [(k - 1) * d + 1 for k, d in zip(self._kernel, self._dilations, strict=True)]
-        padded = self._padded(x, spans).movedim(1, -1)  # (samples, *sizes, in)
-        if prod(self._kernel) == 1:
-            return padded[(slice(None), *(slice(None, None, step) for step in self._strides))].flatten(0, -2)
-        sizes = [(n - s) // stride + 1 for n, s, stride in zip(padded.shape[1:-1], spans, self._strides, strict=True)]
-        unfolded = x.new_empty(x.shape[0], *sizes, prod(self._kernel), self._channels)
-        for number, offset in enumerate(itertools.product(*map(range, self._kernel))):
+        spans = self.spans
+        padded = _padded(x, *self.pads(x.shape[2:])).movedim(1, -1)  # (samples, *sizes, in)
+        if prod(self.kernel) == 1:
+            return padded[(slice(None), *(slice(None, None, step) for step in self.strides))].flatten(0, -2)
+        sizes = [(n - s) // stride + 1 for n, s, stride in zip(padded.shape[1:-1], spans, self.strides, strict=True)]
+        unfolded = x.new_empty(x.shape[0], *sizes, prod(self.kernel), self.channels)
+        for number, offset in enumerate(itertools.product(*map(range, self.kernel))):
             window = [
                 slice(o * d, o * d + (n - 1) * stride + 1, stride)
-                for o, d, n, stride in zip(offset, self._dilations, sizes, self._strides, strict=True)
+                for o, d, n, stride in zip(offset, self.dilations, sizes, self.strides, strict=True)
             ]
             unfolded[..., number, :] = padded[(slice(None), *window)]
-        return unfolded.view(-1, prod(self._kernel) * self._channels)
+        return unfolded.view(-1, prod(self.kernel) * self.channels)
 
     def canonical(self, matrix: torch.Tensor) -> torch.Tensor:
         """(d, d) over patches -> (d, d) over `weight.flatten(1)`, that is (in, *kernel)."""
-        positions = prod(self._kernel)
+        positions = prod(self.kernel)
         if positions == 1:
             return matrix
-        order = torch.arange(len(matrix)).view(positions, self._channels).T.flatten()
+        order = torch.arange(len(matrix)).view(positions, self.channels).T.flatten()
         return matrix[order][:, order]
 
-    def _padded(self, x: torch.Tensor, spans: Sequence[int]) -> torch.Tensor:
-        begin, end = self._pads[: len(spans)], self._pads[len(spans) :]
+    @property
+    def spans(self) -> list[int]:
+        """How many input positions a patch reaches over, for each axis."""
+        return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+
+    def pads(self, sizes: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """Padding at the begin and at the end of each axis of an input of these sizes."""
         if self._auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            begin, end = _same_pads(x.shape[2:], spans, self._strides, lower=self._auto_pad == "SAME_LOWER")
-        elif self._auto_pad == "VALID":
-            begin, end = [0] * len(spans), [0] * len(spans)
-        if not any((*begin, *end)):
-            return x
-        # torch counts from the last axis backwards, as (begin, end) pairs
-        return functional.pad(x, [pad for pair in zip(begin[::-1], end[::-1], strict=True) for pad in pair])
+            return _same_pads(sizes, self.spans, self.strides, lower=self._auto_pad == "SAME_LOWER")
+        if self._auto_pad == "VALID":
+            return [0] * len(sizes), [0] * len(sizes)
+        return self._pads[: len(sizes)], self._pads[len(sizes) :]
+
+
+def _padded(x: torch.Tensor, begin: Sequence[int], end: Sequence[int]) -> torch.Tensor:
+    if not any((*begin, *end)):
+        return x
+    # torch counts from the last axis backwards, as (begin, end) pairs
+    return functional.pad(x, [pad for pair in zip(begin[::-1], end[::-1], strict=True) for pad in pair])
 
 
 def _same_pads(

@@ -200,12 +200,13 @@ def _build_layer(
 ) -> dict[str, Any]:
     dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
     dense_power = squared_error(dense.flatten(1).double(), hessian)
+    single = hessian.float()
     errors = [0.0]
     tensors: dict[str, torch.Tensor] = {}
     for level, weight in zip(levels[1:], pruner(dense, hessian, levels[1:]), strict=True):
         _check(layer, level, weight)
         change = (weight - dense).flatten(1)
-        errors.append(squared_error(change, hessian.float()) / dense_power if dense_power > 0 else 0.0)
+        errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
         tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
     name = f"{number:04d}.safetensors"  # node names may hold anything, also path separators
     with replacing(folder / name) as temporary:

@@ -18,8 +18,7 @@ from onnx_spdy.models import InputPatches, Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
-
-PATCH_BYTES = 64 << 20  # of patches in memory at once
+from onnx_spdy.pipeline.patch_products import Part, PatchProducts
 
 
 def hessian_bytes(layer: Layer) -> int:
@@ -35,8 +34,9 @@ def collect_hessians(
 ) -> dict[str, torch.Tensor]:
     """The Hessian of each layer on the network's current weights, all from one pass.
 
-    Memory: `hessian_bytes` summed over the layers, and twice `PATCH_BYTES`: patches are copied out a few samples at a
-    time and never kept. Layers may be on any device: products are taken there, the long sum is kept on the CPU.
+    Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches are
+    copied out a few samples at a time and never kept. Layers may be on any device: products are taken there, the long
+    sum is kept on the CPU.
 
     A layer whose weight several nodes multiply by has the mean over what all of them see.
 
@@ -79,12 +79,10 @@ class _Sum:
     FLUSH = 8  # products added in float32 before they go to the float64 sum, which costs several times as much
 
     def __init__(self, network: Network, layer: Layer) -> None:
-        size = int(np.prod(layer.shape[1:]))
-        self._total = torch.zeros(size, size, dtype=torch.float64)
-        self._recent: torch.Tensor | None = None
-        self._products = self._count = 0
-        self._patches = InputPatches(network.model, layer)
-        self._size = size
+        self._products = PatchProducts(InputPatches(network.model, layer))
+        self._total: dict[Part, torch.Tensor] = {}
+        self._recent: dict[Part, torch.Tensor] = {}
+        self._calls = self._count = 0
         self._has_positions = layer.op != "Conv"  # before its channels
         self.padding = Padding({})  # of the batch that runs
 
@@ -92,39 +90,25 @@ class _Sum:
         values = inputs[0].float()
         if self._has_positions:
             values = self.padding.real_rows(values)
-        if values.ndim < 3:  # a plain linear layer: no patches to unfold
-            self._add(self._patches(values))
-            return
-        bytes_each = max(1, 4 * self._size * values[0].numel() // max(1, values.shape[1]))
-        chunk = max(1, PATCH_BYTES // bytes_each)
-        for start in range(0, len(values), chunk):
-            self._add(self._patches(values[start : start + chunk]))
-
-    def _add(self, patches: torch.Tensor) -> None:
-        """patches: (n, d)."""
-        product = gram(patches)
-        self._recent = product if self._recent is None else self._recent.add_(product)
-        self._count += len(patches)
-        self._products += 1
-        if self._products % self.FLUSH == 0:
+        self._count += self._products.count(values)
+        self._calls += 1
+        for part, product in self._products(values):
+            self._recent[part] = self._recent[part].add_(product) if part in self._recent else product
+        if self._calls % self.FLUSH == 0:
             self._flush()
 
     def _flush(self) -> None:
-        if self._recent is not None:
-            self._total += self._recent.cpu()
-            self._recent = None
+        for part, recent in self._recent.items():
+            if part in self._total:
+                self._total[part] += recent.cpu()
+            else:
+                self._total[part] = recent.cpu().double()
+        self._recent = {}
 
     def mean(self) -> torch.Tensor:
-        self._flush()
-        return self._patches.canonical(self._total) / max(1, self._count)
-
-
-def gram(matrix: torch.Tensor) -> torch.Tensor:
-    """matrix.T @ matrix, (n, d) -> (d, d). NumPy's BLAS sees the symmetry and does half the work; torch doesn't."""
-    if matrix.device.type != "cpu":
-        return matrix.T @ matrix
-    array = matrix.contiguous().numpy()
-    return torch.from_numpy(array.T @ array)
+        with torch.inference_mode():  # as the sums were made
+            self._flush()
+        return self._products.matrix(self._total).div_(max(1, self._count))
 
 
 def squared_error(change: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ Layer-wise pruning reconstructs each layer alone, on inputs that the dense netwo
 pruned layers are trained together, masks fixed, on what the pruned network really sees: the mean over layers of the
 relative squared error of each layer's output against the dense network's. No labels, a thousand samples, minutes.
 A part of the samples is held out, and the state that does best there is kept, so few samples don't overfit and the
-result is never worse there than the start.
+result is never worse there than the start; an epoch that makes nothing better is taken back and the rate lowered.
 
 Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.3 (global AdaPrune).
 """
@@ -98,7 +98,7 @@ def repair(
             checkpoint.unlink(missing_ok=True)
     training = Trainer(
         network, names, samples, DenseOutputs(network, samples, layers), _layer_errors, FixedMasks(network, layers),
-        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed,
+        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
         time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
     ).run()  # fmt: skip
     if training.interrupted:  # the stages after it would run on

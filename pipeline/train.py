@@ -29,6 +29,8 @@ BATCH = 32
 LARGEST_HELD_OUT = 256
 WARM_UP = 0.05  # of all steps
 SMALLEST_BIAS = 1e-3
+RETREAT = 0.3  # of the rate is left after an epoch that made nothing better
+SMALLEST_RATE = 1e-3  # of the rate that was given: where that doesn't help either, training ends
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _State:
     epoch: int = 0
     step: int = 0
     elapsed_seconds: float = 0.0
+    slower: float = 1.0  # what retreats have left of the rate
     before: float = math.inf
     best: float = math.inf
     best_epoch: int = 0
@@ -108,6 +111,8 @@ class Trainer:
         rate: Adam's step, relative to the root mean square of each tensor: the same for networks of any scale.
         batch: samples in a step.
         seed: of the split and the order of samples.
+        retreat: after an epoch that made nothing better on the held-out samples go back to the best state and on from
+            there at `RETREAT` of the rate; so the rate fits the network, whatever it began with.
         time_limit_seconds: learning rate and pruning then follow the clock where it is ahead of the steps.
         checkpoint: written after each epoch; the training goes on from it where there is one.
         progress: called with (steps done, steps, note).
@@ -127,6 +132,7 @@ class Trainer:
         rate: float,
         batch: int = BATCH,
         seed: int = 0,
+        retreat: bool = False,
         time_limit_seconds: float | None = None,
         checkpoint: Checkpoint | None = None,
         progress: Callable[[int, int, str], None] | None = None,
@@ -135,6 +141,7 @@ class Trainer:
         self.criterion, self.pruning = criterion, pruning
         self.parameters = {name: network.parameter(name) for name in names}
         self.layers, self.epochs, self.batch, self.seed = layers, epochs, batch, seed
+        self.retreat = retreat
         self.limit, self.checkpoint = time_limit_seconds, checkpoint
         self.progress = progress or (lambda done, total, note: None)
         self.train_index, self.held_index = split(samples, seed)
@@ -183,6 +190,8 @@ class Trainer:
             loss = self._held_out_loss(capture)
             if self.pruning.finished and loss < state.best:
                 self._remember(loss)
+            elif self.retreat and self.pruning.finished and math.isfinite(loss):
+                self._retreat()
             state.stopped = self._why_stop() if math.isfinite(loss) else self._diverged(loss)
             self._save()
 
@@ -201,7 +210,7 @@ class Trainer:
     def _step(self, capture: Capture, index: np.ndarray, fraction: float) -> None:
         schedule = min(1.0, fraction / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fraction))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * schedule
+            group["lr"] = rate * self.state.slower * schedule
         self.optimizer.zero_grad()
         used = len(index) - len(index) % self.network.batch_size(len(index))
         for part, outputs, dense, target in self._parts(capture, index):
@@ -243,6 +252,8 @@ class Trainer:
             return f"the time limit ended it in epoch {state.epoch}"
         if state.epoch >= self.epochs:
             return f"all {state.epoch} epochs done, the state of epoch {state.best_epoch} kept"
+        if state.slower < SMALLEST_RATE:
+            return f"no smaller rate made it better after epoch {state.best_epoch}"
         return ""
 
     def _diverged(self, loss: float) -> str:
@@ -254,6 +265,12 @@ class Trainer:
     def _remember(self, loss: float) -> None:
         self.state.best, self.state.best_epoch = loss, self.state.epoch
         self.state.best_values = {name: values.detach().clone() for name, values in self.parameters.items()}
+
+    def _retreat(self) -> None:
+        self.state.slower *= RETREAT
+        self._finish()
+        for moments in self.optimizer.state.values():
+            moments["exp_avg"].zero_()  # it points to where it got worse
 
     def _finish(self) -> None:
         for name, values in self.state.best_values.items():
@@ -274,7 +291,7 @@ class Trainer:
     def _load(self) -> None:
         assert self.checkpoint is not None
         tensors, header = self.checkpoint.read()
-        for key in ("epoch", "step", "elapsed_seconds", "before", "best_epoch", "stopped"):
+        for key in ("epoch", "step", "elapsed_seconds", "slower", "before", "best_epoch", "stopped"):
             setattr(self.state, key, header[key])
         self.state.best = math.inf if header["best"] is None else header["best"]
         self.state.best_values = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}

@@ -4,9 +4,14 @@ In each row, again and again: remove the unit (a weight; for block4 a run of 4 i
 squared output error least after all other weights have been adapted, w_G^T ([H^-1]_GG)^-1 w_G, and adapt them. One
 trace of a row holds all its levels.
 
-A panel of `PANEL` removals is found first, on few columns, and then applied to the inverse in one matrix product; what
-is removed is cut out of the inverse now and then. With `candidates` a panel is found among the so many units that are
-cheapest at its start, which is nearly always the same and much faster; without, among all.
+The inverse of H on what a row has left is H^-1 - V^T V with a row of V for each weight that is gone (the Cholesky
+factor of H^-1 in the order of removal). Only V is kept, on the columns that are left, and columns of the inverse are
+computed when they are needed: d^3 / 3 multiplications for a whole trace, half of what updates of the inverse take, a
+quarter of the memory, and H^-1 is shared by all rows.
+
+With `panels` up to `PANEL` removals are found at a time, among the cheapest `CANDIDATES` times as many units at the
+panel's start: nearly always the same and much faster. The last `TAIL` units of a row are one panel with all of them
+as candidates, which is exact. Without panels every removal is found among all units.
 
 Source: Frantar & Alistarh, OBC (NeurIPS 2022), Algorithms 1 and 2 and section 4.2 (N:M, blocks).
 """
@@ -20,8 +25,12 @@ import torch
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.pruners.quadratic import solve_nested
 
-PANEL = 64  # removals that are applied to the inverse together
-STATE_BYTES = 768 << 20  # of the rows that are worked on together, or one row's inverse where that is larger
+PANEL = 64  # removals that are found together
+PANEL_PART = 12  # and at most one in so many of what is left: the last removals matter most
+CANDIDATES = 2
+TAIL = 256
+CUT = 10  # columns that are gone are cut out of V when they are a part of so many
+STATE_BYTES = 768 << 20  # of the rows that are worked on together, or one row's V where that is larger
 
 
 class Units:
@@ -53,7 +62,7 @@ class Units:
 
 
 def eliminate(
-    dense: torch.Tensor, inverse: torch.Tensor, units: Units, candidates: int | None = None
+    dense: torch.Tensor, inverse: torch.Tensor, units: Units, *, panels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The greedy traces of all rows.
 
@@ -61,7 +70,7 @@ def eliminate(
         dense: (out, d).
         inverse: (d, d), H^-1, in the precision of the computation.
         units: what is removed at a time.
-        candidates: among how many of the cheapest units a panel is found; None for all.
+        panels: find removals in panels, or each among all units.
     Returns:
         order (out, steps) of units, first removed first; losses (out, steps), rise of the squared error by each.
     """
@@ -71,90 +80,189 @@ def eliminate(
     matrix.masked_fill_(missing.unsqueeze(1) | missing, 0.0)
     matrix.diagonal().add_(missing.to(matrix.dtype))
     weight = dense[:, columns].masked_fill_(missing, 0.0).view(len(dense), *units.columns.shape)
-    at_once = max(1, STATE_BYTES // (2 * matrix.element_size() * matrix.numel()))
     if units.steps == 0:
         return torch.zeros(len(dense), 0, dtype=torch.long), dense.new_zeros(len(dense), 0)
-    parts = [_trace(rows, matrix, units, candidates) for rows in weight.split(at_once)]
+    at_once = max(1, STATE_BYTES // (matrix.element_size() * _room(units)))
+    alike = -(-len(weight) // -(-len(weight) // at_once))  # as many rows in each part
+    parts = [_trace(_Rows(rows, matrix, units), units, panels) for rows in weight.split(alike)]
     return torch.cat([order for order, _ in parts]), torch.cat([losses for _, losses in parts])
 
 
-def _trace(
-    weight: torch.Tensor, matrix: torch.Tensor, units: Units, candidates: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eliminate` for some rows; weight (rows, units, size) and matrix (units * size, units * size)."""
-    rows, size = len(weight), weight.shape[2]
-    row = torch.arange(rows)[:, None]
-    inverse = matrix.expand(rows, -1, -1).clone()
-    left = torch.arange(len(units.columns)).expand(rows, -1)  # which unit is where
-    gone = torch.zeros(rows, len(units.columns), dtype=torch.bool)
-    quota = None if units.quota is None else units.quota.expand(rows, -1).clone()
-    order, losses = [], []
-    done = 0
+def _trace(rows: _Rows, units: Units, panels: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`eliminate` for some rows."""
+    order, losses, done = [], [], 0
     while done < units.steps:
-        barred = gone if quota is None else gone | (quota.gather(1, units.group[left]) == 0)  # type: ignore[index]
-        costs = _cost(weight, _blocks(inverse, size)).masked_fill_(barred, torch.inf)
-        count = min(units.steps - done, PANEL)
-        width = costs.shape[1] if candidates is None else min(candidates, costs.shape[1])
-        chosen = costs.topk(width, largest=False).indices if width < costs.shape[1] else None  # (rows, width)
-        panel = _Panel(weight, inverse, left, barred, quota, units, chosen)
-        while len(panel.order) < count and panel.step():
-            pass
-        found = torch.stack(panel.order, 1)  # (rows, count) positions in this matrix
-        losses += panel.losses
-        order.append(left.gather(1, found))
+        costs = rows.costs()
+        if not panels:
+            loss, found = costs.min(1, keepdim=True)
+            factor = rows.factor_at(found)
+            losses.append(loss)
+        else:
+            count, width = _panel(costs.shape[1], units.steps - done)
+            chosen = costs.topk(width, largest=False).indices  # (rows, width)
+            panel = _Panel(rows, chosen, count)
+            while len(panel.order) < count and panel.step():
+                pass
+            best = torch.stack(panel.order, 1)  # (rows, count) of the candidates
+            found, factor = chosen.gather(1, best), panel.factor[rows.row, _flat(best, units.columns.shape[1])]
+            losses.append(torch.stack(panel.losses, 1))
+        order.append(rows.left.gather(1, found))
         done += found.shape[1]
-        gone[row, found] = True
-        _apply(weight, inverse, found, gone, size)
-        if done < units.steps and int(gone[0].sum()) * 10 >= gone.shape[1]:
-            stay = torch.nonzero(~gone)[:, 1].view(rows, -1)  # every row has lost the same number
-            inverse = _submatrices(inverse, _flat(stay, size))
-            weight, left, gone = weight[row, stay], left[row, stay], gone[row, stay]
-    return torch.cat(order, 1), torch.stack(losses, 1)
+        if done < units.steps:
+            rows.remove(found, factor)
+    return torch.cat(order, 1), torch.cat(losses, 1)
+
+
+def _panel(left: int, steps: int) -> tuple[int, int]:
+    """How many removals come next, and among how many candidates, with `left` units of which `steps` will go."""
+    if left <= TAIL:
+        return steps, left
+    count = min(steps, PANEL, max(1, left // PANEL_PART))
+    return count, min(left, CANDIDATES * count)
+
+
+def _room(units: Units) -> int:
+    """The most elements that V of one row takes: rows of what is gone and goes until the next cut, by columns."""
+    count, size = units.columns.shape
+    gone = torch.arange(units.steps + 1)
+    rows = (gone + (count - gone) // CUT + max(PANEL, TAIL) + 1).clamp_max(units.steps)  # as in _Rows._view
+    return int((rows * (count - gone)).max()) * size * size
+
+
+class _Rows:
+    """Rows on the way through their traces.
+
+    Attributes:
+        row: (rows, 1), 0 to rows - 1, for indices.
+        left: (rows, units), which unit is where; what is gone stays until the next cut.
+        weight: (rows, units, size), adapted.
+        blocks: (rows, units, size, size), the diagonal blocks of the inverse.
+        barred: (rows, units), what can't be removed.
+        quota: (rows, groups), how many units of a group can still go, or None.
+        group: (rows, units) each unit's group, or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, matrix: torch.Tensor, units: Units) -> None:
+        rows, count, size = weight.shape
+        self.row = torch.arange(rows)[:, None]
+        self._matrix, self._units = matrix, units
+        self.left = torch.arange(count).expand(rows, -1)
+        self._gone = torch.zeros(rows, count, dtype=torch.bool)
+        self._storage = matrix.new_empty(rows, _room(units))
+        self._removed = 0  # rows of V
+        self._whole = self._view(count)
+        self.weight = weight.clone()
+        diagonal = matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(2, 0)
+        self.blocks = diagonal.expand(rows, -1, -1, -1).clone()
+        self.quota = None if units.quota is None else units.quota.expand(rows, -1).clone()
+        self._bar()
+
+    def _view(self, count: int) -> torch.Tensor:
+        """(rows, count * size, most rows of V until the next cut)."""
+        size = self._units.columns.shape[1]
+        most = min(self._units.steps * size, self._removed + (count // CUT + max(PANEL, TAIL) + 1) * size)
+        return self._storage[:, : count * size * most].view(len(self._storage), count * size, most)
+
+    def _bar(self) -> None:
+        self.group = None if self._units.group is None else self._units.group[self.left]
+        self.barred = self._gone.clone()
+        if self.quota is not None and self.group is not None:
+            self.barred |= self.quota.gather(1, self.group) == 0
+
+    @property
+    def _factor(self) -> torch.Tensor:
+        """(rows, units * size, removed), V^T: what is gathered and cut lies together in memory."""
+        return self._whole[:, :, : self._removed]
+
+    def costs(self) -> torch.Tensor:
+        """(rows, units) what the removal of each would cost."""
+        return _cost(self.weight, self.blocks).masked_fill_(self.barred, torch.inf)
+
+    def factor_at(self, places: torch.Tensor) -> torch.Tensor:
+        """(rows, n * size, removed): V^T at these places (rows, n)."""
+        return self._factor[self.row, _flat(places, self.weight.shape[2])]
+
+    def inverse_at(self, places: torch.Tensor, factor: torch.Tensor, *, by_all: bool) -> torch.Tensor:
+        """The inverse at places (rows, n), where V^T is `factor`, by all of the row or by themselves."""
+        size = self.weight.shape[2]
+        left = self.left if by_all else self.left.gather(1, places)
+        first, second = _flat(self.left.gather(1, places), size), _flat(left, size)
+        of_all = self._matrix[first.unsqueeze(2), second.unsqueeze(1)]
+        other = (self._factor if by_all else factor).mT
+        return of_all.baddbmm_(factor, other, alpha=-1)
+
+    def remove(self, found: torch.Tensor, factor: torch.Tensor) -> None:
+        """Remove the units at `found` (rows, count), where V^T is `factor`."""
+        size = self.weight.shape[2]
+        flat = _flat(found, size)
+        columns = self.inverse_at(found, factor, by_all=True)
+        pivots = torch.linalg.cholesky(columns.gather(2, flat.unsqueeze(1).expand(-1, flat.shape[1], -1)))
+        identity = torch.eye(flat.shape[1], dtype=pivots.dtype)
+        unfactor = torch.linalg.solve_triangular(pivots, identity, upper=False)
+        new = unfactor @ columns  # (rows, count, left)
+        self._whole[:, :, self._removed : self._removed + flat.shape[1]] = new.mT
+        flat_weight = self.weight.view(len(found), -1)
+        flat_weight -= (new.mT @ (unfactor @ flat_weight.gather(1, flat).unsqueeze(2))).squeeze(2)
+        if size == 1:
+            self.blocks -= new.square().sum(1).view_as(self.blocks)
+        else:
+            members = new.view(len(found), flat.shape[1], -1, size)
+            self.blocks -= torch.einsum("rkus,rkut->rust", members, members)
+        self._removed += flat.shape[1]
+        self._gone[self.row, found] = True
+        self.weight[self._gone] = 0.0
+        self.blocks[self._gone] = torch.eye(size, dtype=self.blocks.dtype)
+        if self.quota is not None and self.group is not None:
+            self.quota.scatter_add_(1, self.group.gather(1, found), torch.full_like(found, -1))
+        if int(self._gone[0].sum()) * CUT >= self._gone.shape[1]:
+            self._cut()
+        self._bar()
+
+    def _cut(self) -> None:
+        """Keep only the columns of what is left; every row has lost the same number."""
+        stay = torch.nonzero(~self._gone)[:, 1].view(len(self._gone), -1)
+        flat = _flat(stay, self.weight.shape[2])
+        before = self._factor
+        self._whole = self._view(stay.shape[1])
+        for old, new, index in zip(before, self._factor, flat, strict=True):
+            new.copy_(old.index_select(0, index))  # of one row at a time: old and new overlap
+        self.weight, self.blocks = self.weight[self.row, stay], self.blocks[self.row, stay]
+        self.left, self._gone = self.left.gather(1, stay), self._gone.gather(1, stay)
 
 
 class _Panel:
-    """The next removals of each row, found one by one on some of its units.
+    """The next removals of each row, found one by one among some of its units.
 
-    Without candidates the inverse isn't copied: what a removal changes in it is kept as columns.
+    Attributes:
+        order: (rows,) for each removal which of the candidates; losses: (rows,) what it costs.
+        factor: (rows, candidates * size, removed), V^T.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        inverse: torch.Tensor,
-        left: torch.Tensor,
-        barred: torch.Tensor,
-        quota: torch.Tensor | None,
-        units: Units,
-        chosen: torch.Tensor | None,
-    ) -> None:
-        self._row = torch.arange(len(weight))
-        self._chosen, self._quota = chosen, quota
-        self._size = weight.shape[2]
-        if chosen is None:
-            self._weight, self._inverse, self._barred = weight.clone(), inverse, barred.clone()
-        else:
-            at = self._row[:, None]
-            self._weight, self._barred, left = weight[at, chosen], barred[at, chosen], left[at, chosen]
-            flat = _flat(chosen, self._size)
-            self._inverse = inverse[at[:, :, None], flat.unsqueeze(2), flat.unsqueeze(1)]
-        self._group = None if units.group is None else units.group[left]  # (rows, units)
-        self._blocks = _blocks(self._inverse, self._size)
-        self._panel = self._inverse.new_zeros(len(weight), PANEL * self._size, self._inverse.shape[1])
+    def __init__(self, rows: _Rows, chosen: torch.Tensor, count: int) -> None:
+        self._row = torch.arange(len(chosen))
+        at = self._row[:, None]
+        self._weight, self._blocks = rows.weight[at, chosen], rows.blocks[at, chosen]
+        self._barred = rows.barred.gather(1, chosen)
+        self._group = None if rows.group is None else rows.group.gather(1, chosen)
+        self._quota = None if rows.quota is None else rows.quota.clone()
+        self.factor = rows.factor_at(chosen)
+        self._inverse = rows.inverse_at(chosen, self.factor, by_all=False)
+        self._size = self._weight.shape[2]
+        self._panel = self._inverse.new_zeros(len(chosen), count * self._size, self._inverse.shape[1])
         self.order: list[torch.Tensor] = []
         self.losses: list[torch.Tensor] = []
 
     def step(self) -> bool:
-        """Remove the cheapest unit of each row; False where some row has no candidate left."""
+        """Remove the cheapest unit of each row; False where some row's groups have no candidate left."""
         row, size = self._row, self._size
         costs = _cost(self._weight, self._blocks).masked_fill_(self._barred, torch.inf)
         loss, best = costs.min(1)
-        if self.order and bool(torch.isinf(loss).any()):
+        if self._quota is not None and self.order and bool(torch.isinf(loss).any()):
             return False
         weights = self._weight.view(len(row), -1)
         for member in range(size):  # the members of a unit one after the other is the same as all at once
             column, flat = len(self.order) * size + member, best * size + member
-            one = self._inverse[row, flat]  # (rows, d): it is symmetric, and rows lie together in memory
+            one = self._inverse[row, flat]  # (rows, candidates * size)
             if column:
                 before = self._panel[:, :column]
                 one = one - torch.bmm(before[row, :, flat].unsqueeze(1), before).squeeze(1)
@@ -172,48 +280,14 @@ class _Panel:
             self._quota[row, group] -= 1
             full = self._quota[row, group] == 0
             self._barred |= full.unsqueeze(1) & (self._group == group.unsqueeze(1))
-        self.order.append(best if self._chosen is None else self._chosen[row, best])
+        self.order.append(best)
         self.losses.append(loss)
         return True
-
-
-def _apply(weight: torch.Tensor, inverse: torch.Tensor, found: torch.Tensor, gone: torch.Tensor, size: int) -> None:
-    """Remove the units `found` (rows, count) from the weights and the inverse, in place."""
-    row = torch.arange(len(found))[:, None]
-    flat = _flat(found, size)
-    columns = inverse[row, flat]  # (rows, count, d)
-    factor = torch.linalg.cholesky(columns.gather(2, flat.unsqueeze(1).expand(-1, flat.shape[1], -1)))
-    unfactor = torch.linalg.solve_triangular(factor, torch.eye(flat.shape[1], dtype=factor.dtype), upper=False)
-    scaled = unfactor @ columns
-    flat_weight = weight.view(len(found), -1)
-    removed = unfactor @ flat_weight.gather(1, flat).unsqueeze(2)
-    flat_weight -= (scaled.mT @ removed).squeeze(2)
-    inverse.baddbmm_(scaled.mT, scaled, alpha=-1)
-    weight[gone] = 0.0
-    # What is gone is correlated with nothing any more; exactly, so that it can't grow again by rounding.
-    inverse[row, flat] = 0.0
-    inverse.mT[row, flat] = 0.0
-    inverse[row, flat, flat] = 1.0
-
-
-def _blocks(inverse: torch.Tensor, size: int) -> torch.Tensor:
-    """(rows, units, size, size), a copy of the diagonal blocks."""
-    units = inverse.shape[1] // size
-    blocks = inverse.view(len(inverse), units, size, units, size).diagonal(dim1=1, dim2=3)
-    return blocks.movedim(3, 1).clone()
 
 
 def _flat(units: torch.Tensor, size: int) -> torch.Tensor:
     """(rows, n) units -> (rows, n * size) columns."""
     return units if size == 1 else (units.unsqueeze(2) * size + torch.arange(size)).flatten(1)
-
-
-def _submatrices(inverse: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """(rows, n, n); one row after the other, so that indices don't take more room than values."""
-    found = inverse.new_empty(len(flat), flat.shape[1], flat.shape[1])
-    for into, matrix, index in zip(found, inverse, flat, strict=True):
-        torch.index_select(matrix.index_select(0, index), 1, index, out=into)
-    return found
 
 
 def _cost(weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The default: nearly exact greedy OBS, made as fast as a layer's width allows.
 
-Layers up to `TRACE_WIDTH` wide: greedy elimination traces as in obc.py, but each panel of removals is found among its
-cheapest `CANDIDATES`. Errors are those of exact OBS to about a percent.
+Layers up to `TRACE_WIDTH` wide: greedy elimination traces as in obc.py, but in panels. Errors are those of exact OBS to
+about a percent.
 
 Wider layers, whose traces cost d^3 for each row: the layer goes down a ladder of sparsities in small steps. A step
 drops what costs least by the OBS saliency w^2 / [H_S^-1]_pp of the adapted weights, where S is what the row still has,
@@ -30,7 +30,6 @@ from onnx_spdy.pipeline.pruners.obc import eliminated
 from onnx_spdy.pipeline.pruners.quadratic import damped, inverse, reconstruct, solve_rows
 
 TRACE_WIDTH = 2304
-CANDIDATES = 128
 STEP = 0.94  # of the weights that are left stay in one step of the ladder
 EXACT_DENSITY = 0.07
 ITERATIONS = 3  # of conjugate gradients a step
@@ -42,7 +41,7 @@ SAMPLE_EVERY = 4  # steps
 def obs(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) -> Iterator[torch.Tensor]:
     """See `Pruner`. Levels may come in any order: each depends on the dense weights alone."""
     if hessian.shape[0] <= TRACE_WIDTH:
-        yield from eliminated(weight, hessian, levels, CANDIDATES)
+        yield from eliminated(weight, hessian, levels, panels=True)
         return
     found: dict[Level, torch.Tensor] = {}
     for pattern in dict.fromkeys(level.pattern for level in levels if level.pattern != "dense"):

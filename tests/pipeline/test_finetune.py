@@ -82,6 +82,12 @@ def test_repair_never_ends_worse_on_held_out_samples_than_it_began(
     assert all(torch.equal(network.get(name), values) for name, values in before.items())
 
 
+def test_a_rate_that_is_too_large_is_lowered_until_repair_helps(network: Network, samples: Samples) -> None:
+    prune(network, network.layers)
+    training = repair(network, network.layers, samples, epochs=30, rate=1.0)
+    assert training.loss_after < 0.8 * training.loss_before
+
+
 def test_a_stopped_repair_goes_on_to_the_same_bytes(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

@@ -1,3 +1,4 @@
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from onnx_spdy.pipeline.hessian import squared_error
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.pruners import Pruner, UnknownPruner, one_level, pruner_named
-from onnx_spdy.pipeline.pruners.obc import obc
+from onnx_spdy.pipeline.pruners.obc import eliminated, obc
 from onnx_spdy.pipeline.pruners.obs import obs
 from onnx_spdy.pipeline.pruners.quadratic import damped, reconstruct, solve_nested, solve_rows
 
@@ -105,8 +106,14 @@ def test_obc_equals_naive_greedy_obs_in_runs(text: str) -> None:
 
 
 def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnx_spdy.pipeline.pruners.elimination.PANEL", 3)  # so that panels and cuts come often
-    monkeypatch.setattr("onnx_spdy.pipeline.pruners.elimination.STATE_BYTES", 1)  # and each row comes alone
+    elimination = import_module("onnx_spdy.pipeline.pruners.elimination")
+    monkeypatch.setattr(elimination, "PANEL_PART", 1)
+    monkeypatch.setattr(elimination, "CANDIDATES", 100)  # all
+    monkeypatch.setattr(elimination, "TAIL", 2)
+    monkeypatch.setattr(elimination, "PANEL", 3)  # so that panels and cuts come often
+    monkeypatch.setattr(elimination, "STATE_BYTES", 1)  # and each row comes alone
+    test_obc_equals_naive_greedy_obs((4, 16))
+    monkeypatch.setitem(globals(), "obc", partial(eliminated, panels=True))
     test_obc_equals_naive_greedy_obs((4, 16))
     test_obc_equals_naive_greedy_obs_in_runs("2:4")
     test_obc_equals_naive_greedy_obs_in_runs("block4@0.5000")

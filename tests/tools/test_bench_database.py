@@ -90,9 +90,18 @@ def test_the_benchmark_reports_each_layer_and_pruner(folder: Path, capsys: pytes
     assert all(0 < row["errors"][0] < row["errors"][1] < 1.5 for row in found["layers"])
     assert found["layers"][1]["errors"] < found["layers"][0]["errors"]
     assert [one["samples"] for one in found["hessians"]] == [16, 32]
-    assert {"hessians by samples", "obs by width"} <= set(found["exponents"])
+    assert {"seconds of hessians by samples", "seconds a row of obs by width"} <= set(found["exponents"])
     assert (folder / "plot.png").stat().st_size > 1000
     assert "geometric mean" in capsys.readouterr().out
+
+
+def test_layers_are_made_where_no_network_is_given(tmp_path: Path) -> None:
+    bench(widths="16,64", rows=8, samples="4,8", sparsities="0.5,0.9", out=tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["width"], row["out"]) for row in found["layers"]] == [(16, 8), (64, 8)]
+    assert [one["samples"] for one in found["hessians"]] == [4, 8]
+    with pytest.raises(SpecError, match="give MODEL and --data, or --widths"):
+        bench()
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
