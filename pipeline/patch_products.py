@@ -102,8 +102,9 @@ class PatchProducts:
         """(in, in), C at a shift, from what `_shifts` gives; C(-shift) is its transpose."""
         if shift[0] < 0:
             return self._shifted(total, [-one for one in shift]).T
-        at = [shift[0], *(one + k - 1 for one, k in zip(shift[1:], self._kernel[1:], strict=True))]
-        return total[(slice(None), slice(None), *at)]
+        for place in (shift[0], *(one + k - 1 for one, k in zip(shift[1:], self._kernel[1:], strict=True))):
+            total = total.select(2, place)
+        return total
 
     def _grid(self, x: torch.Tensor, reach: list[int]) -> list[Range]:
         """The layer's output positions on each axis, where the input lies `reach` behind the begin."""

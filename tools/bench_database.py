@@ -233,12 +233,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axis, (title, value) in zip(axes[0], columns, strict=True):
         for name in dict.fromkeys(row["pruner"] for row in found["layers"]):
             mine = [row for row in found["layers"] if row["pruner"] == name]
-            axis.loglog([row["width"] for row in mine], [value(row) for row in mine], "o", label=name)
-        axis.set(xlabel="width d of the layer", ylabel=title)
+            axis.plot([row["width"] for row in mine], [value(row) for row in mine], "o", label=name)
+        axis.set(xlabel="width d of the layer", ylabel=title, xscale="log")
         axis.legend()
     for axis, what in zip(axes[1], ("seconds", "more_gib"), strict=True):
-        axis.loglog([one["samples"] for one in found["hessians"]], [one[what] for one in found["hessians"]], "o-")
-        axis.set(xlabel="calibration samples", ylabel=f"{what} of the Hessians")
+        axis.plot([one["samples"] for one in found["hessians"]], [one[what] for one in found["hessians"]], "o-")
+        axis.set(xlabel="calibration samples", ylabel=f"{what} of the Hessians", xscale="log")
+    for axis in axes.flat:
+        if all(min(line.get_ydata()) > 0 for line in axis.lines):  # memory that was there already isn't more
+            axis.set_yscale("log")
     figure.savefig(path, dpi=120)
 
 

@@ -96,9 +96,9 @@ def test_the_benchmark_reports_each_layer_and_pruner(folder: Path, capsys: pytes
 
 
 def test_layers_are_made_where_no_network_is_given(tmp_path: Path) -> None:
-    bench(widths="16,64", rows=8, samples="4,8", sparsities="0.5,0.9", out=tmp_path / "found.json")
+    bench(widths="64,128", rows=8, samples="4,8", sparsities="0.5,0.9", out=tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [(row["width"], row["out"]) for row in found["layers"]] == [(16, 8), (64, 8)]
+    assert [(row["width"], row["out"]) for row in found["layers"]] == [(64, 8), (128, 8)]
     assert [one["samples"] for one in found["hessians"]] == [4, 8]
     with pytest.raises(SpecError, match="give MODEL and --data, or --widths"):
         bench()
