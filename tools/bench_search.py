@@ -132,18 +132,14 @@ def _share(rows: Sequence[Row], share: float, target: float, seed: int) -> int:
     """So much of the images that the yardstick used for the same target and seed.
 
     Raises:
-        NoYardstick: it wasn't run.
+        BadParameter: it wasn't run.
     """
     for row in rows:
         if (row.search, row.speedup, row.seed) == (YARDSTICK, target, seed):
             return round(share * row.images)
-    raise NoYardstick(
+    raise typer.BadParameter(
         f"--share needs a search by {YARDSTICK} at {target:g}x with seed {seed}; name it in --search first"
     )
-
-
-class NoYardstick(ValueError):
-    """There is nothing to take a share of."""
 
 
 class Judge:
