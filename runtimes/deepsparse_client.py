@@ -93,7 +93,7 @@ class DeepSparse(WatchesLoad):
         seed: int = 0,
     ) -> DeepSparseSession:
         """See `Runtime.open`."""
-        fixed = _engine_copy(Path(model), batch, inputs, zeros)
+        fixed, _ = _engine_copy(Path(model), batch, inputs, zeros)
         worker = self.worker()
         opened = self._ask_with(
             worker, fixed, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
@@ -133,12 +133,12 @@ class DeepSparse(WatchesLoad):
         Rows of merged layers don't tell their kernels (sparse=False, kernel_sparsity=None).
         """
         check_iterations(iterations)
-        fixed = _engine_copy(Path(model), batch, inputs, zeros)
+        fixed, tensors = _engine_copy(Path(model), batch, inputs, zeros)
         answer = self._ask_with(
             self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
             zeros=dict(zeros or {}), seed=seed, optimization_level=int(merged),
         )  # fmt: skip
-        return _layer_times(fixed, answer["rows"])
+        return _layer_times(fixed, tensors, answer["rows"])
 
     def close(self) -> None:
         """End the worker, and every session with it."""
@@ -249,13 +249,18 @@ def check_machine() -> None:
         raise RuntimeUnavailable(f"deepsparse needs a CPU with AVX2, this one has {found}; measure on another machine")
 
 
-def _engine_copy(path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None) -> FixedModel:
-    """The model as the worker gets it: ready for zeros, which are drawn there."""
+def _engine_copy(
+    path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None
+) -> tuple[FixedModel, set[str]]:
+    """The model as the worker gets it, ready for zeros, which are drawn there; and the tensors that nodes of the file
+    make: the copy has some of its own.
+    """
     fixed = fix_model(path, batch, inputs)
+    tensors = {output for node in fixed.proto.graph.node for output in node.output}
     prepare_zeros(fixed.proto.graph, zeros)
     say_in_older_words(fixed.proto)
     lower_versions(fixed.proto, opset=MAX_OPSET, ir_version=MAX_IR_VERSION, engine="deepsparse")
-    return fixed
+    return fixed, tensors
 
 
 def _worker_environment() -> dict[str, str]:
@@ -265,7 +270,7 @@ def _worker_environment() -> dict[str, str]:
     return ours | {"PYTHONSAFEPATH": "1", "NM_DISABLE_ANALYTICS": "1"}
 
 
-def _layer_times(fixed: FixedModel, rows: list[dict[str, Any]]) -> list[LayerTime]:
+def _layer_times(fixed: FixedModel, tensors: set[str], rows: list[dict[str, Any]]) -> list[LayerTime]:
     known = {output for node in fixed.proto.graph.node for output in node.output}
     anchors = [tuple(name for name in row["canonical_name"].split(",") if name in known) for row in rows]
     outputs = anchors
@@ -274,7 +279,7 @@ def _layer_times(fixed: FixedModel, rows: list[dict[str, Any]]) -> list[LayerTim
         outputs = covered_outputs(fixed.proto.graph, anchors)
     return [
         LayerTime(
-            outputs=covered,
+            outputs=tuple(name for name in covered if name in tensors),
             kernel=_ORDINAL.sub("", row["name"]),
             seconds=row["average_run_time_in_ms"] / 1000,
             sparse=row["name"].startswith("ks_"),
