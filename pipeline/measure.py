@@ -255,7 +255,7 @@ class _Work:
         others = {layer: level for layer, level in levels.items() if level.pattern not in ("unstructured", "dense")}
         if not others:
             return self._path, zeros
-        path = self._folder / f"network-{seed}.onnx"
+        path = self._folder / f"network-{seed % GROUP}.onnx"  # the next group takes the place of this one's files
         save_model(imposed(self._model, others, np.random.default_rng(seed)), path)
         return path, zeros
 
