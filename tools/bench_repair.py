@@ -1,29 +1,33 @@
 """Very little data: the metric dense, pruned layer by layer, statistics corrected, and repaired.
 
     python -m onnx_spdy.tools.bench_repair MODEL --data DATA --eval DATA --level 2:4 --samples 64,256,1024
+    python -m onnx_spdy.tools.bench_repair MODEL --data DATA --eval DATA --profile 2x.json --profile 3x.json
 
-All prunable layers but the first and the last go to one level; magnitude pruning stands beside the default pruner.
-The metric is computed in PyTorch, in bfloat16 where the CPU has it: the dense network too, so differences count.
+All prunable layers but the first and the last go to one level, or every layer to its level in each of the profiles;
+magnitude pruning stands beside the default pruner. The metric is computed in PyTorch, in bfloat16 where the CPU has it:
+the dense network too, so differences count.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 from onnx_spdy.models import from_canonical, to_canonical
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.hessian import collect_hessians
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.repair import RATE, repair
 from onnx_spdy.tools.expected import run_command
@@ -37,6 +41,9 @@ def bench(
     evaluation: Annotated[str, typer.Option("--eval", metavar="DATA")],
     metric: Annotated[str, typer.Option(metavar="M")] = "top1",
     level: Annotated[str, typer.Option(metavar="LEVEL", help="2:4, unstructured@0.8000, ...")] = "2:4",
+    profile: Annotated[
+        list[Path] | None, typer.Option(metavar="F", help="instead of --level; may be given several times")
+    ] = None,
     samples: Annotated[str, typer.Option(metavar="N[,N...]")] = "64,256,1024",
     pruners: Annotated[str, typer.Option(metavar="NAME[,NAME]")] = f"magnitude,{DEFAULT_PRUNER}",
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
@@ -45,43 +52,53 @@ def bench(
     out: Annotated[Path | None, typer.Option(metavar="F", help="all figures as JSON")] = None,
 ) -> None:
     """Prune, correct and repair with so many samples, and print the metric after each step."""
-    network = Network(load_network(model))
-    chosen, measure = Level.parse(level), load_metric(metric)
+    network, measure = Network(load_network(model)), load_metric(metric)
+    inner = [layer.name for layer in network.layers[1:-1]]
+    tasks = {str(path): Profile.load(path).levels for path in profile or []} or {
+        level: dict.fromkeys(inner, Level.parse(level))
+    }
     whole, held = load_samples(data, network.model), load_samples(evaluation, network.model)
     rows = []
     print(f"dense {evaluated(network, held, measure):.4f}, {len(held)} evaluation samples", flush=True)
     for count in map(int, samples.split(",")):
         some = whole.take(slice(0, count))
-        for pruner in pruners.split(","):
-            row = steps(network, some, pruner, chosen, lambda: evaluated(network, held, measure), epochs, rate, seed)
-            rows.append({"samples": count, "pruner": pruner, **row})
-            print(
-                "  ".join(f"{key} {value:.4g}" if key in row else f"{value}" for key, value in rows[-1].items()),
-                flush=True,
-            )
+        hessians = collect_hessians(network, network.layers, some)
+        correction = StatisticsCorrection(network, some)
+        for name, levels in tasks.items():
+            for pruner in pruners.split(","):
+                network.reset()
+                row = steps(
+                    network, some, hessians, correction, pruner, levels,
+                    lambda: evaluated(network, held, measure), epochs, rate, seed,
+                )  # fmt: skip
+                rows.append({"samples": count, "levels": name, "pruner": pruner, **row})
+                print(
+                    "  ".join(f"{key} {value:.4g}" if key in row else f"{value}" for key, value in rows[-1].items()),
+                    flush=True,
+                )
     if out:
-        out.write_text(json.dumps({"level": level, "rows": rows}, indent=1), encoding="utf8")
+        out.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf8")
 
 
 def steps(
     network: Network,
     samples: Samples,
+    hessians: Mapping[str, torch.Tensor],
+    correction: StatisticsCorrection,
     pruner: str,
-    level: Level,
+    levels: Mapping[str, Level],
     score: Callable[[], float],
     epochs: int | None,
     rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """The metric after each step, and the seconds of pruning and of repair."""
-    layers = network.layers[1:-1]
-    correction = StatisticsCorrection(network, samples)  # leaves the network dense
+    """The metric after each step, and the seconds of pruning and of repair; the network is dense at first."""
+    layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
     start = time.monotonic()
-    hessians = collect_hessians(network, layers, samples)
     prune = pruner_named(pruner)
     for layer in layers:
         dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
-        (pruned,) = prune(dense, hessians.pop(layer.name), [level])
+        (pruned,) = prune(dense, hessians[layer.name], [levels[layer.name]])
         network.set(layer.weight, from_canonical(layer, pruned))
     found = {"prune_seconds": time.monotonic() - start, "pruned": score()}
     correction.apply(layers)

@@ -19,6 +19,7 @@ Source: Frantar & Alistarh, OBC (NeurIPS 2022), Algorithms 1 and 2 and section 4
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -30,9 +31,11 @@ PANEL_PART = 12  # and at most one in so many of what is left: the last removals
 CANDIDATES = 2
 TAIL = 256
 CUT = 10  # columns that are gone are cut out of V when they are a part of so many
+PADDED = 1.1  # how much longer than its shortest row the longest row of a batch may be
 STATE_BYTES = 768 << 20  # of the rows that are worked on together, or one row's V where that is larger
 
 
+@dataclass(frozen=True)
 class Units:
     """What is removed at a time, and how many go in each group.
 
@@ -43,22 +46,31 @@ class Units:
         steps: removals in a row's whole trace.
     """
 
-    def __init__(self, shape: Sequence[int], level: Level) -> None:
+    columns: torch.Tensor
+    group: torch.Tensor | None
+    quota: torch.Tensor | None
+    steps: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], level: Level) -> Units:
+        """Those of a layer (out, in, *kernel) for the pattern of a level."""
         channels, positions = shape[1], int(torch.Size(shape[2:]).numel())
         size = 4 if level.pattern == "block4" else 1
         every = torch.full((-(-channels // size) * size, positions), -1)
         every[:channels] = torch.arange(channels * positions).view(channels, positions)
-        self.columns = every.view(-1, size, positions).movedim(1, 2).reshape(-1, size)
-        self.group: torch.Tensor | None = None
-        self.quota: torch.Tensor | None = None
-        self.steps = len(self.columns)
-        if level.is_n_of_m:
-            kept, wide = level.group
-            channel = torch.arange(channels).repeat_interleave(positions)
-            position = torch.arange(positions).repeat(channels)
-            self.group = channel // wide * positions + position
-            self.quota = (torch.bincount(self.group) - kept).clamp_min(0)  # a ragged group keeps up to N too
-            self.steps = int(self.quota.sum())
+        columns = every.view(-1, size, positions).movedim(1, 2).reshape(-1, size)
+        if not level.is_n_of_m:
+            return cls(columns, None, None, len(columns))
+        kept, wide = level.group
+        channel = torch.arange(channels).repeat_interleave(positions)
+        position = torch.arange(positions).repeat(channels)
+        group = channel // wide * positions + position
+        quota = (torch.bincount(group) - kept).clamp_min(0)  # a ragged group keeps up to N too
+        return cls(columns, group, quota, int(quota.sum()))
+
+    def first(self, count: int) -> Units:
+        """So many units that may all go."""
+        return Units(self.columns[:count], None, None, count)
 
 
 def eliminate(
@@ -84,8 +96,51 @@ def eliminate(
         return torch.zeros(len(dense), 0, dtype=torch.long), dense.new_zeros(len(dense), 0)
     at_once = max(1, STATE_BYTES // (matrix.element_size() * _room(units)))
     alike = -(-len(weight) // -(-len(weight) // at_once))  # as many rows in each part
-    parts = [_trace(_Rows(rows, matrix, units), units, panels) for rows in weight.split(alike)]
+    parts = [_trace(_Rows(rows, matrix[None], units), units, panels) for rows in weight.split(alike)]
     return torch.cat([order for order, _ in parts]), torch.cat([losses for _, losses in parts])
+
+
+def eliminate_rest(
+    dense: torch.Tensor, hessian: torch.Tensor, units: Units, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy traces, in panels, of rows that have given up some of their units already.
+
+    Args:
+        dense: (out, d).
+        hessian: (d, d), positive definite.
+        units: what is removed at a time; no groups.
+        mask: (out, d) bool, what each row has left.
+    Returns:
+        As `eliminate`; what is gone already comes first in a row's order and costs nothing.
+    """
+    size = units.columns.shape[1]
+    left = mask[:, units.columns[:, 0]]  # (out, units)
+    counts = left.sum(1)
+    by_need = left.to(torch.uint8).sort(dim=1, stable=True).indices  # what is gone comes first
+    order, losses = by_need.clone(), dense.new_zeros(by_need.shape)
+    target = dense @ hessian
+    rows = torch.argsort(counts)[int((counts == 0).sum()) :]  # neighbours need little padding
+    while len(rows):
+        longest = int(counts[rows[-1]])
+        state = dense.element_size() * (_room(units.first(longest)) + 3 * (longest * size) ** 2)
+        alike = int((counts[rows] * PADDED >= longest).sum())
+        chunk, rows = rows.tensor_split([len(rows) - min(max(1, STATE_BYTES // state), alike)])[::-1]
+        places = by_need[chunk, len(units.columns) - longest :]  # (rows, longest); padding at the start
+        columns = units.columns[places].flatten(1)
+        missing = (columns < 0) | ~left[chunk].gather(1, places).repeat_interleave(size, 1)
+        curvature = hessian[columns.unsqueeze(2), columns.unsqueeze(1)]
+        curvature.masked_fill_(missing.unsqueeze(2) | missing.unsqueeze(1), 0.0)
+        curvature.diagonal(dim1=1, dim2=2).add_(missing.to(curvature.dtype))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+        adapted = inverse @ target[chunk].gather(1, columns.clamp_min(0)).masked_fill_(missing, 0.0).unsqueeze(2)
+        state_of = _Rows(adapted.view(len(chunk), longest, size), inverse, units.first(longest))
+        found, costs = _trace(state_of, units.first(longest), panels=True)
+        # Padding has weight 0 and costs nothing; it is gone before, in whatever order.
+        padded = ~left[chunk[:, None], places.gather(1, found)]
+        stays = padded.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+        order[chunk, -longest:] = places.gather(1, found).gather(1, stays)
+        losses[chunk, -longest:] = costs.masked_fill(padded, 0.0).gather(1, stays)
+    return order, losses
 
 
 def _trace(rows: _Rows, units: Units, panels: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,14 +200,14 @@ class _Rows:
     def __init__(self, weight: torch.Tensor, matrix: torch.Tensor, units: Units) -> None:
         rows, count, size = weight.shape
         self.row = torch.arange(rows)[:, None]
-        self._matrix, self._units = matrix, units
+        self._matrix, self._units = matrix.expand(rows, -1, -1), units  # (rows or 1, columns, columns) H^-1
         self.left = torch.arange(count).expand(rows, -1)
         self._gone = torch.zeros(rows, count, dtype=torch.bool)
         self._storage = matrix.new_empty(rows, _room(units))
         self._removed = 0  # rows of V
         self._whole = self._view(count)
         self.weight = weight.clone()
-        diagonal = matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(2, 0)
+        diagonal = matrix.view(-1, count, size, count, size).diagonal(dim1=1, dim2=3).movedim(3, 1)
         self.blocks = diagonal.expand(rows, -1, -1, -1).clone()
         self.quota = None if units.quota is None else units.quota.expand(rows, -1).clone()
         self._bar()
@@ -187,7 +242,7 @@ class _Rows:
         size = self.weight.shape[2]
         left = self.left if by_all else self.left.gather(1, places)
         first, second = _flat(self.left.gather(1, places), size), _flat(left, size)
-        of_all = self._matrix[first.unsqueeze(2), second.unsqueeze(1)]
+        of_all = self._matrix[self.row[:, :, None], first.unsqueeze(2), second.unsqueeze(1)]
         other = (self._factor if by_all else factor).mT
         return of_all.baddbmm_(factor, other, alpha=-1)
 

@@ -42,7 +42,7 @@ def eliminated(
     found: dict[Level, torch.Tensor] = {}
     for pattern in dict.fromkeys(level.pattern for level in levels if level.pattern != "dense"):
         wanted = [level for level in dict.fromkeys(levels) if level.pattern == pattern]
-        units = Units(weight.shape, wanted[0])
+        units = Units.of(weight.shape, wanted[0])
         order, losses = eliminate(dense, inverted, units, panels=panels)
         found.update(zip(wanted, solutions(dense, curvature, kept_columns(order, losses, units, wanted)), strict=True))
     for level in levels:

@@ -1,19 +1,16 @@
 """The layer's problem that the second-order pruners share: minimise tr((W - W0) H (W - W0)^T) on a mask.
 
-Every row of W is a problem of its own with the same H. Three ways to solve it: conjugate gradients for all rows at
-once (`reconstruct`), exactly for each row (`solve_rows`), and exactly for nested masks of a row from one
-factorisation (`solve_nested`).
+Every row of W is a problem of its own with the same H. Two ways to solve it: conjugate gradients for all rows at once
+(`reconstruct`), and exactly for nested masks of a row from one factorisation (`solve_nested`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that the samples barely saw from being overfitted
-ROWS_BYTES = 256 << 20  # of the matrices that are factorised together
-PADDED = 1.1  # how much longer than its shortest row the longest row of a batch may be
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -35,7 +32,12 @@ def inverse(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruct(
-    start: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, iterations: int
+    start: torch.Tensor,
+    dense: torch.Tensor,
+    hessian: torch.Tensor,
+    mask: torch.Tensor,
+    iterations: int,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Minimise over the weights that the mask keeps, by preconditioned conjugate gradients, all rows at once.
 
@@ -45,6 +47,7 @@ def reconstruct(
         hessian: (d, d), positive definite.
         mask: (out, d) bool, True = keep.
         iterations: of conjugate gradients, one matrix product each, besides the one for the first residual.
+        precondition: an approximate inverse of H on the mask, applied to the (out, d) residuals of all rows.
     Returns:
         (out, d), exact zeros outside the mask.
     Source: Meng et al., ALPS (NeurIPS 2024), section 3.3.
@@ -52,61 +55,22 @@ def reconstruct(
     weight = torch.where(mask, start, 0.0)
     if bool(mask.all()) or not bool(mask.any()):
         return dense.clone() if bool(mask.all()) else weight
-    preconditioner = hessian.diagonal().reciprocal()
     residual = torch.where(mask, (dense - weight) @ hessian, 0.0)
-    scaled = residual * preconditioner
+    scaled = precondition(residual)
     direction = scaled.clone()
     power = (residual * scaled).sum(1, keepdim=True)  # (out, 1)
-    for _ in range(iterations):
+    for left in reversed(range(iterations)):
         curved = torch.where(mask, direction @ hessian, 0.0)
         curvature = (direction * curved).sum(1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0.0)  # a row that has converged stays where it is
         weight.addcmul_(direction, step)
-        residual.addcmul_(curved, step, value=-1)
-        scaled = residual * preconditioner
-        new_power = (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + direction * torch.where(power > 0, new_power / power, 0.0)
-        power = new_power
+        if left:
+            residual.addcmul_(curved, step, value=-1)
+            scaled = precondition(residual)
+            new_power = (residual * scaled).sum(1, keepdim=True)
+            direction = scaled + direction * torch.where(power > 0, new_power / power, 0.0)
+            power = new_power
     return weight
-
-
-def solve_rows(hessian: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimise exactly over the weights that the mask keeps; a Cholesky factorisation for each row.
-
-    Args:
-        hessian: (d, d), positive definite.
-        target: (out, d), W0 H.
-        mask: (out, d) bool, True = keep.
-    Returns:
-        (out, d) the minimiser, exact zeros outside the mask; (out, d) diagonal of the inverse of each row's H on
-        its mask, 1 outside: w^2 over it is what the removal of w really costs (the OBS saliency).
-    """
-    weight, diagonal = torch.zeros_like(target), torch.ones_like(target)
-    counts = mask.sum(1)
-    rows = torch.argsort(counts)  # neighbours need little padding
-    start = int((counts == 0).sum())
-    while start < len(rows):
-        shortest = int(counts[rows[start]])
-        fits = max(1, ROWS_BYTES // (4 * 8 * shortest**2))
-        alike = int((counts[rows] <= PADDED * shortest + 1).sum()) - start
-        stop = start + min(fits, max(1, alike))
-        chunk = rows[start:stop]
-        width = int(counts[chunk[-1]])
-        kept = mask[chunk].to(torch.uint8).sort(dim=1, descending=True, stable=True)
-        columns = kept.indices[:, :width]  # (rows, width); padding at the end of a row
-        padding = kept.values[:, :width] == 0
-        systems = hessian[columns.unsqueeze(2), columns.unsqueeze(1)]  # (rows, width, width)
-        systems.masked_fill_(padding.unsqueeze(2) | padding.unsqueeze(1), 0.0)
-        systems.diagonal(dim1=1, dim2=2).add_(padding.to(systems.dtype))
-        right = target[chunk].gather(1, columns).masked_fill_(padding, 0.0)
-        inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
-        solution = (inverses @ right.unsqueeze(2)).squeeze(2)
-        values = torch.where(padding, 0.0, solution)
-        weight[chunk] = torch.zeros_like(target[chunk]).scatter_(1, columns, values)
-        ones = torch.ones_like(target[chunk])
-        diagonal[chunk] = ones.scatter_(1, columns, inverses.diagonal(dim1=1, dim2=2))
-        start = stop
-    return weight, diagonal
 
 
 def solve_nested(
