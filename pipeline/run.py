@@ -117,6 +117,16 @@ def run(
     network = Network(dense)
     inputs = samples.take(slice(0, batch)).inputs if len(samples) >= batch else None
     keep_dense(dense, common / "dense.onnx")
+
+    def score(path: Path) -> float | None:
+        if evaluation is None or metric is None:
+            return None
+        with clock("evaluate"):
+            return evaluate(
+                path, evaluation, metric, progress=lambda done, total: watch("evaluate", done, total, path.name)
+            )
+
+    metric_dense = score(common / "dense.onnx")  # before the long work: a metric may not fit the data
     with clock("measure"):
         table = latency_table(
             dense,
@@ -171,10 +181,8 @@ def run(
             common / "dense.onnx", out / "model.onnx", runtime, batch=batch, threads=threads, inputs=inputs,
             progress=lambda done, total: watch("alternatives", done, total, "dense, in every runtime"),
         )  # fmt: skip
-    metrics = None
-    if evaluation is not None and metric is not None:
-        with clock("evaluate"):
-            metrics = compare_metric(evaluation, metric, common / "dense.onnx", out / "model.onnx", watch)
+    metric_pruned = score(out / "model.onnx")
+    metrics = None if metric_dense is None or metric_pruned is None else (metric_dense, metric_pruned)
     report = make_report(
         network, table, database, outcome,
         metric_name=metric_name, metrics=metrics, alternatives=alternatives, corrected=stitching.corrected,
@@ -282,26 +290,18 @@ def repair_stitched(
     )  # fmt: skip
 
 
-def compare_metric(evaluation: Samples, metric: Metric, dense: Path, pruned: Path, watch: Watch) -> tuple[float, float]:
-    """The metric of the dense and of the pruned network."""
-
-    def value(path: Path) -> float:
-        def progress(done: int, total: int) -> None:
-            watch("evaluate", done, total, path.name)
-
-        return evaluate(path, evaluation, metric, progress=progress)
-
-    return value(dense), value(pruned)
-
-
 class _Stages:
-    """Wall seconds of the stages, in order."""
+    """Wall seconds of the stages, in order; of one that comes twice, both together where it came last."""
 
     def __init__(self) -> None:
-        self.stages: list[dict[str, Any]] = []
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        return [{"name": name, "seconds": round(seconds, 3)} for name, seconds in self._seconds.items()]
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.stages.append({"name": name, "seconds": round(time.monotonic() - start, 3)})
+        self._seconds[name] = self._seconds.pop(name, 0.0) + time.monotonic() - start

@@ -23,12 +23,13 @@ import typer
 from onnx_spdy.models import from_canonical, to_canonical
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database import LayerDatabase, open_database
 from onnx_spdy.pipeline.hessian import collect_hessians
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, pruner_named
+from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.repair import RATE, repair
 from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.progress import ProgressBars
@@ -46,6 +47,7 @@ def bench(
     ] = None,
     samples: Annotated[str, typer.Option(metavar="N[,N...]")] = "64,256,1024",
     pruners: Annotated[str, typer.Option(metavar="NAME[,NAME]")] = f"magnitude,{DEFAULT_PRUNER}",
+    database: Annotated[Path | None, typer.Option(metavar="DIR", help="saves pruning again by its pruner")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     rate: Annotated[float, typer.Option()] = RATE,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -58,6 +60,7 @@ def bench(
         level: dict.fromkeys(inner, Level.parse(level))
     }
     whole, held = load_samples(data, network.model), load_samples(evaluation, network.model)
+    weights = open_database(database) if database else None
     rows = []
     print(f"dense {evaluated(network, held, measure):.4f}, {len(held)} evaluation samples", flush=True)
     for count in map(int, samples.split(",")):
@@ -67,8 +70,11 @@ def bench(
         for name, levels in tasks.items():
             for pruner in pruners.split(","):
                 network.reset()
-                row = steps(
-                    network, some, hessians, correction, pruner, levels,
+                start = time.monotonic()
+                stored = weights if weights and weights.made_from["pruner"] == pruner else None
+                stitch(network, levels, pruner_named(pruner), hessians, stored)
+                row = {"prune_seconds": time.monotonic() - start} | steps(
+                    network, some, correction, levels,
                     lambda: evaluated(network, held, measure), epochs, rate, seed,
                 )  # fmt: skip
                 rows.append({"samples": count, "levels": name, "pruner": pruner, **row})
@@ -80,27 +86,37 @@ def bench(
         out.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf8")
 
 
+def stitch(
+    network: Network,
+    levels: Mapping[str, Level],
+    prune: Pruner,
+    hessians: Mapping[str, torch.Tensor],
+    stored: LayerDatabase | None,
+) -> None:
+    """Prune each layer of a dense network to its level, or take it from the database."""
+    for layer in network.layers:
+        level = levels.get(layer.name, DENSE)
+        if stored:
+            network.set(layer.weight, stored.weight(network, layer, level))
+        elif level != DENSE:
+            dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+            (pruned,) = prune(dense, hessians[layer.name], [level])
+            network.set(layer.weight, from_canonical(layer, pruned))
+
+
 def steps(
     network: Network,
     samples: Samples,
-    hessians: Mapping[str, torch.Tensor],
     correction: StatisticsCorrection,
-    pruner: str,
     levels: Mapping[str, Level],
     score: Callable[[], float],
     epochs: int | None,
     rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """The metric after each step, and the seconds of pruning and of repair; the network is dense at first."""
+    """The metric of the pruned network and after each step, and the seconds of repair."""
     layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
-    start = time.monotonic()
-    prune = pruner_named(pruner)
-    for layer in layers:
-        dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
-        (pruned,) = prune(dense, hessians[layer.name], [levels[layer.name]])
-        network.set(layer.weight, from_canonical(layer, pruned))
-    found = {"prune_seconds": time.monotonic() - start, "pruned": score()}
+    found = {"pruned": score()}
     correction.apply(layers)
     found["corrected"] = score()
     start = time.monotonic()

@@ -323,13 +323,13 @@ def validate(
         load_model(pruned)
         samples = load_samples(data, reference) if data else None
         inputs = samples.take(slice(0, batch)).inputs if samples and len(samples) >= batch else None
+        values = None
+        if samples:  # before the measurement: a metric may not fit the data
+            values = [evaluate(path, samples, measure_metric) for path in (dense, pruned)]
         found = validate_network(
             dense, pruned, engine, batch=batch, threads=threads, inputs=inputs,
             progress=lambda done, total: watch("validate", done, total, ""),
         )  # fmt: skip
-        values = None
-        if samples:
-            values = [evaluate(path, samples, measure_metric) for path in (dense, pruned)]
     metrics = {} if values is None else {"metric_name": metric, "metric_dense": values[0], "metric_pruned": values[1]}
     if json:
         write_json(json, "validation", 1, {**found.to_json(), **metrics})

@@ -10,7 +10,7 @@ from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import check_deployed
 from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup
-from onnx_spdy.pipeline.metric import top1
+from onnx_spdy.pipeline.metric import MetricError, top1
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.run import run
 from onnx_spdy.runtimes import open_runtime
@@ -46,6 +46,15 @@ def test_the_promise_is_kept_and_every_artifact_is_there(finished: tuple[Path, S
     assert report["measured_speedup_lower"] >= 1.45
     assert report["measured_speedup"] == pytest.approx(report["predicted_speedup"], rel=0.05)
     assert {stage["name"] for stage in report["stages"]} >= {"measure", "database", "search", "validate", "evaluate"}
+
+
+def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_long_work(
+    model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    unlabelled = Samples({"input": np.zeros((8, 3, 12, 12), np.float32)})
+    with pytest.raises(MetricError, match="needs labels"):
+        do(model, unlabelled, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense.onnx"]
 
 
 def test_the_report_agrees_with_the_written_file(finished: tuple[Path, Samples]) -> None:

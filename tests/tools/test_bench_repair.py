@@ -7,9 +7,11 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.database import open_database
+from onnx_spdy.pipeline.level import DENSE
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.tools.bench_repair import bench
+from onnx_spdy.tools.cli import main
 
 DATA = """
 import numpy as np
@@ -54,14 +56,19 @@ def test_every_step_is_scored_for_every_pruner_and_number_of_samples(folder: Pat
     assert alone["error_before"] == pytest.approx(rows[3]["error_before"], rel=1e-4)
 
 
-def test_profiles_take_the_place_of_one_level(folder: Path) -> None:
-    levels = {"a": DENSE, "b": Level("unstructured", 0.5), "c": DENSE, "d": Level("unstructured", 0.7)}
-    profile = Profile(levels, 2, 2, 1, 2, 0.1, "kl", None, "dp", 1, 1, "finished", 0, None, {})
-    profile.save(folder / "profile.json")
-    bench(
-        "model.onnx", "user.py:data", "user.py:data", profile=[folder / "profile.json"], samples="32", pruners="obs",
-        epochs=1, out=folder / "found.json",
-    )  # fmt: skip
-    (row,) = json.loads((folder / "found.json").read_text())["rows"]
-    assert row["levels"].endswith("profile.json")
-    assert 0 < row["error_before"] < 1
+def test_profiles_take_the_place_of_one_level_and_a_database_that_of_pruning(folder: Path) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["database", "model.onnx", "--data", "user.py:data", "--out", "database"])
+    levels = open_database(folder / "database").levels
+    chosen = {"a": DENSE, "b": levels[5], "c": DENSE, "d": levels[20]}
+    Profile(chosen, 2, 2, 1, 2, 0.1, "kl", None, "dp", 1, 1, "finished", 0, None, {}).save(folder / "profile.json")
+    found = []
+    for database in (None, folder / "database"):
+        bench(
+            "model.onnx", "user.py:data", "user.py:data", profile=[folder / "profile.json"], samples="48",
+            pruners="obs", database=database, epochs=1, out=folder / "found.json",
+        )  # fmt: skip
+        found += json.loads((folder / "found.json").read_text())["rows"]
+    assert found[0]["levels"].endswith("profile.json")
+    assert 0 < found[0]["error_before"] < 1
+    assert found[1]["error_before"] == pytest.approx(found[0]["error_before"], rel=1e-4)
