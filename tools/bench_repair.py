@@ -61,17 +61,22 @@ def bench(
     }
     whole, held = load_samples(data, network.model), load_samples(evaluation, network.model)
     weights = open_database(database) if database else None
+    known = weights.made_from["pruner"] if weights else None
+    names = pruners.split(",")
+    # Only what is pruned here, and by a pruner whose weights aren't there already, needs a Hessian.
+    changed = {name for levels in tasks.values() for name, one in levels.items() if one != DENSE}
+    to_prune = [layer for layer in network.layers if layer.name in changed] if set(names) != {known} else []
     rows = []
     print(f"dense {evaluated(network, held, measure):.4f}, {len(held)} evaluation samples", flush=True)
     for count in map(int, samples.split(",")):
         some = whole.take(slice(0, count))
-        hessians = collect_hessians(network, network.layers, some)
+        hessians = collect_hessians(network, to_prune, some) if to_prune else {}
         correction = StatisticsCorrection(network, some)
         for name, levels in tasks.items():
-            for pruner in pruners.split(","):
+            for pruner in names:
                 network.reset()
                 start = time.monotonic()
-                stored = weights if weights and weights.made_from["pruner"] == pruner else None
+                stored = weights if pruner == known else None
                 stitch(network, levels, pruner_named(pruner), hessians, stored)
                 row = {"prune_seconds": time.monotonic() - start} | steps(
                     network, some, correction, levels,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.pruners.quadratic import solve_nested
+from onnx_spdy.pipeline.pruners.quadratic import inverse, solve_nested
 
 PANEL = 64  # removals that are found together
 PANEL_PART = 12  # and at most one in so many of what is left: the last removals matter most
@@ -74,23 +74,21 @@ class Units:
 
 
 def eliminate(
-    dense: torch.Tensor, inverse: torch.Tensor, units: Units, *, panels: bool
+    dense: torch.Tensor, inverted: torch.Tensor, units: Units, *, panels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The greedy traces of all rows.
 
     Args:
         dense: (out, d).
-        inverse: (d, d), H^-1, in the precision of the computation.
+        inverted: (d, d), H^-1, in the precision of the computation.
         units: what is removed at a time.
         panels: find removals in panels, or each among all units.
     Returns:
         order (out, steps) of units, first removed first; losses (out, steps), rise of the squared error by each.
     """
     columns = units.columns.flatten()
-    missing = columns < 0  # what a ragged unit lacks: a weight of 0 that is correlated with nothing
-    matrix = inverse[columns.unsqueeze(1), columns]
-    matrix.masked_fill_(missing.unsqueeze(1) | missing, 0.0)
-    matrix.diagonal().add_(missing.to(matrix.dtype))
+    missing = columns < 0  # what a ragged unit lacks
+    matrix = _submatrix(inverted, columns, missing)
     weight = dense[:, columns].masked_fill_(missing, 0.0).view(len(dense), *units.columns.shape)
     if units.steps == 0:
         return torch.zeros(len(dense), 0, dtype=torch.long), dense.new_zeros(len(dense), 0)
@@ -113,7 +111,6 @@ def eliminate_rest(
     Returns:
         As `eliminate`; what is gone already comes first in a row's order and costs nothing.
     """
-    size = units.columns.shape[1]
     left = mask[:, units.columns[:, 0]]  # (out, units)
     counts = left.sum(1)
     by_need = left.to(torch.uint8).sort(dim=1, stable=True).indices  # what is gone comes first
@@ -121,26 +118,31 @@ def eliminate_rest(
     target = dense @ hessian
     rows = torch.argsort(counts)[int((counts == 0).sum()) :]  # neighbours need little padding
     while len(rows):
-        longest = int(counts[rows[-1]])
-        state = dense.element_size() * (_room(units.first(longest)) + 3 * (longest * size) ** 2)
-        alike = int((counts[rows] * PADDED >= longest).sum())
+        some = units.first(int(counts[rows[-1]]))  # as many as the longest row of the batch has
+        count, size = some.columns.shape
+        state = dense.element_size() * (_room(some) + 3 * (count * size) ** 2)
+        alike = int((counts[rows] * PADDED >= count).sum())
         chunk, rows = rows.tensor_split([len(rows) - min(max(1, STATE_BYTES // state), alike)])[::-1]
-        places = by_need[chunk, len(units.columns) - longest :]  # (rows, longest); padding at the start
+        places = by_need[chunk, -count:]  # (rows, count); padding at the start
         columns = units.columns[places].flatten(1)
         missing = (columns < 0) | ~left[chunk].gather(1, places).repeat_interleave(size, 1)
-        curvature = hessian[columns.unsqueeze(2), columns.unsqueeze(1)]
-        curvature.masked_fill_(missing.unsqueeze(2) | missing.unsqueeze(1), 0.0)
-        curvature.diagonal(dim1=1, dim2=2).add_(missing.to(curvature.dtype))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
-        adapted = inverse @ target[chunk].gather(1, columns.clamp_min(0)).masked_fill_(missing, 0.0).unsqueeze(2)
-        state_of = _Rows(adapted.view(len(chunk), longest, size), inverse, units.first(longest))
-        found, costs = _trace(state_of, units.first(longest), panels=True)
+        inverted = inverse(_submatrix(hessian, columns, missing))
+        adapted = inverted @ target[chunk].gather(1, columns.clamp_min(0)).masked_fill_(missing, 0.0).unsqueeze(2)
+        found, costs = _trace(_Rows(adapted.view(len(chunk), count, size), inverted, some), some, panels=True)
         # Padding has weight 0 and costs nothing; it is gone before, in whatever order.
         padded = ~left[chunk[:, None], places.gather(1, found)]
         stays = padded.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-        order[chunk, -longest:] = places.gather(1, found).gather(1, stays)
-        losses[chunk, -longest:] = costs.masked_fill(padded, 0.0).gather(1, stays)
+        order[chunk, -count:] = places.gather(1, found).gather(1, stays)
+        losses[chunk, -count:] = costs.masked_fill(padded, 0.0).gather(1, stays)
     return order, losses
+
+
+def _submatrix(matrix: torch.Tensor, columns: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """A (d, d) matrix at columns (..., n), on both sides; those that are missing are correlated with nothing."""
+    found = matrix[columns.unsqueeze(-1), columns.unsqueeze(-2)]
+    found.masked_fill_(missing.unsqueeze(-1) | missing.unsqueeze(-2), 0.0)
+    found.diagonal(dim1=-2, dim2=-1).add_(missing.to(found.dtype))
+    return found
 
 
 def _trace(rows: _Rows, units: Units, panels: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from onnx_spdy.pipeline.pruners.quadratic import inverse
+
 OVERSAMPLED, PASSES = 16, 4  # of the subspace iteration
 FLOOR = 1e-3  # of H's mean diagonal: the least that the diagonal part holds
 
@@ -52,7 +54,7 @@ class LowRank:
         small[:, self._pairs[0], self._pairs[1]] = flat
         small[:, self._pairs[1], self._pairs[0]] = flat
         small.diagonal(dim1=1, dim2=2).add_(1.0)
-        return MaskedLowRank(self, mask, torch.cholesky_inverse(torch.linalg.cholesky(small)))
+        return MaskedLowRank(self, mask, inverse(small))
 
 
 class MaskedLowRank:

@@ -27,7 +27,7 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def inverse(hessian: torch.Tensor) -> torch.Tensor:
-    """(d, d) H^-1 of a damped H."""
+    """(..., d, d) H^-1 of positive definite H."""
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 
@@ -57,7 +57,7 @@ def reconstruct(
         return dense.clone() if bool(mask.all()) else weight
     residual = torch.where(mask, (dense - weight) @ hessian, 0.0)
     scaled = precondition(residual)
-    direction = scaled.clone()
+    direction = scaled
     power = (residual * scaled).sum(1, keepdim=True)  # (out, 1)
     for left in reversed(range(iterations)):
         curved = torch.where(mask, direction @ hessian, 0.0)
