@@ -90,8 +90,11 @@ class StatisticsCorrection:
         if layer.bias is None:
             return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
         bias = network.get(layer.bias).clone()  # (out,)
-        inside = bias if layer.op != "MatMul" else torch.zeros_like(bias)  # MatMul's bias is added by a later node
-        shift = (dense_mean - inside) - scale * (mean - inside)
+        if layer.op != "MatMul":
+            inside, expected = bias, dense_mean
+        else:  # a later node adds the bias, which may not be the dense one any more
+            inside, expected = torch.zeros_like(bias), dense_mean + network.dense(layer.bias).to(bias) - bias
+        shift = (expected - inside) - scale * (mean - inside)
         network.set(layer.bias, bias + shift)
         added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
         corrected = (

@@ -19,11 +19,12 @@ import torch
 
 from onnx_spdy.models import changed_initializers, differences, model_sha256, to_canonical, write_weights
 from onnx_spdy.pipeline.checkpoint import Checkpoint
+from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
 from onnx_spdy.pipeline.gradual import UPDATES, GradualPruning
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.loss import cross_entropy, default_loss, distillation_loss
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.repair import FixedMasks
@@ -31,6 +32,7 @@ from onnx_spdy.pipeline.train import BATCH, Criterion, Trainer, Training
 
 EPOCHS = 10
 RATE = 0.01
+CORRECTION_SAMPLES = 64  # each of the `UPDATES` corrections is a forward pass of so many
 PRUNING_SHARE = 0.5  # of a gradual training; the rest of it heals
 
 
@@ -54,10 +56,21 @@ class Finetuned:
 
 
 class GradualMasks:
-    """Prunes a network to levels in the first part of a training, and keeps it pruned in the rest."""
+    """Prunes a network to levels in the first part of a training, and keeps it pruned in the rest.
 
-    def __init__(self, network: Network, levels: Mapping[str, Level]) -> None:
+    Each choice of masks is followed by a correction of statistics: exporters fold BatchNorm into the convolutions, and
+    without it what a mask takes away shifts all later layers, which costs epochs to learn again.
+
+    Args:
+        network: with the weights to start from.
+        levels: layer name -> level.
+        correction: towards the dense network, or None.
+    """
+
+    def __init__(self, network: Network, levels: Mapping[str, Level], correction: StatisticsCorrection | None) -> None:
         self._pruning = GradualPruning(network.graph, network.model, levels, steps=UPDATES)
+        self._layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
+        self._correction = correction
         self._updates = 0
 
     @property
@@ -69,6 +82,8 @@ class GradualMasks:
         if due > self._updates:
             self._updates = due
             self._pruning.prune_to(due / UPDATES)
+            if self._correction:
+                self._correction.apply(self._layers)
         else:
             self._pruning.keep()
 
@@ -106,10 +121,12 @@ def finetune(
         checkpoint: file from which a stopped training goes on.
     Raises:
         FinetuneError: the graphs differ in more than weights of layers.
+        NotCorrected: the samples of a gradual training don't fill one batch of the network.
         ArtifactError: the checkpoint is of another training.
     """
     network = Network(dense)
     names = _trained(network)
+    correction = None if levels is None else _correction(network, samples)
     _start_from(network, dense, pruned, names)
     saved = None
     if checkpoint:
@@ -122,7 +139,7 @@ def finetune(
     labels = _has_labels(network, samples, outputs)
     training = Trainer(
         network, names, samples, outputs, _criterion(labels),
-        FixedMasks(network, network.layers) if levels is None else GradualMasks(network, levels),
+        FixedMasks(network, network.layers) if levels is None else GradualMasks(network, levels, correction),
         epochs=epochs, rate=rate, batch=batch, seed=seed,
         time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
     ).run()  # fmt: skip
@@ -131,6 +148,11 @@ def finetune(
     if levels is not None:
         _check_levels(network, levels)
     return Finetuned(trained, training, "the dense network and labels" if labels else "the dense network")
+
+
+def _correction(network: Network, samples: Samples) -> StatisticsCorrection:
+    """On few samples, while the network has its dense weights."""
+    return StatisticsCorrection(network, samples.take(slice(0, max(CORRECTION_SAMPLES, network.batch_size(1)))))
 
 
 def _trained(network: Network) -> list[str]:

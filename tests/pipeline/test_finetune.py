@@ -7,9 +7,10 @@ import torch
 
 from onnx_spdy.models import to_canonical, write_weights
 from onnx_spdy.pipeline.artifact import ArtifactError
+from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import DataError, Samples
 from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
-from onnx_spdy.pipeline.finetune import FinetuneError, finetune
+from onnx_spdy.pipeline.finetune import PRUNING_SHARE, FinetuneError, GradualMasks, finetune
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.loss import kl_divergence
 from onnx_spdy.pipeline.mask import select_mask
@@ -152,6 +153,20 @@ def test_gradual_training_ends_at_the_profile_and_close_to_the_dense_network(
         at_once = float(kl_divergence(network.run(samples), dense))
     assert gradual < 0.5 * at_once
     assert found.learnt_from == "the dense network"
+
+
+def test_the_masks_of_a_gradual_training_leave_layers_their_statistics(network: Network, samples: Samples) -> None:
+    level = Level("unstructured", 0.9)
+    errors = []
+    for correction in (None, StatisticsCorrection(network, samples)):
+        network.reset()
+        masks = GradualMasks(network, {layer.name: level for layer in network.layers}, correction)
+        masks.step(PRUNING_SHARE)
+        assert masks.finished
+        for layer in network.layers:
+            assert level_violation(to_canonical(layer, network.get(layer.weight)).numpy(), level) is None
+        errors.append(layer_errors(network, samples))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_labels_are_learnt_where_there_are_some(network: Network, samples: Samples) -> None:
