@@ -25,19 +25,21 @@ class Objective:
         network: with its dense weights; their outputs are the reference.
         samples: on which the loss is computed.
         loss: a name of LOSSES, a function of your own, or None for the one that fits the outputs.
+        corrected: whether each batch is corrected by its own statistics while it runs (see `BatchCorrection`), unless
+            it is too small: what is deployed will be corrected, too, and profiles that are good without it aren't
+            those that are good with it.
     Attributes:
         name: of the loss.
         batches: the samples in batches; the first few make a small set of samples, more of them a larger one.
         stages: numbers of samples, each about twice the one before, up to all; each is a whole number of batches.
 
-    Each batch is corrected by its own statistics while it runs (see `BatchCorrection`), unless it is too small: what is
-    deployed will be corrected, too, and profiles that are good without it aren't those that are good with it.
-
     On CPUs with bfloat16 instructions both networks run in bfloat16, which takes half the time; the loss itself
     is computed in float32.
     """
 
-    def __init__(self, network: Network, samples: Samples, loss: str | Loss | None = None) -> None:
+    def __init__(
+        self, network: Network, samples: Samples, loss: str | Loss | None = None, *, corrected: bool = True
+    ) -> None:
         self.network = network
         self._bfloat16 = network.bfloat16
         fixed = fixed_batch(network.model)
@@ -46,10 +48,11 @@ class Objective:
         self.batches = [samples.take(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         self.stages = stages(np.minimum(ends, len(samples)).tolist())
         network.reset()
-        self._correction = BatchCorrection(network, [Padding(batch.inputs) for batch in self.batches])
+        paddings = [Padding(batch.inputs) for batch in self.batches]
+        self._correction = BatchCorrection(network, paddings) if corrected else None
         self._reference: list[dict[str, torch.Tensor]] = []
         for number, batch in enumerate(self.batches):
-            with self._correction.remember(number):
+            with self._correction.remember(number) if self._correction else nullcontext():
                 self._reference.append(self._outputs(batch))
         if loss is None:
             loss = default_loss(self._reference[0])
@@ -82,7 +85,7 @@ class Objective:
         """
         batch = self.batches[number]
         target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
-        with self._correction.apply(number) if len(batch) >= LEAST_SAMPLES else nullcontext():
+        with self._correction.apply(number) if self._correction and len(batch) >= LEAST_SAMPLES else nullcontext():
             outputs = self._outputs(batch, start, keep, keep_before)
         loss = float(self._loss(outputs, self._reference[number], target))
         if not np.isfinite(loss):

@@ -19,6 +19,7 @@ from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective, growing_batches
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import pruner_named
+from onnx_spdy.pipeline.run import CORRECTED, JUDGED_SAMPLES, Stitching
 from onnx_spdy.pipeline.search import AIM_SHARE, ProfileSearch, split
 from onnx_spdy.pipeline.searches.thompson import probed_levels
 from onnx_spdy.pipeline.solve import solve
@@ -181,6 +182,20 @@ def test_a_time_limit_ends_a_search_with_a_profile_that_says_so(finder: Finder) 
     profile = finder(time_limit_seconds=0.0).find(2.0)
     assert profile.ended == "time limit"
     assert profile.predicted_speedup >= 2.0
+
+
+def test_statistics_are_corrected_only_where_that_lowers_the_loss(
+    finder: Finder, model: onnx.ModelProto, database: LayerDatabase, data: Samples
+) -> None:
+    profile = finder(search="uniform").find(2.0)
+    other = np.concatenate([10 + 5 * data.inputs["input"], data.inputs["input"][:JUDGED_SAMPLES]])
+    for samples, better in ((data, True), (Samples({"input": other}), False)):
+        network = Network(model)
+        stitching = Stitching(network, database, samples)
+        for _ in range(2):
+            stitching.stitch(profile)
+            assert (stitching.corrected == CORRECTED) is better
+            assert bool(set(network.changed()) - {layer.weight for layer in network.layers}) is better  # biases
 
 
 def test_scores_are_the_same_whether_the_network_ran_whole_or_from_a_later_layer(
