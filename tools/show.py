@@ -98,7 +98,7 @@ def table(found: LatencyTable) -> None:
         best = int(seconds.argmin())
         break_even, kernels = found.break_even(row), found.kernels[row]
         _row(
-            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", f"{found.spread[row][best]:.0%}",
+            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", _uncertainty(found.spread[row][best]),
             found.levels[best], break_even or "none: pruning it is in vain",
             kernels[0] if kernels[best] == kernels[0] else f"{kernels[0]}, {kernels[best]}",
         )  # fmt: skip
@@ -115,7 +115,7 @@ def table(found: LatencyTable) -> None:
         )
     if rows := [row for row in range(len(found.layers)) if found.break_even(row) is None]:
         in_vain = [found.layers[row] for row in rows]
-        share = float(found.seconds[rows, 0].sum()) / found.dense_seconds
+        share = min(1.0, float(found.seconds[rows, 0].sum()) / found.dense_seconds)  # each is fitted with an error
         print(
             f"pruning is in vain in {len(in_vain)} of {len(found.layers)} layers, {share:.0%} of the time: "
             f"{', '.join(in_vain[:NAMED])}{' ...' if len(in_vain) > NAMED else ''}"
@@ -127,6 +127,11 @@ def table(found: LatencyTable) -> None:
         )
     if found.fallback:
         print(f"not optimised by the engine, and pruning it is in vain: {found.fallback}")
+
+
+def _uncertainty(spread: float) -> str:
+    """Of a time, as a share of it; of one that is next to nothing the number itself would say nothing."""
+    return f"{spread:.0%}" if spread < 1 else "over 100%"
 
 
 def validation(content: Mapping[str, Any]) -> None:
