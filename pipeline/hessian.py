@@ -19,6 +19,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.patch_products import Part, PatchProducts
+from onnx_spdy.pipeline.products import full_width
 
 
 def hessian_bytes(layer: Layer) -> int:
@@ -113,4 +114,6 @@ class _Sum:
 
 def squared_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(D H D^T): mean squared output error of a layer whose weights change by D (out, d)."""
-    return float(((change @ hessian) * change).sum())
+    with full_width():
+        product = change @ hessian
+    return float((product * change).sum())

@@ -141,7 +141,7 @@ def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.Monkey
     test_obc_equals_naive_greedy_obs_in_runs("block4@0.5000")
 
 
-@pytest.mark.parametrize(("trace_width", "most"), [(2304, 1.02), (0, 1.1)], ids=["traces", "ladder"])
+@pytest.mark.parametrize(("trace_width", "most"), [(1152, 1.02), (0, 1.1)], ids=["traces", "ladder"])
 def test_the_default_comes_close_to_exact_obs(monkeypatch: pytest.MonkeyPatch, trace_width: int, most: float) -> None:
     monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", trace_width)
     weight, hessian = layer((8, 16, 3, 3), seed=3)
