@@ -29,7 +29,8 @@ def full_width() -> Iterator[None]:
 @cache
 def is_exact() -> bool:
     """Whether oneDNN, when it may round to bfloat16, computes in float32 all the same; it is tried on one product."""
-    if torch.cpu.get_capabilities().get("amx_bf16") or not torch.backends.mkldnn.is_available():
+    mkldnn = torch.backends.mkldnn
+    if torch.cpu.get_capabilities().get("amx_bf16") or not (mkldnn.is_available() and hasattr(mkldnn, "matmul")):
         return False
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
@@ -41,7 +42,7 @@ def is_exact() -> bool:
 
 @contextlib.contextmanager
 def _rounding_allowed() -> Iterator[None]:
-    precision = torch.backends.mkldnn.matmul
+    precision = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
     before = precision.fp32_precision
     precision.fp32_precision = "bf16"
     try:
