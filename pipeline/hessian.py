@@ -112,8 +112,7 @@ class _Sum:
         return self._products.matrix(self._total).div_(max(1, self._count))
 
 
+@full_width()
 def squared_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(D H D^T): mean squared output error of a layer whose weights change by D (out, d)."""
-    with full_width():
-        product = change @ hessian
-    return float((product * change).sum())
+    return float(((change @ hessian) * change).sum())

@@ -13,13 +13,13 @@ from functools import cache
 
 import torch
 
-LARGEST_ERROR = 1e-5  # relative: a hundred times what float32 loses, and a hundredth of what bfloat16 does
+LARGEST_ERROR = 1e-5  # relative: tens of times what float32 loses, and a hundredth of what bfloat16 does
 
 
 @contextlib.contextmanager
 def full_width() -> Iterator[None]:
-    """Products of float32 matrices on the CPU use oneDNN in this context, where that rounds nothing."""
-    if not is_exact():
+    """Products of float32 matrices on the CPU use oneDNN in this context or function, where that rounds nothing."""
+    if not _is_exact():
         yield
         return
     with _rounding_allowed():
@@ -27,7 +27,7 @@ def full_width() -> Iterator[None]:
 
 
 @cache
-def is_exact() -> bool:
+def _is_exact() -> bool:
     """Whether oneDNN, when it may round to bfloat16, computes in float32 all the same; it is tried on one product."""
     mkldnn = torch.backends.mkldnn
     if torch.cpu.get_capabilities().get("amx_bf16") or not (mkldnn.is_available() and hasattr(mkldnn, "matmul")):

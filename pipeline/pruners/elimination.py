@@ -244,8 +244,7 @@ class _Rows:
         size = self.weight.shape[2]
         left = self.left if by_all else self.left.gather(1, places)
         first, second = _flat(self.left.gather(1, places), size), _flat(left, size)
-        whole = self._matrix[self.row, first]  # whole rows first: that is what memory is good at
-        of_all = whole.gather(2, second.unsqueeze(1).expand(-1, first.shape[1], -1))
+        of_all = self._matrix[self.row[:, :, None], first.unsqueeze(2), second.unsqueeze(1)]
         other = (self._factor if by_all else factor).mT
         return of_all.baddbmm_(factor, other, alpha=-1)
 
