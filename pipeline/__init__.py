@@ -6,7 +6,7 @@ latency               seconds of every layer at every level, measured in the run
 hessian, pruners,     weights of every layer at every level
   database
 solve, searches       which level for each layer
-search                that question, asked of one network, table and database
+search, profile_loss  that question, asked of one network, table and database
 stitch, correct       the network at those levels, its statistics repaired
 deploy                the pruned ONNX file
 match, gradual        zeros in a user's own module, while it is trained

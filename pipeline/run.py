@@ -9,7 +9,6 @@ and aim anew until the measured speedup is what was asked for.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,30 +21,25 @@ from onnx_spdy.models import load_model, model_sha256, save_model
 from onnx_spdy.pipeline.aim import reach
 from onnx_spdy.pipeline.alternatives import measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same
-from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database import LayerDatabase, build_database
+from onnx_spdy.pipeline.database import build_database
 from onnx_spdy.pipeline.deploy import check_zeros_kept, deploy
 from onnx_spdy.pipeline.latency import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
-from onnx_spdy.pipeline.loss import Loss, LossError
+from onnx_spdy.pipeline.loss import Loss
 from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, Listen, ProfileSearch, never
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
-from onnx_spdy.pipeline.stitch import Stitcher
+from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.train import Training
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime
-
-CORRECTED = "mean and variance of each pruned layer's output channels"
-JUDGED_SAMPLES = 128
 
 Watch = Callable[[str, int, int, str], None]  # (stage, done, total, note)
 
@@ -158,7 +152,7 @@ def run(
             progress=lambda best, done, left: watch("search", done, done + left, f"loss {best:.5f}"), listen=listen,
         )  # fmt: skip
         first = finder.find_or_load(speedup, out / "profile.json")
-    stitching = Stitching(network, database, samples, loss)
+    stitching = CorrectedStitcher(network, database, samples, loss)
 
     def realise(profile: Profile) -> Validation:
         stitching.stitch(profile)
@@ -244,69 +238,6 @@ def latency_table(
         save=path, allow_busy=allow_busy,
         progress=lambda done, total, note: watch("measure", done, total, note),
     )  # fmt: skip
-
-
-class Stitching:
-    """Brings the network to profiles, corrected where that is better.
-
-    Networks without normalisation of their own lose much without the correction, others gain nothing from it (ResNet-18
-    at 3x: top-1 58 without, 80 with it; MiniLM at 87 % sparsity: Spearman 90.1 and 89.7), so the loss decides, of the
-    last `JUDGED_SAMPLES` calibration samples.
-
-    Args:
-        network, database: what the profiles are for.
-        samples: calibration samples for the correction of statistics, or None for none.
-        loss: see `Objective`.
-    Attributes:
-        corrected: what was corrected at the last profile, in words, or why nothing was.
-    """
-
-    def __init__(
-        self, network: Network, database: LayerDatabase, samples: Samples | None, loss: str | Loss | None = None
-    ) -> None:
-        self._network, self._database = network, database
-        self._correction: StatisticsCorrection | None = None
-        self.corrected = "not applied: no data was given"
-        if samples is not None:
-            try:
-                self._correction = StatisticsCorrection(network, samples)
-                judged = samples.take(slice(-max(JUDGED_SAMPLES, network.batch_size(1)), None))
-                self._judge = Objective(network, judged, loss, corrected=False)
-            except NotCorrected as exc:
-                self.corrected = f"not applied: {exc}"
-
-    def stitch(self, profile: Profile) -> None:
-        """Bring the network to the profile.
-
-        Raises:
-            ArtifactError: the profile belongs to another network.
-        """
-        network = self._network
-        check_same(
-            self._database.folder,
-            {
-                "model_sha256": (profile.made_from["model_sha256"], network.sha256),
-                "layers": ([*profile.levels], [layer.name for layer in network.layers]),
-            },
-        )
-        levels = [profile.levels[layer.name] for layer in network.layers]
-        stitcher = Stitcher(network, self._database)
-        stitcher.stitch(levels)
-        if self._correction:
-            plain = self._loss()
-            self._correction.apply(
-                [layer for layer, level in zip(network.layers, levels, strict=True) if level != DENSE]
-            )
-            better = self._loss() <= plain
-            if not better:
-                stitcher.stitch(levels)
-            self.corrected = CORRECTED if better else "not applied: the calibration loss is lower without it"
-
-    def _loss(self) -> float:
-        try:
-            return self._judge()
-        except LossError:  # of a network that is pruned beyond use; the correction may bring it back
-            return math.inf
 
 
 def repair_stitched(

@@ -19,9 +19,10 @@ from onnx_spdy.pipeline.loss import Loss
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.search_state import SearchState
 from onnx_spdy.pipeline.searches import CONTINUING, DEFAULT_SEARCH, SearchProblem, SearchResult, Seen, search_named
-from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
+from onnx_spdy.pipeline.stitch import Stitcher
 
 SEARCH_SAMPLES = 512
 AIM_SHARE = 8  # times the selection samples: how many images aiming anew may take

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_spdy.pipeline.artifact import read_json, write_json
-from onnx_spdy.pipeline.stitch import ProfileLoss, Score
+from onnx_spdy.pipeline.profile_loss import ProfileLoss, Score
 
 VERSION = 1
 SAVE_SECONDS = 10.0  # between two writes

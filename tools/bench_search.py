@@ -26,9 +26,9 @@ from onnx_spdy.pipeline.loss import LOSSES, default_loss
 from onnx_spdy.pipeline.metric import top1
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.run import Stitching
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.solve import InfeasibleTarget
+from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.specs import load_loss, load_network, load_samples
 
@@ -152,7 +152,7 @@ class Judge:
 
     def __init__(self, network: Network, weights: LayerDatabase, samples: Samples, unseen: Samples) -> None:
         self._network, self._unseen = network, unseen
-        self._stitching = Stitching(network, weights, samples)
+        self._stitching = CorrectedStitcher(network, weights, samples)
         network.reset()
         self._dense = [outputs for _, outputs in network.outputs(unseen)]
         self._loss = LOSSES[default_loss(self._dense[0])]

@@ -29,10 +29,11 @@ from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair
 from onnx_spdy.pipeline.report import Report
-from onnx_spdy.pipeline.run import Stitching, repair_stitched
+from onnx_spdy.pipeline.run import repair_stitched
 from onnx_spdy.pipeline.run import run as run_pipeline
 from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.train import BATCH
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
@@ -248,7 +249,7 @@ def deploy(
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
     network = Network(load_network(model))
     chosen, samples = Profile.load(profile), load_samples(data, network.model) if data else None
-    stitching = Stitching(network, open_database(database), samples)
+    stitching = CorrectedStitcher(network, open_database(database), samples)
     stitching.stitch(chosen)
     print(f"statistics correction: {stitching.corrected}")
     if samples and finetune != NO_REPAIR:

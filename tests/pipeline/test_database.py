@@ -13,9 +13,10 @@ from onnx_spdy.pipeline.hessian import collect_hessians, hessian_bytes, squared_
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
+from onnx_spdy.pipeline.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.pruners.obs import obs
-from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
+from onnx_spdy.pipeline.stitch import Stitcher
 
 LEVELS = (DENSE, *levels_for("unstructured")[1::8])
 

@@ -18,12 +18,12 @@ from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective, growing_batches
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.pruners import pruner_named
-from onnx_spdy.pipeline.run import CORRECTED, JUDGED_SAMPLES, Stitching
 from onnx_spdy.pipeline.search import AIM_SHARE, ProfileSearch, split
 from onnx_spdy.pipeline.searches.thompson import probed_levels
 from onnx_spdy.pipeline.solve import solve
-from onnx_spdy.pipeline.stitch import ProfileLoss, Stitcher
+from onnx_spdy.pipeline.stitch import CORRECTED, JUDGED_SAMPLES, CorrectedStitcher, Stitcher
 from onnx_spdy.runtimes import open_runtime
 
 LEVELS = levels_for("unstructured")
@@ -191,7 +191,7 @@ def test_statistics_are_corrected_only_where_that_lowers_the_loss(
     other = np.concatenate([10 + 5 * data.inputs["input"], data.inputs["input"][:JUDGED_SAMPLES]])
     for samples, better in ((data, True), (Samples({"input": other}), False)):
         network = Network(model)
-        stitching = Stitching(network, database, samples)
+        stitching = CorrectedStitcher(network, database, samples)
         for _ in range(2):
             stitching.stitch(profile)
             assert (stitching.corrected == CORRECTED) is better
