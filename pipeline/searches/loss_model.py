@@ -6,7 +6,8 @@ d are additive errors: what each layer costs at each level when it alone is comp
 more or less than that are corrected by the factors, and layers that hurt sooner or later than by the database by the
 bends (around the level where each was scored alone, so that both are nearly independent). Factors (as logarithms),
 bends, power and offsets have normal priors, and their posterior is the Laplace approximation: a few Gauss-Newton steps,
-each a ridge regression.
+each a ridge regression. A loss on few samples is believed less than one on many: its variance is inversely
+proportional to their number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FACTOR_SPREAD = 1.0  # prior standard deviation of a factor's logarithm
 BEND_SPREAD = 0.2
 POWER_SPREAD = 0.3
 OFFSET_SPREAD = 3.0
-NOISE = 0.02, 0.3  # least and most of the logarithm of a loss that the model is believed not to explain
+NOISE = 0.005, 0.3  # least and most of the logarithm of a loss on all samples that the model is believed not to explain
 MOST = 20.0  # of the logarithm of what an error is multiplied by
 LEAST_SHARE = 0.01  # of the median loss: less counts as this much, where the loss can be below the dense network's
 TINY = 1e-12  # additive errors that count as none
@@ -38,7 +39,7 @@ class Posterior:
         mean: (2 * layers,) logarithms of the factors, then the bends.
         root: (2 * layers, 2 * layers), its product with independent standard normal numbers has their covariance.
         relative: (layers, levels) log d, relative to the level around which the bends turn.
-        noise: standard deviation of log loss that is left unexplained.
+        noise: standard deviation of log loss that is left unexplained, on the most samples.
     """
 
     mean: np.ndarray
@@ -83,6 +84,7 @@ def fit(additive: np.ndarray, seen: Sequence[Seen], pivot: int) -> Posterior:
     losses = np.array([one.loss for one in seen])
     logs = np.log(np.maximum(losses, max(LEAST_SHARE * float(np.median(losses)), TINY)))
     stage = np.array([stages.index(one.samples) for one in seen])
+    trust = np.sqrt(np.array([one.samples for one in seen]) / stages[-1])
     centre = float(np.log(parts.sum(axis=1)).mean())  # so that power and offsets are nearly independent
     parameters[own + 1 :] = [logs[stage == number].mean() for number in range(len(stages))]
     prior = parameters.copy()
@@ -92,13 +94,14 @@ def fit(additive: np.ndarray, seen: Sequence[Seen], pivot: int) -> Posterior:
         total = weighted.sum(axis=1)
         size = np.log(total) - centre
         power = 1 + parameters[own]
-        residual = logs - (parameters[own + 1 :][stage] + power * size)
+        residual = trust * (logs - (parameters[own + 1 :][stage] + power * size))
         shares = power * weighted / total[:, None]
         jacobian = np.zeros((len(seen), len(parameters)))
         jacobian[:, :layers] = shares
         jacobian[:, layers:own] = shares * levels
         jacobian[:, own] = size
         jacobian[np.arange(len(seen)), own + 1 + stage] = 1
+        jacobian *= trust[:, None]
         information = jacobian.T @ jacobian
         noise = _noise(information, np.diag(precision), residual, noise)
         hessian = information / noise**2 + np.diag(precision)
