@@ -1,6 +1,7 @@
 """The closed loop against engines that the table is wrong about."""
 
 import dataclasses
+import statistics
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from onnx_spdy.pipeline.aim import OVERSHOOT, reach
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.validate import Validation
-from onnx_spdy.runtimes import Environment, Measurement
+from onnx_spdy.pipeline.validate import CONFIDENCE, Validation
+from onnx_spdy.runtimes import Environment, Measurement, median_bounds
 
 ENVIRONMENT = Environment("fake", "1", "formula", "cpu", "none", 1, 1, 1, "host")
 
@@ -87,6 +88,24 @@ def test_among_those_that_meet_the_target_the_least_loss_is_kept_and_deployed() 
     # It was measured again at the end, and both measurements count.
     assert len(kept.validation.visits) == 12
     assert kept.validation.upper == pytest.approx(9.9)
+
+
+def test_what_is_fast_enough_but_not_surely_is_measured_longer() -> None:
+    visits = iter([(1.9,) * 3 + (2.04,) * 6, (2.05,) * 9])
+    engine = Engine(1.0)
+
+    def realise(one: Profile) -> Validation:
+        ratios = next(visits)
+        bounds = median_bounds(ratios, CONFIDENCE)
+        return dataclasses.replace(
+            engine.realise(one), speedup=statistics.median(ratios), lower=bounds[0], upper=bounds[1], visits=ratios
+        )
+
+    outcome = reach(2.0, profile(2.0), profile, realise)
+    assert [one.profile.aim_speedup for one in outcome.attempts] == [2.0]
+    assert [one.aim_speedup for one in engine.deployed] == [2.0, 2.0]
+    assert outcome.kept.validation.lower == 2.04
+    assert len(outcome.kept.validation.visits) == 18
 
 
 def test_where_steps_are_coarse_the_next_one_is_taken() -> None:
