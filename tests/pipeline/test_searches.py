@@ -141,6 +141,22 @@ def test_the_loss_model_learns_the_layers_from_whole_profiles(bent: bool) -> Non
     assert (spreads[0][:, 10:] < 0.5 * spreads[1][:, 10:]).all()
 
 
+def test_the_loss_model_believes_a_loss_on_many_samples_more() -> None:
+    rng = np.random.default_rng(0)
+    additive = (np.arange(42) / 41) ** 2 * np.ones((LAYERS, 1))
+    factors = np.exp(rng.normal(0, 0.7, LAYERS))
+    profiles = rng.integers(1, 42, (200, LAYERS))
+    losses = (factors * additive[np.arange(LAYERS), profiles]).sum(axis=1)
+    losses[::2] *= np.exp(rng.normal(0, 0.3, 100))
+    errors = []
+    for noisy, exact in ((16, 512), (512, 512), (512, 16)):
+        samples = [noisy, exact] * 100
+        seen = [Seen(tuple(p), n, loss) for p, n, loss in zip(profiles.tolist(), samples, losses, strict=True)]
+        difference = fit(additive, seen, pivot=20).mean[:LAYERS] - np.log(factors)
+        errors.append(np.std(difference))
+    assert errors[0] < 0.8 * errors[1] < 0.8 * errors[2]
+
+
 def test_erk_prunes_large_layers_more() -> None:
     network = Scripted()
     network.weights = [np.ones((8 * (layer + 1), 16, 3, 3)) for layer in range(LAYERS)]
