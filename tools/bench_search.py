@@ -7,6 +7,7 @@ those samples, which neither search nor database saw. With `--json` what was don
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ from onnx_spdy.tools.expected import run_command
 from onnx_spdy.tools.specs import load_loss, load_network, load_samples
 
 YARDSTICK = "spdy"
+ROUNDING = 1e-6  # of a loss that was computed twice
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,16 @@ def _show(rows: Sequence[Row]) -> None:
     Console(width=140).print(grid)
 
 
+def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
+    """After how many images and seconds a search came to a loss, or None if it ended with more."""
+    wanted *= 1 + ROUNDING
+    if row.loss is None or row.loss > wanted:
+        return None
+    if not math.isclose(row.trace[-1][2], row.loss, rel_tol=ROUNDING):
+        return row.images, row.seconds  # it judged by fewer samples: what it found is known at its end
+    return next(((images, seconds) for images, seconds, loss in row.trace if loss <= wanted), None)
+
+
 def _show_cost(rows: Sequence[Row]) -> None:
     """When each search came to the loss that the yardstick ended with."""
     grid = Table(title=f"cost of {YARDSTICK}'s final loss, as a share of its cost", title_justify="left")
@@ -239,7 +251,7 @@ def _show_cost(rows: Sequence[Row]) -> None:
         whole = yardsticks.get((row.speedup, row.seed, row.samples))
         if whole is None or whole is row or whole.loss is None or not row.trace:
             continue
-        reached = next(((images, seconds) for images, seconds, loss in row.trace if loss <= whole.loss), None)
+        reached = _reached(row, whole.loss)
         shares = ["not reached", ""] if reached is None else [
             f"{reached[0] / whole.images:.1%}", f"{reached[1] / whole.seconds:.1%}"
         ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The benchmark of searches, on a small network and a runtime of formulas."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.pruners import pruner_named
 from onnx_spdy.runtimes import open_runtime
-from onnx_spdy.tools.bench_search import Row, bench
+from onnx_spdy.tools.bench_search import Row, _reached, bench
 from onnx_spdy.tools.specs import load_network
 from tests.pipeline.conftest import build_model
 
@@ -58,3 +59,14 @@ def test_rows_are_judged_and_what_was_done_is_not_done_again(folder: Path, capsy
     assert third.images <= third.limit + 64
     assert run(folder, "spdy,thompson", share=0.1) == [first, second, third]
     assert "cost of spdy's final loss" in capsys.readouterr().out
+
+
+def test_a_loss_on_fewer_samples_is_not_taken_for_one_on_all() -> None:
+    trace = [(64, 0.1, 0.5), (128, 0.2, 0.3)]
+    row = Row("thompson", 2.0, 0, 64, 256, 256, 4, 0.4, loss=0.3, trace=trace)
+    assert _reached(row, 0.5) == (64, 0.1)
+    assert _reached(row, 0.3) == (128, 0.2)
+    assert _reached(row, 0.2) is None
+    by_fewer = replace(row, loss=0.4)  # on all samples, though it saw 0.3 on its own
+    assert _reached(by_fewer, 0.35) is None
+    assert _reached(by_fewer, 0.4) == (256, 0.4)
