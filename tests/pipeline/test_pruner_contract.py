@@ -18,7 +18,8 @@ PATTERNS = ["unstructured", "block4", "2:4", "4:8", "1:4", "3:5"]
 @pytest.fixture(params=[*PRUNERS, "obs of a wide layer"])
 def pruner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pruner]:
     if request.param == "obs of a wide layer":
-        monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", 0)
+        for name in ("TRACE_WIDTH", "CORRELATED_TRACE_WIDTH"):
+            monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), name, 0)
     yield PRUNERS[request.param.split()[0]]
 
 

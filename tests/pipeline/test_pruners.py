@@ -143,12 +143,25 @@ def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("trace_width", "most"), [(1152, 1.02), (0, 1.1)], ids=["traces", "ladder"])
 def test_the_default_comes_close_to_exact_obs(monkeypatch: pytest.MonkeyPatch, trace_width: int, most: float) -> None:
-    monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", trace_width)
+    for name in ("TRACE_WIDTH", "CORRELATED_TRACE_WIDTH"):
+        monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), name, trace_width)
     weight, hessian = layer((8, 16, 3, 3), seed=3)
     levels = levels_for("unstructured")[1::10]
     for fast, exact in zip(obs(weight, hessian, levels), obc(weight, hessian, levels), strict=True):
         errors = [squared_error((pruned - weight).flatten(1).double(), hessian) for pruned in (fast, exact)]
         assert errors[0] < most * errors[1]
+
+
+@pytest.mark.parametrize(("samples", "traced"), [(20, True), (2000, False)], ids=["few", "many"])
+def test_the_default_traces_wider_layers_where_samples_are_fewer_than_inputs(
+    monkeypatch: pytest.MonkeyPatch, samples: int, traced: bool
+) -> None:
+    monkeypatch.setattr(import_module("onnx_spdy.pipeline.pruners.obs"), "TRACE_WIDTH", 60)
+    inputs = torch.randn(64, samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight, hessian = layer((8, 64), seed=5)[0], inputs @ inputs.T / samples
+    levels = levels_for("unstructured")[1::10]
+    traces = eliminated(weight, hessian, levels, panels=True)
+    assert traced is all(torch.equal(a, b) for a, b in zip(obs(weight, hessian, levels), traces, strict=True))
 
 
 @pytest.mark.parametrize("text", ["unstructured@0.5000", "block4@0.5000"])
