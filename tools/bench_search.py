@@ -233,7 +233,7 @@ def _show(rows: Sequence[Row]) -> None:
 
 def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
     """After how many images and seconds a search came to a loss, or None if it ended with more."""
-    wanted *= 1 + ROUNDING
+    wanted += ROUNDING * abs(wanted)
     if row.loss is None or row.loss > wanted:
         return None
     if not math.isclose(row.trace[-1][2], row.loss, rel_tol=ROUNDING):
