@@ -97,13 +97,17 @@ def reach(
     Returns:
         The outcome, whose `kept` is the last one that `realise` was called with.
     """
+
+    def measured_longer(one: Attempt) -> Attempt:
+        return Attempt(one.profile, one.validation.with_more(realise(one.profile)))
+
     exhausted = False
     tried: list[Attempt] = []
     profile = first
     while True:
         tried.append(Attempt(profile, realise(profile)))
         if tried[-1].is_unsure(target):
-            tried[-1] = Attempt(profile, tried[-1].validation.with_more(realise(profile)))
+            tried[-1] = measured_longer(tried[-1])
         lower = tried[-1].validation.lower
         if len(tried) == attempts or target <= lower <= target * (1 + OVERSHOOT):
             break
@@ -123,7 +127,7 @@ def reach(
     best = _best(tried, target)
     if best is not tried[-1]:
         # Measured again, and judged by both: it was chosen among several, perhaps for its luck.
-        best = Attempt(best.profile, best.validation.with_more(realise(best.profile)))
+        best = measured_longer(best)
     return Outcome(best, tuple(tried), exhausted)
 
 

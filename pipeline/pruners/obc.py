@@ -14,7 +14,7 @@ import torch
 
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.pruners.elimination import Units, eliminate, kept_columns, solutions
-from onnx_spdy.pipeline.pruners.quadratic import damped, inverse
+from onnx_spdy.pipeline.pruners.quadratic import damped, inflation, inverse
 
 DOUBLE_WIDTH = 1024  # layers up to this width are computed in float64, wider ones in float32
 SINGLE_INFLATION = 1e3  # but where an input's [H^-1]_pp H_pp is above: it falls to 1, by differences, on the way down
@@ -34,8 +34,7 @@ def eliminated(
     """
     curvature = damped(hessian)
     inverted = inverse(curvature)
-    inflation = float((inverted.diagonal() * curvature.diagonal()).max())
-    double = hessian.shape[0] <= DOUBLE_WIDTH or inflation > SINGLE_INFLATION
+    double = hessian.shape[0] <= DOUBLE_WIDTH or float(inflation(curvature, inverted).max()) > SINGLE_INFLATION
     precision = torch.float64 if double else torch.float32
     inverted, curvature = inverted.to(precision), curvature.to(precision)
     dense = weight.flatten(1).to(precision)

@@ -31,7 +31,7 @@ from onnx_spdy.pipeline.products import full_width
 from onnx_spdy.pipeline.pruners.elimination import Units, eliminate_rest, kept_columns, solutions
 from onnx_spdy.pipeline.pruners.low_rank import LowRank
 from onnx_spdy.pipeline.pruners.obc import eliminated
-from onnx_spdy.pipeline.pruners.quadratic import damped, inverse, reconstruct
+from onnx_spdy.pipeline.pruners.quadratic import damped, inflation, inverse, reconstruct
 
 TRACE_WIDTH = 1280
 CORRELATED_TRACE_WIDTH = 2304
@@ -45,11 +45,11 @@ POLISH = 8  # at a level that is wanted
 
 def obs(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) -> Iterator[torch.Tensor]:
     """See `Pruner`. Levels may come in any order: each depends on the dense weights alone."""
-    curvature = damped(hessian).float()
-    if _is_traced(curvature):
+    if _is_traced(hessian):
         yield from eliminated(weight, hessian, levels, panels=True)
         return
     found: dict[Level, torch.Tensor] = {}
+    curvature = damped(hessian).float()
     for pattern in dict.fromkeys(level.pattern for level in levels if level.pattern != "dense"):
         wanted = sorted({level for level in levels if level.pattern == pattern}, key=lambda level: level.sparsity)
         ladder = _Ladder(weight, curvature)
@@ -65,7 +65,8 @@ def obs(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) ->
 def _is_traced(hessian: torch.Tensor) -> bool:
     """Whether a layer with this Hessian gets traces from the start."""
     if TRACE_WIDTH < len(hessian) <= CORRELATED_TRACE_WIDTH:
-        return float((inverse(hessian).diagonal() * hessian.diagonal()).median()) > CORRELATED
+        curvature = damped(hessian).float()
+        return float(inflation(curvature, inverse(curvature)).median()) > CORRELATED
     return len(hessian) <= TRACE_WIDTH
 
 

@@ -31,6 +31,11 @@ def inverse(hessian: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 
+def inflation(hessian: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
+    """(d,) [H^-1]_pp H_pp of each input: 1 where it is correlated with no other, more the better others foretell it."""
+    return inverted.diagonal() * hessian.diagonal()
+
+
 def reconstruct(
     start: torch.Tensor,
     dense: torch.Tensor,
