@@ -1,20 +1,26 @@
-"""THE METHOD: one file for each stage, in the order in which they run.
+"""THE METHOD: one file or folder for each stage. `run.py` reads from top to bottom like the paper.
+
+Folders and stages from the top floor down; none imports one above it:
+
+run, front, report    everything for one target; for several; what was found
+target                measured speedup against the target: measure longer, search faster, give back
+search/               which level for each layer; its methods in search/methods/
+stitch, correct       the network at those levels, its statistics corrected
+training/             the pruned network trained: repair, fine-tuning, gradual pruning in a loop of your own
+database/             weights of every layer at every level; its pruners in database/pruners/
+latency/              seconds of every layer at every level, measured in the runtime
+deploy                the pruned ONNX file
+validate,             the speedup and the metric, measured; the dense network in every other runtime
+  alternatives
+
+What all of them use:
 
 level, mask           what a layer may become
-data, network, loss   samples in, network, loss out
-latency               seconds of every layer at every level, measured in the runtime
-hessian, pruners,     weights of every layer at every level
-  database
-solve, searches       which level for each layer
-search, profile_loss  that question, asked of one network, table and database
-stitch, correct       the network at those levels, its statistics repaired
-deploy                the pruned ONNX file
-match, gradual        zeros in a user's own module, while it is trained
-dense_outputs,        what training needs: the dense network's outputs, where it stopped, the loop
-  checkpoint, train
-repair, finetune      the pruned network trained, masks fixed or growing
-for_transformers,     callbacks for the Trainers of others
-  for_lightning
-validate, aim         the speedup and the metric, measured; aimed again until the target is met
-report, run           what was found; all of it
+data, network,        samples in, network, padding
+  padding
+loss, objective,      what a pruned network is scored by
+  metric
+solve                 the dynamic programme
+profile, artifact     files that the stages leave
+engine                opening runtimes
 """

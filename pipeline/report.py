@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_spdy.pipeline.aim import Outcome
 from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import read_json, write_json
-from onnx_spdy.pipeline.database import LayerDatabase
-from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.database.layer_database import LayerDatabase
+from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.train import Training
+from onnx_spdy.pipeline.target import Outcome
+from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import reason_in
 
 VERSION = 1

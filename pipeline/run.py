@@ -18,26 +18,26 @@ import numpy as np
 import onnx
 
 from onnx_spdy.models import load_model, model_sha256, save_model
-from onnx_spdy.pipeline.aim import reach
 from onnx_spdy.pipeline.alternatives import measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database import build_database
+from onnx_spdy.pipeline.database.layer_database import build_database
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.deploy import check_zeros_kept, deploy
-from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.loss import Loss
-from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, Pruner, pruner_named
-from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.report import Report, make_report
-from onnx_spdy.pipeline.search import SEARCH_SAMPLES, Listen, ProfileSearch, never
-from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.search.profile_search import SEARCH_SAMPLES, Listen, ProfileSearch, never
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
-from onnx_spdy.pipeline.train import Training
+from onnx_spdy.pipeline.target import reach
+from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime
 

@@ -11,7 +11,7 @@ import torch
 from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database import LayerDatabase
+from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.loss import Loss, LossError
 from onnx_spdy.pipeline.network import Network

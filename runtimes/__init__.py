@@ -16,14 +16,14 @@ from .base import (
     dense_kernel,
     reason_in,
 )
-from .deepsparse_client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
+from .deepsparse.client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
 from .load import is_busy
 from .measurement import Measurement, measure_interleaved, median_bounds, median_ratio, ratio_confidence
 from .model_file import zero_randomly
+from .nvidia.semi_structured import PATTERN as SEMI_STRUCTURED
 from .registry import IN_PYTORCH, RUNTIMES, location, open_runtime, runtime_spec
-from .semi_structured import PATTERN as SEMI_STRUCTURED
-from .ssh import PREFIX
+from .worker.ssh import PREFIX
 
 __all__ = [
     "ANY_ZEROS",

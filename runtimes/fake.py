@@ -26,8 +26,8 @@ from onnx import numpy_helper, shape_inference
 from . import host
 from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, dense_kernel, one_line
 from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
+from .nvidia.semi_structured import PATTERN, has_pattern, layer_weight, not_eligible
 from .ort import create_session, run_session, session_options
-from .semi_structured import PATTERN, has_pattern, layer_weight, not_eligible
 
 VERSION = "1"
 KERNELS = ("unstructured", PATTERN)

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from .base import Runtime, UnknownRuntime
-from .cusparselt import CuSparseLt
-from .deepsparse_client import DeepSparse
+from .deepsparse.client import DeepSparse
 from .fake import FakeRuntime
+from .nvidia.cusparselt import CuSparseLt
+from .nvidia.trt import TensorRt
 from .ort import OnnxRuntime
-from .remote import RemoteRuntime
-from .ssh import PREFIX, Address
-from .trt import TensorRt
 from .vino import OpenVino
+from .worker.remote import RemoteRuntime
+from .worker.ssh import PREFIX, Address
 
 RUNTIMES: dict[str, Callable[..., Runtime]] = {
     "cusparselt": CuSparseLt,

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 
 from . import host
-from .attribution import covered_outputs
 from .base import (
     Arrays,
     Closing,
@@ -27,6 +26,7 @@ from .base import (
     one_line,
     still_open,
 )
+from .fused_layers import covered_outputs
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
 

@@ -12,12 +12,12 @@ import typer
 from torch import nn
 
 from onnx_spdy.models import export_module, find_layers, load_model, prepare, save_model
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, PRUNERS
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER, PRUNERS
-from onnx_spdy.pipeline.repair import NO_REPAIR, REPAIRS
 from onnx_spdy.pipeline.run import SEARCH_SAMPLES
-from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, SEARCHES
+from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, SEARCHES
+from onnx_spdy.pipeline.training.repair import NO_REPAIR, REPAIRS
 from onnx_spdy.runtimes import RUNTIMES
 from onnx_spdy.tools.cli import app
 from onnx_spdy.tools.operator_list import operator_list

@@ -12,37 +12,35 @@ import typer
 from rich.console import Console
 
 from onnx_spdy.models import find_layers, load_model, model_sha256, save_model
-from onnx_spdy.pipeline.aim import TargetMissed
 from onnx_spdy.pipeline.artifact import check_same, write_json
-from onnx_spdy.pipeline.database import build_database, open_database
+from onnx_spdy.pipeline.database.layer_database import build_database, open_database
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.engine import open_runtime
-from onnx_spdy.pipeline.finetune import EPOCHS, RATE
-from onnx_spdy.pipeline.finetune import finetune as finetune_network
 from onnx_spdy.pipeline.front import FILE as FRONT
 from onnx_spdy.pipeline.front import Front, reach_all
-from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
-from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import DEFAULT_PRUNER
-from onnx_spdy.pipeline.repair import NO_REPAIR, check_repair
 from onnx_spdy.pipeline.report import Report
 from onnx_spdy.pipeline.run import repair_stitched
 from onnx_spdy.pipeline.run import run as run_pipeline
-from onnx_spdy.pipeline.search import SEARCH_SAMPLES, ProfileSearch
-from onnx_spdy.pipeline.searches import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, search_named
+from onnx_spdy.pipeline.search.profile_search import SEARCH_SAMPLES, ProfileSearch
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
-from onnx_spdy.pipeline.train import BATCH
+from onnx_spdy.pipeline.target import TargetMissed
+from onnx_spdy.pipeline.training.finetune import EPOCHS, RATE
+from onnx_spdy.pipeline.training.finetune import finetune as finetune_network
+from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair
+from onnx_spdy.pipeline.training.trainer import BATCH
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
 from onnx_spdy.runtimes import ANY_ZEROS, Runtime
 from onnx_spdy.tools import show
 from onnx_spdy.tools.doctor import examine, with_kernels_for
 from onnx_spdy.tools.expected import one_line_errors
-from onnx_spdy.tools.front_report import write_front_html
-from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.interrupt import Interrupt
 from onnx_spdy.tools.options import (
     AllowBusy,
@@ -63,6 +61,8 @@ from onnx_spdy.tools.options import (
     TimeLimit,
 )
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.front import write_front_html
+from onnx_spdy.tools.report.page import write_report_html
 from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
 
 app = typer.Typer(

@@ -23,8 +23,8 @@ from onnx_spdy.pipeline.validate import validate
 from onnx_spdy.runtimes import RuntimeFailure, open_runtime
 from onnx_spdy.tools import show
 from onnx_spdy.tools.expected import one_line_errors
-from onnx_spdy.tools.html_report import write_report_html
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.page import write_report_html
 
 SPEEDUP = 2.0
 BATCH = 64

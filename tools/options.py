@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onnx_spdy.pipeline.pruners import PRUNERS
+from onnx_spdy.pipeline.database.pruners import PRUNERS
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="FILE.onnx, or FILE.py:FUNCTION -> (module, example_inputs)")

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from onnx_spdy.models import find_layers, to_canonical
 from onnx_spdy.pipeline.deploy import level_violation
-from onnx_spdy.pipeline.latency import LatencyTable
+from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.train import Training
+from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import is_busy
 from onnx_spdy.tools.doctor import Finding
 

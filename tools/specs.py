@@ -14,9 +14,9 @@ import onnx
 from onnx_spdy.models import export_module, input_dtypes, input_shapes, load_model, prepare
 from onnx_spdy.pipeline.artifact import file_sha256
 from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
+from onnx_spdy.pipeline.database.pruners import Pruner, one_level, pruner_named
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
-from onnx_spdy.pipeline.pruners import Pruner, one_level, pruner_named
 
 _numbers = itertools.count()
 

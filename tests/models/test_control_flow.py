@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from onnx_spdy.models import TorchGraph, UnsupportedOperator, find_layers, prepare
-from onnx_spdy.tools.fuzz_graphs import examples
+from onnx_spdy.tools.fuzz.graphs import examples
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32) / 4
 

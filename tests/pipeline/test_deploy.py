@@ -7,12 +7,12 @@ import pytest
 from onnx_spdy.models import load_model, with_batch
 from onnx_spdy.pipeline.correct import LARGEST_SCALE, BatchCorrection, NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.pruners import PRUNERS
 from onnx_spdy.pipeline.deploy import DeployError, check_deployed, deploy, level_violation
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.mask import select_mask
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
-from onnx_spdy.pipeline.pruners import PRUNERS
 from onnx_spdy.runtimes import open_runtime
 
 HALF = Level("unstructured", 0.5)

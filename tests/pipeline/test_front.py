@@ -9,7 +9,7 @@ from onnx_spdy.models import load_model
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import check_deployed
 from onnx_spdy.pipeline.front import FILE, Front, reach_all
-from onnx_spdy.pipeline.latency import NoSpeedup
+from onnx_spdy.pipeline.latency.table import NoSpeedup
 from onnx_spdy.pipeline.metric import top1
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import Report

@@ -9,10 +9,10 @@ import torch
 from onnx_spdy.models import export_module, prepare
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.dense_outputs import Capture
-from onnx_spdy.pipeline.hessian import collect_hessians
+from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.pipeline.training.dense_outputs import Capture
 from tests.encoder import encoder, sentences
 
 MASK = np.array([[1, 1, 0], [1, 0, 0]])

@@ -9,7 +9,7 @@ from onnx_spdy.models import load_model
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import check_deployed
-from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup
+from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.metric import MetricError, top1
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.run import run

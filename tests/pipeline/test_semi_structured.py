@@ -12,22 +12,22 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.models import load_model
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database import build_database
+from onnx_spdy.pipeline.database.layer_database import build_database
+from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
-from onnx_spdy.pipeline.latency import LatencyTable, NoSpeedup
+from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.pruners import pruner_named
 from onnx_spdy.pipeline.report import _why
 from onnx_spdy.pipeline.run import run
-from onnx_spdy.pipeline.search import ProfileSearch
+from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.runtimes import Environment, reason_in
-from onnx_spdy.runtimes.cpu_device import CpuDevice
-from onnx_spdy.runtimes.cusparselt import CuSparseLt
 from onnx_spdy.runtimes.fake import FakeRuntime
-from onnx_spdy.runtimes.semi_structured import has_pattern
+from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
+from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt
+from onnx_spdy.runtimes.nvidia.semi_structured import has_pattern
 from onnx_spdy.tools.show import pattern_of
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "synthetic_2_4"

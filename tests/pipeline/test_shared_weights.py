@@ -10,10 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.models import find_layers, load_model
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.hessian import collect_hessians
-from onnx_spdy.pipeline.latency_fit import Row, together
+from onnx_spdy.pipeline.database.hessian import collect_hessians
+from onnx_spdy.pipeline.latency.fit import Row, together
+from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.pipeline.measure import measure_latency
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.run import run
 from onnx_spdy.runtimes.fake import FakeRuntime

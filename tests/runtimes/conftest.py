@@ -13,9 +13,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.runtimes.deepsparse_client import WORKER, DeepSparse
+from onnx_spdy.runtimes.deepsparse.client import WORKER, DeepSparse
 
-TENSORRT_STAND_IN = Path(__file__).with_name("tensorrt_stand_in.py")
+TENSORRT_STAND_IN = Path(__file__).with_name("nvidia") / "tensorrt_stand_in.py"
 ENGINE_PARTS = {
     "__init__.py": """
 import os

@@ -28,13 +28,13 @@ from onnx_spdy.runtimes import (
     open_runtime,
     runtime_spec,
 )
-from onnx_spdy.runtimes.cpu_device import CpuDevice
-from onnx_spdy.runtimes.cusparselt import CuSparseLt
+from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
+from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt
+from onnx_spdy.runtimes.nvidia.trt import TensorRt
+from onnx_spdy.runtimes.nvidia.trt_engine import TrtPackage
 from onnx_spdy.runtimes.registry import WITH_PRECISION
-from onnx_spdy.runtimes.remote import RemoteRuntime
-from onnx_spdy.runtimes.ssh import STARTER, Address
-from onnx_spdy.runtimes.trt import TensorRt
-from onnx_spdy.runtimes.trt_engine import TrtPackage
+from onnx_spdy.runtimes.worker.remote import RemoteRuntime
+from onnx_spdy.runtimes.worker.ssh import STARTER, Address
 
 BATCH = 3
 LAYER_OUTPUTS = {"a", "c", "y"}

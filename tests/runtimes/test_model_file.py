@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnx_spdy.runtimes import ModelRefused
-from onnx_spdy.runtimes.attribution import covered_outputs
+from onnx_spdy.runtimes.fused_layers import covered_outputs
 from onnx_spdy.runtimes.model_file import fix_model
 from onnx_spdy.runtimes.opset import lower_versions
 

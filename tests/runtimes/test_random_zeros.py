@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.runtimes import random_zeros, zero_randomly
 from onnx_spdy.runtimes.random_zeros import model_with_zeros, random_words
-from onnx_spdy.runtimes.uv_command import find_uv
+from onnx_spdy.runtimes.worker.uv_command import find_uv
 
 DIGEST = """
 import hashlib, importlib.util, sys

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.tools.cli import main
-from onnx_spdy.tools.fuzz_damage import DATA_FILE, Files
-from onnx_spdy.tools.fuzz_graphs import examples, with_external_data
-from onnx_spdy.tools.fuzz_inspect import inspected
+from onnx_spdy.tools.fuzz.damage import DATA_FILE, Files
+from onnx_spdy.tools.fuzz.graphs import examples, with_external_data
+from onnx_spdy.tools.fuzz.inspect import inspected
 
 Change = Callable[[onnx.ModelProto], None]
 

@@ -1,0 +1,1 @@
+"""The database: every layer's weights at every level."""

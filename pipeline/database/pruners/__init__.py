@@ -1,0 +1,67 @@
+"""Pruners: a layer's weights and its Hessian in, its weights at each level out. One file each, one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from onnx_spdy.pipeline.database.pruners.adaprune import adaprune
+from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
+from onnx_spdy.pipeline.database.pruners.obc import obc
+from onnx_spdy.pipeline.database.pruners.obs import obs
+from onnx_spdy.pipeline.database.pruners.sparsegpt import sparsegpt
+from onnx_spdy.pipeline.level import Level
+
+
+class Pruner(Protocol):
+    """Compress one layer to several levels."""
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) -> Iterator[torch.Tensor]:
+        """Yield the layer's weights at each level, in the order of `levels`.
+
+        Args:
+            weight: (out, in, *kernel), dense.
+            hessian: (d, d) with d = in * prod(kernel): mean over samples and positions of x x^T, where
+                x (d,) is the layer's input patch and the layer computes `weight.flatten(1) @ x`.
+            levels: from the lowest to the highest sparsity; patterns may be mixed, and dense may be among them.
+        Yields:
+            (out, in, *kernel), exact zeros where the level prunes; a new tensor for each level.
+        """
+
+
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": magnitude,
+    "adaprune": adaprune,
+    "sparsegpt": sparsegpt,
+    "obc": obc,
+    "obs": obs,
+}
+
+DEFAULT_PRUNER = "obs"
+
+
+class UnknownPruner(ValueError):
+    """No pruner of that name."""
+
+
+def pruner_named(name: str) -> Pruner:
+    """The pruner of that name.
+
+    Raises:
+        UnknownPruner: the message lists the known names.
+    """
+    if name not in PRUNERS:
+        raise UnknownPruner(f"unknown pruner {name!r}; known: {', '.join(PRUNERS)}")
+    return PRUNERS[name]
+
+
+def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]) -> Pruner:
+    """A pruner from a function `(weight, hessian, level) -> weight` that knows one level at a time."""
+
+    def pruner(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) -> Iterator[torch.Tensor]:
+        for level in levels:
+            yield function(weight, hessian, level)
+
+    return pruner

@@ -1,0 +1,1 @@
+"""The latency model: measured in the runtime, fitted, kept as a table."""

@@ -1,0 +1,160 @@
+"""The latency model: seconds of every layer at every level in one environment, and of whole networks by them.
+
+`measure.py` measures it. A network takes what its layers take at their levels, what a layer takes more because the one
+before it runs dense, and what no pruning can remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.solve import Costs
+from onnx_spdy.runtimes import Environment, Measurement
+
+VERSION = 2
+ARRAYS = {"seconds": float, "entry": float, "before": int, "spread": float, "sparse": bool}
+
+
+class NoSpeedup(ValueError):
+    """The runtime can't run this network faster, whatever is pruned."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well the model foretold whole networks that it hadn't seen yet.
+
+    Attributes:
+        networks: how many.
+        median, largest: of |predicted / measured - 1|; of the measured times' own noise, too.
+    """
+
+    networks: int
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Times of layers x levels in one environment.
+
+    Attributes:
+        layers: names of the prunable layers in graph order.
+        levels: dense first, then from lowest to highest sparsity.
+        seconds: (layers, levels), cleaned: see `monotone` in fit.py.
+        entry: (layers, levels), seconds more, or less, where the layer before runs in a dense kernel.
+        before: (layers,) index of the layer that each one reads from, or NONE_BEFORE.
+        spread: (layers, levels), relative standard deviation of `seconds`.
+        sparse: (layers, levels) bool, whether the engine used a sparse kernel.
+        kernels: (layers, levels), the engine's name of the kernel.
+        base_seconds: what no pruning can remove: everything outside these layers.
+        others: (kernel, outputs, seconds) of what runs outside these layers.
+        dense: the whole dense network, end to end.
+        prediction: how well the model does on networks that it hadn't seen; None where it had nothing to foretell.
+        foreign_cores: most cores that other programs kept busy during a measurement; None if that isn't known.
+        fallback: which part of the dense network the engine doesn't optimise and why, or None.
+        environment: in which all of it was measured.
+        model_sha256: of the network.
+    """
+
+    layers: tuple[str, ...]
+    levels: tuple[Level, ...]
+    seconds: np.ndarray
+    entry: np.ndarray
+    before: np.ndarray
+    spread: np.ndarray
+    sparse: np.ndarray
+    kernels: tuple[tuple[str, ...], ...]
+    base_seconds: float
+    others: tuple[tuple[str, str, float], ...]
+    dense: Measurement
+    prediction: Prediction | None
+    foreign_cores: float | None
+    fallback: str | None
+    environment: Environment
+    model_sha256: str
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The times of the layers, for the solver."""
+        return Costs(self.seconds, self.entry, self.before, ~self.sparse)
+
+    def predict(self, choice: Sequence[int] | np.ndarray) -> float:
+        """Seconds of the whole network with these level indices, (layers,)."""
+        return self.base_seconds + self.costs.total(choice)
+
+    @cached_property
+    def dense_seconds(self) -> float:
+        """Seconds of the dense network by the table: what predicted speedups are relative to."""
+        return self.predict([0] * len(self.layers))
+
+    @cached_property
+    def highest_speedup(self) -> float:
+        """The speedup of the fastest profile."""
+        return self.dense_seconds / self.predict(self.costs.fastest())
+
+    def budget(self, speedup: float) -> float:
+        """Seconds that all these layers together may take for a speedup of the whole network.
+
+        Raises:
+            NoSpeedup: more than the table allows; the message gives the highest reachable speedup.
+        """
+        budget = self.dense_seconds / speedup - self.base_seconds
+        if speedup > self.highest_speedup:
+            raise NoSpeedup(
+                f"a speedup of {speedup:g} can't be reached in {self.environment.runtime} at batch "
+                f"{self.environment.batch}: the highest reachable is {self.highest_speedup:.2f} by the latency table; "
+                "lower --speedup or raise --batch"
+            )
+        return budget
+
+    def break_even(self, layer: int) -> Level | None:
+        """The level from which on this layer is faster than dense, whatever runs before it; None if there is none.
+
+        Args:
+            layer: its index.
+        """
+        dense, after_dense = self.seconds[layer, 0], self.seconds[layer, 0] + self.entry[layer, 0]
+        faster = (self.seconds[layer] < dense) & (self.seconds[layer] + self.entry[layer] < after_dense)
+        slower = np.flatnonzero(~faster)  # the dense level is one of them
+        return self.levels[slower[-1] + 1] if slower[-1] + 1 < len(self.levels) else None
+
+    def save(self, path: Path) -> None:
+        """Write latency.json."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        content = {
+            **fields,
+            **{name: fields[name].tolist() for name in ARRAYS},
+            "levels": [*map(str, self.levels)],
+            "dense": self.dense.to_json(),
+            "prediction": self.prediction and vars(self.prediction),
+            "environment": self.environment.to_json(),
+        }
+        write_json(path, "latency", VERSION, content)
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """The table in a file.
+
+        Raises:
+            ArtifactError: missing, damaged or of another version.
+        """
+        content: dict[str, Any] = read_json(path, "latency", VERSION)
+        content |= {name: np.array(content[name], kind) for name, kind in ARRAYS.items()}
+        content |= {
+            "layers": tuple(content["layers"]),
+            "levels": tuple(Level.parse(text) for text in content["levels"]),
+            "kernels": tuple(tuple(row) for row in content["kernels"]),
+            "others": tuple((kernel, outputs, seconds) for kernel, outputs, seconds in content["others"]),
+            "dense": Measurement.from_json(content["dense"]),
+            "prediction": content["prediction"] and Prediction(**content["prediction"]),
+            "environment": Environment.from_json(content["environment"]),
+        }
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})

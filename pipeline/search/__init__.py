@@ -1,0 +1,1 @@
+"""The search for the level of each layer."""

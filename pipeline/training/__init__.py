@@ -1,0 +1,1 @@
+"""Training pruned networks, masks fixed or growing."""

@@ -1,0 +1,200 @@
+"""Fine-tune: train a pruned network with the dense one as its teacher; masks fixed, or growing to a profile.
+
+The network learns from the dense network's outputs (KL divergence for a classifier, relative squared error
+otherwise) and from labels where the data has them. All convolutions and matrix products are trained with their
+biases; everything else in the graph stays.
+
+Source: Hinton, Vinyals & Dean (2015) for distillation; Zhu & Gupta (2017) for gradual pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from onnx_spdy.models import changed_initializers, differences, model_sha256, to_canonical, write_weights
+from onnx_spdy.pipeline.correct import StatisticsCorrection
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
+from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.loss import cross_entropy, default_loss, distillation_loss
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.training.checkpoint import Checkpoint
+from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
+from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
+from onnx_spdy.pipeline.training.repair import FixedMasks
+from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Trainer, Training
+
+EPOCHS = 10
+RATE = 0.01
+CORRECTION_SAMPLES = 64  # each of the `UPDATES` corrections is a forward pass of so many
+PRUNING_SHARE = 0.5  # of a gradual training; the rest of it heals
+
+
+class FinetuneError(ValueError):
+    """The pruned network doesn't belong to the dense one."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A trained network.
+
+    Attributes:
+        model: the ONNX network.
+        training: how it went; losses are those that were minimised.
+        learnt_from: in words.
+    """
+
+    model: onnx.ModelProto
+    training: Training
+    learnt_from: str
+
+
+class GradualMasks:
+    """Prunes a network to levels in the first part of a training, and keeps it pruned in the rest.
+
+    Each choice of masks is followed by a correction of statistics: exporters fold BatchNorm into the convolutions, and
+    without it what a mask takes away shifts all later layers, which costs epochs to learn again.
+
+    Args:
+        network: with the weights to start from.
+        levels: layer name -> level.
+        correction: towards the dense network, or None.
+    """
+
+    def __init__(self, network: Network, levels: Mapping[str, Level], correction: StatisticsCorrection | None) -> None:
+        self._pruning = GradualPruning(network.graph, network.model, levels, steps=UPDATES)
+        self._layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
+        self._correction = correction
+        self._updates = 0
+
+    @property
+    def finished(self) -> bool:
+        return self._updates >= UPDATES
+
+    def step(self, fraction: float) -> None:
+        due = _due(fraction)
+        if due > self._updates:
+            self._updates = due
+            self._pruning.prune_to(due / UPDATES)
+            if self._correction:
+                self._correction.apply(self._layers)
+        else:
+            self._pruning.keep()
+
+    def resume(self, fraction: float) -> None:
+        self._updates = _due(fraction)
+        self._pruning.resume(self._updates)
+
+
+def _due(fraction: float) -> int:
+    return min(UPDATES, int(fraction / PRUNING_SHARE * UPDATES))
+
+
+def finetune(
+    dense: onnx.ModelProto,
+    pruned: onnx.ModelProto,
+    samples: Samples,
+    *,
+    levels: Mapping[str, Level] | None = None,
+    epochs: int = EPOCHS,
+    rate: float = RATE,
+    batch: int = BATCH,
+    seed: int = 0,
+    time_limit_seconds: float | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Finetuned:
+    """Train a pruned network.
+
+    Args:
+        dense: the prepared dense network, the teacher.
+        pruned: the same graph with the weights to start from; its zeros stay. The dense one itself with `levels`.
+        samples: training samples; labels in `target` are used where the network is a classifier.
+        levels: layer name -> level that is reached gradually; None keeps just the zeros that are there.
+        epochs, rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
+        checkpoint: file from which a stopped training goes on.
+    Raises:
+        FinetuneError: the graphs differ in more than weights of layers.
+        NotCorrected: the samples of a gradual training don't fill one batch of the network.
+        ArtifactError: the checkpoint is of another training.
+    """
+    network = Network(dense)
+    names = _trained(network)
+    correction = None if levels is None else _correction(network, samples)
+    _start_from(network, dense, pruned, names)
+    saved = None
+    if checkpoint:
+        settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
+        target = None if levels is None else {name: str(level) for name, level in levels.items()}
+        made_from = {"dense": model_sha256(dense), "pruned": model_sha256(pruned), "data": samples.sha256}
+        saved = Checkpoint(checkpoint, {**made_from, "levels": target, **settings})
+        saved.check()
+    outputs = DenseOutputs(network, samples)
+    labels = _has_labels(network, samples, outputs)
+    training = Trainer(
+        network, names, samples, outputs, _criterion(labels),
+        FixedMasks(network, network.layers) if levels is None else GradualMasks(network, levels, correction),
+        epochs=epochs, rate=rate, batch=batch, seed=seed,
+        time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
+    ).run()  # fmt: skip
+    trained = write_weights(dense, {name: network.get(name).numpy(force=True) for name in names})
+    check_zeros_kept(pruned, trained)
+    if levels is not None:
+        _check_levels(network, levels)
+    return Finetuned(trained, training, "the dense network and labels" if labels else "the dense network")
+
+
+def _correction(network: Network, samples: Samples) -> StatisticsCorrection:
+    """On few samples, while the network has its dense weights."""
+    return StatisticsCorrection(network, samples.take(slice(0, max(CORRECTION_SAMPLES, network.batch_size(1)))))
+
+
+def _trained(network: Network) -> list[str]:
+    """Weights and biases of all layers, also of those that aren't pruned."""
+    stored = dict(network.graph.named_parameters())
+    layers = (*network.layers, *network.skipped)
+    names = dict.fromkeys(name for layer in layers for name in (layer.weight, layer.bias) if name in stored)
+    return [name for name in names if name is not None]
+
+
+def _start_from(network: Network, dense: onnx.ModelProto, pruned: onnx.ModelProto, names: list[str]) -> None:
+    if found := differences(dense, pruned):
+        raise FinetuneError(f"the pruned graph differs from the dense one: {found[0]}; give the dense.onnx of its run")
+    if other := set(changed_initializers(dense, pruned)) - set(names):
+        raise FinetuneError(f"initializer {min(other)!r} of the pruned network differs, and belongs to no layer")
+    values = {tensor.name: tensor for tensor in pruned.graph.initializer}
+    for name in names:
+        network.set(name, torch.from_numpy(onnx.numpy_helper.to_array(values[name]).copy()))
+
+
+def _has_labels(network: Network, samples: Samples, outputs: DenseOutputs) -> bool:
+    """Whether the target holds classes of a network that is a classifier."""
+    target = samples.target
+    if target is None or target.ndim != 1 or target.dtype.kind not in "iu":
+        return False
+    first = outputs(np.arange(min(network.batch_size(), len(samples))))
+    classes = next(iter(first.values())).shape[-1]
+    return default_loss(first) == "kl" and 0 <= int(target.min()) <= int(target.max()) < classes
+
+
+def _criterion(labels: bool) -> Criterion:
+    def criterion(
+        outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
+    ) -> torch.Tensor:
+        loss = distillation_loss(outputs, dense)
+        return loss + cross_entropy(outputs, dense, target) if labels else loss
+
+    return criterion
+
+
+def _check_levels(network: Network, levels: Mapping[str, Level]) -> None:
+    for layer in network.layers:
+        weight = to_canonical(layer, network.get(layer.weight)).numpy(force=True)
+        if layer.name in levels and (problem := level_violation(weight, levels[layer.name])):
+            raise DeployError(f"layer {layer.name!r} is not {levels[layer.name]}: {problem}")

@@ -1,0 +1,122 @@
+"""Repair: train what the masks left, so that every layer's output comes back to the dense network's.
+
+Layer-wise pruning reconstructs each layer alone, on inputs that the dense network makes. Here the weights of all
+pruned layers are trained together, masks fixed, on what the pruned network really sees: the mean over layers of the
+relative squared error of each layer's output against the dense network's. No labels, a thousand samples, minutes.
+A part of the samples is held out, and the state that does best there is kept, so few samples don't overfit and the
+result is never worse there than the start; an epoch that makes nothing better is taken back and the rate lowered.
+
+Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.3 (global AdaPrune).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from onnx_spdy.models import Layer
+from onnx_spdy.pipeline.artifact import arrays_sha256
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.loss import relative_squared_error
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.training.checkpoint import Checkpoint
+from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
+from onnx_spdy.pipeline.training.gradual import KeptZeros
+from onnx_spdy.pipeline.training.trainer import BATCH, Trainer, Training
+
+NO_REPAIR = "none"
+REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
+
+STEPS = 300  # so that repair takes about as long whatever the number of samples
+MOST_EPOCHS = 50
+RATE = 0.01
+
+
+class UnknownRepair(ValueError):
+    """No repair of that name."""
+
+
+class FixedMasks:
+    """Keeps a network's zeros while it is trained."""
+
+    finished = True
+
+    def __init__(self, network: Network, layers: Sequence[Layer]) -> None:
+        self._parameters = {layer.weight: network.parameter(layer.weight) for layer in layers}
+        self._kept = KeptZeros(self._parameters)
+
+    def step(self, fraction: float) -> None:
+        self._kept.step()
+
+    def resume(self, fraction: float) -> None:
+        self._kept = KeptZeros(self._parameters)
+
+
+def check_repair(name: str) -> None:
+    """Raises UnknownRepair: the message lists the known names."""
+    if name not in REPAIRS:
+        raise UnknownRepair(f"unknown repair {name!r}; known: {', '.join(REPAIRS)}")
+
+
+def repair(
+    network: Network,
+    layers: Sequence[Layer],
+    samples: Samples,
+    *,
+    epochs: int | None = None,
+    rate: float = RATE,
+    batch: int = BATCH,
+    seed: int = 0,
+    time_limit_seconds: float | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Training:
+    """Repair a pruned network in place; zeros stay exactly zero, so its speed stays what it is.
+
+    Args:
+        network: stitched to its profile.
+        layers: the pruned ones, whose weights and biases are trained.
+        samples: calibration samples, at least 2.
+        epochs: at most; by default as many as make `STEPS` steps, and at most `MOST_EPOCHS`.
+        rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
+        checkpoint: file from which a stopped repair goes on; one of another network or profile is replaced.
+    Returns:
+        The mean relative squared error on held-out samples before and after.
+    """
+    epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
+    names = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
+    saved = None
+    if checkpoint:
+        saved = Checkpoint(
+            checkpoint,
+            _made_from(network, names, samples) | {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed},
+        )
+        if not saved.belongs():
+            checkpoint.unlink(missing_ok=True)
+    training = Trainer(
+        network, names, samples, DenseOutputs(network, samples, layers), _layer_errors, FixedMasks(network, layers),
+        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
+        time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
+    ).run()  # fmt: skip
+    if training.interrupted:  # the stages after it would run on
+        raise KeyboardInterrupt
+    return training
+
+
+def _layer_errors(
+    outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean relative squared error of the layers' outputs and the network's."""
+    return relative_squared_error(outputs, dense)
+
+
+def _made_from(network: Network, names: Sequence[str], samples: Samples) -> dict[str, str]:
+    weights = {name: network.get(name).numpy(force=True) for name in names}
+    return {
+        "model_sha256": network.sha256,
+        "weights_sha256": arrays_sha256(weights),
+        "data_sha256": samples.sha256,
+    }

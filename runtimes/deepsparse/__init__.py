@@ -1,0 +1,1 @@
+"""DeepSparse, in a worker process with its own interpreter."""

@@ -1,0 +1,1 @@
+"""2:4 sparsity on NVIDIA GPUs: cuSPARSELt and TensorRT."""

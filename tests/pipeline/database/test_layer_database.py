@@ -1,0 +1,190 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onnx_spdy.models import to_canonical
+from onnx_spdy.pipeline.artifact import ArtifactError
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.database.layer_database import (
+    MemoryTooSmall,
+    PrunerFailed,
+    build_database,
+    open_database,
+    work_bytes,
+)
+from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
+from onnx_spdy.pipeline.database.pruners.obs import obs
+from onnx_spdy.pipeline.deploy import level_violation
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.objective import Objective
+from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
+from onnx_spdy.pipeline.stitch import Stitcher
+
+LEVELS = (DENSE, *levels_for("unstructured")[1::8])
+
+
+def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samples, tmp_path: Path) -> None:
+    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    database = open_database(tmp_path)
+    database.verify()
+    hessians = collect_hessians(network, network.layers, samples)
+    errors = database.errors([layer.name for layer in network.layers])
+    for row, layer in enumerate(network.layers):
+        dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
+        power = squared_error(dense.flatten(1).double(), hessians[layer.name])
+        assert torch.equal(database.weight(network, layer, DENSE), network.dense(layer.weight))
+        expected = magnitude(dense, hessians[layer.name], LEVELS[1:])
+        for column, (level, weight) in enumerate(zip(LEVELS[1:], expected, strict=True), start=1):
+            assert torch.equal(to_canonical(layer, database.weight(network, layer, level)), weight)
+            change = (weight - dense).flatten(1).double()
+            assert errors[row, column] == pytest.approx(squared_error(change, hessians[layer.name]) / power, rel=1e-3)
+
+
+def test_sparse_levels_take_the_room_of_what_they_hold(network: Network, samples: Samples, tmp_path: Path) -> None:
+    levels = levels_for("unstructured")
+    build_database(network, samples, levels, magnitude, "magnitude", tmp_path)
+    dense_bytes = 4 * sum(network.dense(layer.weight).numel() for layer in network.layers)
+    headers = 200 * len(levels) * len(network.layers)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 8 * dense_bytes + headers
+
+
+def test_work_that_was_stopped_continues_with_the_next_layer(
+    network: Network, samples: Samples, tmp_path: Path
+) -> None:
+    calls = []
+
+    def stops_at_third(weight, hessian, levels):
+        calls.append(weight.shape)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from obs(weight, hessian, levels)
+
+    def counts(weight, hessian, levels):
+        calls.append(weight.shape)
+        yield from obs(weight, hessian, levels)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_database(network, samples, LEVELS, stops_at_third, "obs", tmp_path)
+    assert len(open_database(tmp_path).layers) == 2
+    calls.clear()
+    continued = build_database(network, samples, LEVELS, counts, "obs", tmp_path)
+    assert len(calls) == len(network.layers) - 2
+    whole = build_database(network, samples, LEVELS, obs, "obs", tmp_path / "whole")
+    for layer in network.layers:
+        assert continued.layers[layer.name]["sha256"] == whole.layers[layer.name]["sha256"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_database_of_something_else_is_refused(network: Network, samples: Samples, tmp_path: Path) -> None:
+    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    with pytest.raises(ArtifactError, match="its pruner is magnitude, this run's is obs"):
+        build_database(network, samples, LEVELS, obs, "obs", tmp_path)
+    with pytest.raises(ArtifactError, match="data_sha256"):
+        build_database(network, samples.take(slice(0, 9)), LEVELS, magnitude, "magnitude", tmp_path)
+    with pytest.raises(ArtifactError, match="levels"):
+        build_database(network, samples, LEVELS[:-1], magnitude, "magnitude", tmp_path)
+
+
+def test_damage_is_noticed(network: Network, samples: Samples, tmp_path: Path) -> None:
+    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    victim = tmp_path / "0001.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"0001\.safetensors is missing or damaged"):
+        build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    victim.unlink()
+    with pytest.raises(ArtifactError, match="can't be read"):
+        open_database(tmp_path).weight(network, network.layers[1], LEVELS[1])
+
+
+def test_a_pruner_that_breaks_its_promise_is_an_error(network: Network, samples: Samples, tmp_path: Path) -> None:
+    def does_nothing(weight, hessian, levels):
+        for _ in levels:
+            yield weight.clone()
+
+    with pytest.raises(PrunerFailed, match="it promises 173"):
+        build_database(network, samples, LEVELS, does_nothing, "nothing", tmp_path)
+
+
+def test_stitching_loads_only_what_changes_and_repeats_cost_nothing(
+    network: Network, samples: Samples, tmp_path: Path
+) -> None:
+    database = build_database(network, samples, LEVELS, obs, "obs", tmp_path)
+    loaded = []
+
+    class Spy:
+        levels = database.levels
+
+        def weight(self, network, layer, level):
+            loaded.append((layer.name, str(level)))
+            return database.weight(network, layer, level)
+
+    objective = Objective(network, samples)
+    score = ProfileLoss(Stitcher(network, Spy()), objective)  # type: ignore[arg-type]
+    count = len(network.layers)
+    assert score(np.zeros(count, int)) == pytest.approx(0, abs=1e-6)
+    assert not loaded
+    low = score(np.array([1, *[0] * (count - 1)]))
+    assert loaded == [(network.layers[0].name, str(LEVELS[1]))]
+    high = score(np.array([5, *[0] * (count - 1)]))
+    assert 0 < low < high
+    assert score.evaluations == 3
+    assert score(np.array([1, *[0] * (count - 1)])) == low
+    assert score.evaluations == 3
+    assert len(loaded) == 2
+
+
+def test_a_stitcher_notices_that_somebody_else_changed_the_network(
+    network: Network, samples: Samples, tmp_path: Path
+) -> None:
+    database = build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    stitcher = Stitcher(network, database)
+    levels = [LEVELS[1]] * len(network.layers)
+    stitcher.stitch(levels)
+    expected = network.changed()
+    network.set(network.layers[0].weight, torch.zeros_like(network.get(network.layers[0].weight)))
+    stitcher.stitch(levels)
+    assert all(np.array_equal(network.changed()[name], values) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block4"])
+def test_a_pruner_that_misses_its_pattern_is_an_error(
+    network: Network, samples: Samples, tmp_path: Path, pattern: str
+) -> None:
+    def anywhere(weight, hessian, levels):  # as many zeros as are asked for, but not where
+        yield from magnitude(weight, hessian, [Level("unstructured", level.sparsity) for level in levels])
+
+    with pytest.raises(PrunerFailed, match="non-zeros in a group of 4" if pattern == "2:4" else "blocks are zero"):
+        build_database(network, samples, (DENSE, levels_for(pattern)[-1]), anywhere, "anywhere", tmp_path)
+
+
+def test_levels_of_several_patterns_live_in_one_database(network: Network, samples: Samples, tmp_path: Path) -> None:
+    levels = (DENSE, *levels_for("unstructured,2:4,block4")[1::10], Level.parse("2:4"))
+    database = build_database(network, samples, levels, obs, "obs", tmp_path)
+    for layer in network.layers:
+        for level in database.levels:
+            weight = to_canonical(layer, database.weight(network, layer, level))
+            assert level_violation(weight.numpy(), level) is None
+
+
+def test_little_memory_takes_several_passes_and_gives_the_same(
+    network: Network, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build_database(network, samples, LEVELS, obs, "obs", tmp_path / "whole")
+    monkeypatch.setattr("onnx_spdy.pipeline.database.layer_database.peak_bytes", lambda: 0)
+    widest = max(hessian_bytes(layer) for layer in network.layers)
+    work = max(work_bytes(layer, len(LEVELS)) for layer in network.layers)
+    seen = []
+    parts = build_database(
+        network, samples, LEVELS, obs, "obs", tmp_path / "parts", lambda what, done, total: seen.append(what),
+        widest + work,
+    )  # fmt: skip
+    assert "hessians, pass 3 of 3" in seen
+    assert parts.layers == whole.layers
+    with pytest.raises(MemoryTooSmall, match=r"--memory gives 0\.0; give more"):
+        build_database(network, samples, LEVELS, obs, "obs", tmp_path / "none", None, 1000)

@@ -1,0 +1,49 @@
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_spdy.models import Layer, find_layers
+from onnx_spdy.pipeline.latency.sampling import DENSE_EVERY, MOST_AWAITED, NETWORKS, layers_before, plan_networks
+from onnx_spdy.pipeline.level import levels_for
+
+LEVELS = levels_for("unstructured")
+
+
+def test_the_plan_shows_every_layer_dense_and_at_all_heights() -> None:
+    plan = plan_networks(np.ones((9, 42), bool), LEVELS, np.random.default_rng(0))
+    assert plan.shape == (NETWORKS, 9)
+    assert (~plan.any(axis=1)).sum() == NETWORKS // DENSE_EVERY
+    mixed = plan[plan.any(axis=1)]
+    assert ((mixed == 0).sum(axis=0) >= 2).all()
+    assert (mixed.max(axis=0) > 37).all()
+    assert (np.where(mixed == 0, 41, mixed).min(axis=0) < 5).all()
+    assert not plan_networks(np.zeros((9, 42), bool), LEVELS, np.random.default_rng(0)).any()
+
+
+def test_the_layer_before_is_found_through_everything_between(model: onnx.ModelProto) -> None:
+    layers = [layer for layer in find_layers(model) if layer.prunable]
+    before, source = layers_before(model.graph, layers)
+    assert before.tolist() == [-1, 0, 1, 2]
+    assert source["flat"] == 1
+    assert source["output"] == 3
+
+
+def test_many_skip_connections_are_cut_down() -> None:
+    """Six layers that all wait until the end: the solver would have to carry all of them."""
+    weight = numpy_helper.from_array(np.ones((16, 16), np.float32), "w")
+    first = [helper.make_node("MatMul", ["input", "w"], [f"a{n}"], f"first{n}") for n in range(6)]
+    last = [helper.make_node("MatMul", [f"a{n}", "w"], [f"b{n}"], f"last{n}") for n in range(6)]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [*first, *last],
+        "skips",
+        [value("input", TensorProto.FLOAT, [4, 16])],
+        [value(f"b{n}", TensorProto.FLOAT, [4, 16]) for n in range(6)],
+        [weight],
+    )
+    layers = [Layer(node.name, "MatMul", "w", None, node.output[0], (16, 16), True, None) for node in graph.node]
+    before, _ = layers_before(graph, layers)
+    assert before.tolist()[:6] == [-1] * 6
+    assert set(before.tolist()[6:]) == {-1, 2, 3, 4, 5}
+    awaited = [len({int(one) for one in before[n + 1 :] if 0 <= one <= n}) for n in range(len(before))]
+    assert max(awaited) == MOST_AWAITED

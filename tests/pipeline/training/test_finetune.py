@@ -1,0 +1,206 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from onnx_spdy.models import to_canonical, write_weights
+from onnx_spdy.pipeline.artifact import ArtifactError
+from onnx_spdy.pipeline.correct import StatisticsCorrection
+from onnx_spdy.pipeline.data import DataError, Samples
+from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.loss import kl_divergence
+from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.training.finetune import PRUNING_SHARE, FinetuneError, GradualMasks, finetune
+from onnx_spdy.pipeline.training.repair import repair
+from onnx_spdy.pipeline.training.trainer import split
+
+HALF = Level("unstructured", 0.7)
+
+
+def prune(network: Network, layers, level: Level = HALF) -> dict[str, torch.Tensor]:
+    """Magnitude pruning of the dense weights, in place; the masks of the zeros."""
+    network.reset()
+    for layer in layers:
+        canonical = to_canonical(layer, network.dense(layer.weight))
+        mask = to_canonical(layer, select_mask(canonical.abs(), level))
+        network.set(layer.weight, network.dense(layer.weight) * mask)
+    return {layer.weight: network.get(layer.weight) == 0 for layer in layers}
+
+
+def layer_errors(network: Network, samples: Samples) -> float:
+    """Relative squared error of each layer's output against the dense network's, by hooks of its own."""
+
+    def outputs(one: Network) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        hooks = [
+            one.graph.node(layer.name).register_forward_hook(lambda m, i, output: found.append(output))
+            for layer in one.layers
+        ]
+        with torch.no_grad():
+            found.extend(one.run(samples).values())
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    pairs = zip(outputs(network), outputs(Network(network.model)), strict=True)
+    return float(np.mean([float((a - b).square().sum() / b.square().sum()) for a, b in pairs]))
+
+
+def test_repair_brings_layers_back_to_the_dense_ones_on_new_samples(network: Network, samples: Samples) -> None:
+    zeros = prune(network, network.layers)
+    rng = np.random.default_rng(7)
+    others = Samples({"input": rng.normal(size=(64, 3, 12, 12)).astype(np.float32).cumsum(axis=3)})
+    before = layer_errors(network, others)
+    training = repair(network, network.layers, samples, epochs=10)
+    assert training.loss_after < training.loss_before
+    assert layer_errors(network, others) < 0.8 * before
+    assert all(bool((network.get(name)[zero] == 0).all()) for name, zero in zeros.items())
+    biases = [layer.bias for layer in network.layers if layer.bias]
+    assert all(not torch.equal(network.get(bias), network.dense(bias)) for bias in biases)
+    assert set(network.changed()) == {*zeros, *biases}
+
+
+def test_layers_that_stay_dense_are_not_touched(network: Network, samples: Samples) -> None:
+    pruned = network.layers[1:-1]
+    prune(network, pruned)
+    repair(network, pruned, samples, epochs=1)
+    assert set(network.changed()) == {name for layer in pruned for name in (layer.weight, layer.bias)}
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_repair_never_ends_worse_on_held_out_samples_than_it_began(
+    network: Network, samples: Samples, rate: float
+) -> None:
+    prune(network, network.layers)
+    before = {layer.weight: network.get(layer.weight).clone() for layer in network.layers}
+    training = repair(network, network.layers, samples, epochs=2, rate=rate)  # far too large: it can only get worse
+    assert training.loss_after == training.loss_before
+    assert (("became nan" in training.stopped) or ("became inf" in training.stopped)) == (rate > 1e20)
+    assert all(torch.equal(network.get(name), values) for name, values in before.items())
+
+
+def test_a_rate_that_is_too_large_is_lowered_until_repair_helps(network: Network, samples: Samples) -> None:
+    prune(network, network.layers)
+    training = repair(network, network.layers, samples, epochs=30, rate=1.0)
+    assert training.loss_after < 0.8 * training.loss_before
+
+
+def test_a_stopped_repair_goes_on_to_the_same_bytes(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_in_the_third_epoch(done: int, total: int, note: str) -> None:
+        if done == 2 * total // 4 + 1:
+            raise Stop
+
+    results = []
+    for name in ("straight", "stopped"):
+        network = Network(model)
+        prune(network, network.layers)
+        arguments = {"epochs": 4, "checkpoint": tmp_path / name, "seed": 3}
+        if name == "stopped":
+            with pytest.raises(Stop):
+                repair(network, network.layers, samples, progress=stop_in_the_third_epoch, **arguments)
+            prune(network, network.layers)
+        results.append((repair(network, network.layers, samples, **arguments), network.changed()))
+    (first, weights), (second, others) = results
+    assert first == second
+    assert all(np.array_equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_finished_repair_is_not_done_again(network: Network, samples: Samples, tmp_path: Path) -> None:
+    prune(network, network.layers)
+    start = {layer.weight: network.get(layer.weight).clone() for layer in network.layers}
+    biases = {layer.bias: network.get(layer.bias).clone() for layer in network.layers}
+    first = repair(network, network.layers, samples, epochs=2, checkpoint=tmp_path / "file")
+    weights = {name: values.copy() for name, values in network.changed().items()}
+    for name, values in (start | biases).items():
+        network.set(name, values)
+
+    def refuse(done: int, total: int, note: str) -> None:
+        raise AssertionError("it trained again")
+
+    assert repair(network, network.layers, samples, epochs=2, checkpoint=tmp_path / "file", progress=refuse) == first
+    assert all(np.array_equal(network.changed()[name], values) for name, values in weights.items())
+
+
+def test_one_sample_is_too_little(samples: Samples) -> None:
+    with pytest.raises(DataError, match="at least 2"):
+        split(samples.take(slice(0, 1)), 0)
+    for count in (2, 16, 64, 96):
+        train, held = split(samples.take(slice(0, count)), 0)
+        assert sorted([*train, *held]) == [*range(count)]
+
+
+@pytest.mark.parametrize("level", [HALF, Level.parse("2:4"), Level("block4", 0.6)], ids=str)
+def test_gradual_training_ends_at_the_profile_and_close_to_the_dense_network(
+    network: Network, samples: Samples, level: Level
+) -> None:
+    levels = {layer.name: level for layer in network.layers[1:]}
+    unlabelled = Samples(samples.inputs)
+    found = finetune(network.model, network.model, unlabelled, levels=levels, epochs=16)
+    trained = Network(found.model)
+    for layer in trained.layers[1:]:
+        assert level_violation(to_canonical(layer, trained.get(layer.weight)).numpy(), level) is None
+    with torch.no_grad():
+        dense = network.run(samples)
+        gradual = float(kl_divergence(trained.run(samples), dense))
+        prune(network, network.layers[1:], level)
+        at_once = float(kl_divergence(network.run(samples), dense))
+    assert gradual < 0.5 * at_once
+    assert found.learnt_from == "the dense network"
+
+
+def test_the_masks_of_a_gradual_training_leave_layers_their_statistics(network: Network, samples: Samples) -> None:
+    level = Level("unstructured", 0.9)
+    errors = []
+    for correction in (None, StatisticsCorrection(network, samples)):
+        network.reset()
+        masks = GradualMasks(network, {layer.name: level for layer in network.layers}, correction)
+        masks.step(PRUNING_SHARE)
+        assert masks.finished
+        for layer in network.layers:
+            assert level_violation(to_canonical(layer, network.get(layer.weight)).numpy(), level) is None
+        errors.append(layer_errors(network, samples))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_labels_are_learnt_where_there_are_some(network: Network, samples: Samples) -> None:
+    bright = (samples.inputs["input"].mean((1, 2, 3)) > 0).astype(np.int64)  # nothing that the network knows
+    samples = Samples(samples.inputs, bright)
+    prune(network, network.layers)
+    pruned = write_weights(network.model, network.changed())
+    found = finetune(network.model, pruned, samples, epochs=30, rate=0.03)
+    assert found.learnt_from == "the dense network and labels"
+    check_zeros_kept(pruned, found.model)
+
+    def right(model: onnx.ModelProto) -> float:
+        scores = Network(model).run(samples)["output"].argmax(1).numpy()
+        return float((scores == samples.target).mean())
+
+    assert right(found.model) > 0.6 > 0.5 > right(pruned)
+
+
+def test_lost_zeros_are_refused(network: Network) -> None:
+    prune(network, network.layers)
+    pruned = write_weights(network.model, network.changed())
+    with pytest.raises(DeployError, match="302 zeros of 'a"):
+        check_zeros_kept(pruned, network.model)
+
+
+def test_a_network_of_another_graph_is_refused(model: onnx.ModelProto, samples: Samples) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    other.graph.node[0].name = "renamed"
+    with pytest.raises(FinetuneError, match="differs"):
+        finetune(model, other, samples)
+
+
+def test_a_checkpoint_of_another_training_is_refused(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    finetune(model, model, samples, epochs=1, checkpoint=tmp_path / "file")
+    with pytest.raises(ArtifactError, match="its seed is 0, this run's is 1"):
+        finetune(model, model, samples, epochs=1, seed=1, checkpoint=tmp_path / "file")

@@ -1,0 +1,240 @@
+"""How well the latency model predicts whole networks, in a real runtime, beside the plain sum of layer times.
+
+    python -m onnx_spdy.tools.bench.latency MODEL --runtime deepsparse --batch 16 --table latency.json
+
+The table is measured when the file isn't there yet; what the parts of its model buy is shown then, too: the same
+measurements are fitted without the terms of neighbouring layers, and without the networks' times as a whole. Then
+networks that the table has never seen are measured, some of them in turns with the dense one: random levels for each
+layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order,
+because a disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no
+prediction can be told from a better one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from onnx_spdy.models import Layer, find_layers, save_model
+from onnx_spdy.pipeline.engine import open_runtime
+from onnx_spdy.pipeline.latency.fit import Fit, fit_latency
+from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.table import LatencyTable
+from onnx_spdy.pipeline.level import Level, levels_for
+from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
+from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio
+from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.specs import load_network
+
+LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the highest level
+VISIT_SECONDS = 2.5
+RUNS_A_ROUND = 2
+GROUP = 10  # networks that are measured in turns
+UNSEEN = 1e3  # relative noise of a measurement that is to count for nothing
+
+
+def bench(
+    model: Annotated[str, typer.Argument()],
+    runtime: Annotated[str, typer.Option()] = "deepsparse",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    table: Annotated[Path, typer.Option(help="latency.json; measured when it isn't there")] = Path("latency.json"),
+    networks: Annotated[int, typer.Option(min=1)] = 50,
+    visits: Annotated[int, typer.Option(min=2)] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="of the networks; the table has its own")] = 1,
+    out: Annotated[Path | None, typer.Option(help="all figures as JSON")] = None,
+) -> None:
+    """Measure random mixed networks and print the errors of the model and of the plain sum."""
+    levels = levels_for("unstructured")
+    dense = load_network(model)
+    parts = Parts()
+    with open_runtime(runtime) as engine, ProgressBars() as watch:
+        engine.check()
+        if not table.exists():
+            measure_latency(
+                dense, engine, levels, batch=batch, threads=threads, save=table, fit=parts.fit,
+                progress=lambda done, total, note: watch("table", done, total, note),
+            )  # fmt: skip
+        found = LatencyTable.load(table)
+        layers = [layer for layer in find_layers(dense) if layer.prunable]
+        choices = random_choices(levels, len(layers), networks, np.random.default_rng(seed))
+        with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+            path = Path(folder) / "dense.onnx"
+            save_model(dense, path)
+            plain = PlainSum(engine, path, layers, levels, batch, threads, watch)
+            measured = np.zeros((networks, visits))
+            with engine.open(path, batch=batch, threads=threads) as reference:
+                if wrong := found.environment.mismatch(reference.environment):
+                    raise ValueError(f"{table} was measured in another environment: {[*wrong]} differ; remove it")
+                visit = Visit(engine, path, reference, layers, levels, batch, threads)
+                for time in range(visits):
+                    order = np.random.default_rng(seed + time).permutation(networks)
+                    for start in range(0, networks, GROUP):
+                        group = order[start : start + GROUP]
+                        measured[group, time] = visit(choices[group], [seed + int(number) for number in group])
+                        watch("networks", time * networks + start + len(group), visits * networks, "")
+    relative = {
+        "model": np.array([found.predict(choice) for choice in choices]) / found.dense_seconds,
+        **parts.without(choices),
+        "plain sum": np.array([plain(choice) for choice in choices]) / plain(np.zeros(len(layers), np.int64)),
+    }
+    report(found.environment, choices, relative, measured, out)
+
+
+class Parts:
+    """The model without some of its parts, from the measurements that it was fitted to."""
+
+    def __init__(self) -> None:
+        self._arguments: tuple[Any, ...] | None = None
+
+    def fit(self, *arguments: Any) -> Fit:
+        """`fit_latency`; remembers what it was called with."""
+        self._arguments = arguments
+        return fit_latency(*arguments)
+
+    def without(self, choices: np.ndarray) -> dict[str, np.ndarray]:
+        """What is left out -> (networks,) seconds relative to the dense network; empty if nothing was fitted."""
+        if self._arguments is None:
+            return {}
+        trials, before, source_of, *rest = self._arguments
+        alone, sources = np.full(len(before), NONE_BEFORE), dict.fromkeys(source_of, NONE_BEFORE)
+        unseen = [replace(trial, noise=UNSEEN) for trial in trials]
+        variants = {
+            "without neighbours": (trials, alone, sources, *rest),
+            "without whole networks": (unseen, before, source_of, *rest),
+            "without both": (unseen, alone, sources, *rest),
+        }
+        return {name: self._relative(arguments, choices) for name, arguments in variants.items()}
+
+    @staticmethod
+    def _relative(arguments: tuple[Any, ...], choices: np.ndarray) -> np.ndarray:
+        fit, (before, sparse) = fit_latency(*arguments), (arguments[1], arguments[4])
+        costs = Costs(fit.seconds, fit.entry, before, ~sparse)
+        totals = [fit.base_seconds + costs.total(choice) for choice in (np.zeros_like(choices[0]), *choices)]
+        return np.array(totals[1:]) / totals[0]
+
+
+def random_choices(levels: tuple[Level, ...], layers: int, networks: int, rng: np.random.Generator) -> np.ndarray:
+    """(networks, layers) level indices: sparsities drawn evenly from one of the ranges, to the nearest level."""
+    sparsities = np.array([level.sparsity for level in levels])
+    drawn = [rng.uniform(LOWEST[number % len(LOWEST)], sparsities[-1], layers) for number in range(networks)]
+    return np.abs(np.array(drawn)[:, :, None] - sparsities).argmin(axis=2)
+
+
+class PlainSum:
+    """What is published: each layer's time from profiles of networks with one level everywhere, summed.
+
+    Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.1.
+    """
+
+    def __init__(
+        self,
+        engine: Runtime,
+        path: Path,
+        layers: list[Layer],
+        levels: tuple[Level, ...],
+        batch: int,
+        threads: int | None,
+        watch: ProgressBars,
+    ) -> None:
+        self._seconds = np.zeros((len(layers), len(levels)))
+        rest = []
+        row_of = {output: row for row, layer in enumerate(layers) for output in layer.outputs}
+        for index, level in enumerate(levels):
+            zeros = {layer.weight: level.sparsity for layer in layers} if level.sparsity else {}
+            rest.append(0.0)
+            for row in engine.layer_seconds(
+                path, batch=batch, threads=threads, iterations=8, warmup=2, zeros=zeros, seed=index, merged=False
+            ):
+                own = [row_of[name] for name in row.outputs if name in row_of]
+                rest[-1] += 0.0 if own else row.seconds
+                self._seconds[own, index] += row.seconds / max(1, len(own))
+            watch("plain sum", index + 1, len(levels), "")
+        self._rest = float(np.median(rest))
+
+    def __call__(self, choice: np.ndarray) -> float:
+        return self._rest + float(self._seconds[np.arange(len(choice)), choice].sum())
+
+
+class Visit:
+    """Measures some networks in turns with the dense one."""
+
+    def __init__(
+        self,
+        engine: Runtime,
+        path: Path,
+        reference: Session,
+        layers: list[Layer],
+        levels: tuple[Level, ...],
+        batch: int,
+        threads: int | None,
+    ) -> None:
+        self._engine, self._path, self._reference, self._layers, self._levels = engine, path, reference, layers, levels
+        self._arguments: dict[str, Any] = {"batch": batch, "threads": threads}
+        dense = float(np.median(reference.seconds(5, warmup=3)))
+        self._rounds = max(5, round(VISIT_SECONDS / (dense * (1 + RUNS_A_ROUND))))
+
+    def __call__(self, choices: np.ndarray, seeds: list[int]) -> list[float]:
+        """(networks,) seconds of each network (networks, layers) / those of the dense one."""
+        with contextlib.ExitStack() as opened:
+            sessions = {"dense": self._reference}
+            for number, (choice, seed) in enumerate(zip(choices, seeds, strict=True)):
+                chosen = zip(self._layers, choice, strict=True)
+                zeros = {layer.weight: self._levels[index].sparsity for layer, index in chosen if index}
+                session = self._engine.open(self._path, **self._arguments, zeros=zeros, seed=seed)
+                sessions[str(number)] = opened.enter_context(session)
+            times = measure_interleaved(sessions, rounds=self._rounds, iterations=RUNS_A_ROUND, warmup=2)
+        dense = times.pop("dense").seconds
+        return [median_ratio(one.seconds, dense)[0] for one in times.values()]
+
+
+def report(
+    environment: Environment,
+    choices: np.ndarray,
+    relative: Mapping[str, np.ndarray],
+    measured: np.ndarray,
+    out: Path | None,
+) -> None:
+    """Print errors of predicted speedups, and keep the figures.
+
+    Args:
+        environment: of all of it.
+        choices: (networks, layers) level indices.
+        relative: model -> (networks,) seconds relative to the dense network, as predicted.
+        measured: (networks, visits), the same as measured.
+        out: a file for all of it, or None.
+    """
+    truth = np.exp(np.log(measured).mean(axis=1))
+    noise = np.abs(np.log(measured[:, 0] / measured[:, 1]))
+    print(f"{environment.runtime} {environment.version}, batch {environment.batch}, {environment.threads} threads")
+    print(f"{len(truth)} networks, measured speedups {1 / truth.max():.2f} to {1 / truth.min():.2f}")
+    print(f"two visits of one network differ by {np.median(noise):.1%} (median), {noise.max():.1%} (largest)")
+    for name, predicted in relative.items():
+        error = truth / predicted - 1  # of the speedup: positive is promised too much
+        size = np.abs(error)
+        print(
+            f"{name}: median {np.median(size):.1%}, 90 % within {np.quantile(size, 0.9):.1%}, "
+            f"largest {size.max():.1%}; bias {np.median(error):+.1%}"
+        )
+    if out:
+        figures = {name: values.tolist() for name, values in relative.items()}
+        content = {"environment": environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
+        out.write_text(json.dumps({**content, "predicted": figures}, indent=1), encoding="utf8")
+
+
+def main() -> None:
+    """The command line."""
+    run_command(bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What trtexec said of 2:4, layer by layer: eligible or not, picked or not, and its time dense and sparse.
+
+    trtexec --onnx=dense.onnx --dumpProfile > dense.log
+    trtexec --onnx=model.onnx --sparsity=enable --dumpProfile > sparse.log
+    python -m onnx_spdy.tools.bench.read_trtexec sparse.log --dense dense.log
+
+A profile may also be a file of --exportProfile. Layers of two builds are the same where they have the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onnx_spdy.runtimes.nvidia.trt_log import ProfiledLayer, exported_profile, printed_profile, sparsity_lists
+from onnx_spdy.tools.expected import run_command
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """A layer of an engine that was built with SPARSE_WEIGHTS.
+
+    Attributes:
+        eligible: its weights are 2:4.
+        picked: TensorRT took a sparse kernel for it.
+        dense_seconds, sparse_seconds: in the two builds; None where that has no layer of this name.
+    """
+
+    name: str
+    eligible: bool
+    picked: bool
+    dense_seconds: float | None
+    sparse_seconds: float | None
+
+    @property
+    def why_not(self) -> str:
+        """Why 2:4 gains nothing here; empty where it does, or where nothing is known."""
+        if not self.eligible:
+            return "not eligible"
+        if not self.picked:
+            return "not picked"
+        if self.dense_seconds is None or self.sparse_seconds is None:
+            return ""
+        return "slower" if self.sparse_seconds >= self.dense_seconds else ""
+
+
+def layer_sparsities(log: str, sparse: list[ProfiledLayer], dense: list[ProfiledLayer]) -> list[LayerSparsity]:
+    """The layers of the sparse build, in the order in which they run, then eligible ones that have no time.
+
+    Args:
+        log: of a build with SPARSE_WEIGHTS.
+        sparse, dense: profiles of that build, and of one of the dense network; either may be empty.
+    """
+    lists = sparsity_lists(log)
+    seconds = [{layer.name: layer.seconds for layer in layers} for layers in (dense, sparse)]
+    names = dict.fromkeys([*(layer.name for layer in sparse), *lists.eligible])
+    return [
+        LayerSparsity(name, name in lists.eligible, name in lists.picked, *(one.get(name) for one in seconds))
+        for name in names
+    ]
+
+
+def read_profile(path: Path) -> list[ProfiledLayer]:
+    """The profile in a log, or in a file of --exportProfile.
+
+    Raises:
+        UnreadableLog: there is none.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return exported_profile(text) if path.suffix == ".json" else printed_profile(text)
+
+
+def read(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="of a build with --sparsity=enable")],
+    profile: Annotated[Path | None, typer.Option(help="its --exportProfile; default: what it printed")] = None,
+    dense: Annotated[Path | None, typer.Option(help="log or exported profile of the dense network")] = None,
+) -> None:
+    """Print a line for each layer."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = layer_sparsities(text, read_profile(profile or log), read_profile(dense) if dense else [])
+    table = Table()
+    for name in ("layer", "eligible", "picked", "dense ms", "sparse ms", "why not"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        times = (
+            f"{1e3 * value:.4f}" if value is not None else "-" for value in (one.dense_seconds, one.sparse_seconds)
+        )
+        flags = ("yes" if flag else "no" for flag in (one.eligible, one.picked))
+        table.add_row(escape(one.name), *flags, *times, one.why_not)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    print(f"{sum(one.picked for one in found)} of {sum(one.eligible for one in found)} eligible layers were picked")
+
+
+def main() -> None:
+    """The command line."""
+    run_command(read)
+
+
+if __name__ == "__main__":
+    main()

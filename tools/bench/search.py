@@ -1,0 +1,263 @@
+"""What searches find and what they cost: `python -m onnx_spdy.tools.bench.search MODEL --latency F --database DIR ...`.
+
+Each search, target and seed starts from nothing. The network forwards count samples, whether the whole network ran or
+only its later layers. With `--eval` the networks are stitched and corrected as they would be deployed, and judged on
+those samples, which neither search nor database saw. With `--json` what was done already isn't done again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.layer_database import LayerDatabase, open_database
+from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
+from onnx_spdy.pipeline.loss import LOSSES, default_loss
+from onnx_spdy.pipeline.metric import top1
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.search.profile_search import SEARCH_SAMPLES, ProfileSearch
+from onnx_spdy.pipeline.solve import InfeasibleTarget
+from onnx_spdy.pipeline.stitch import CorrectedStitcher
+from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.specs import load_loss, load_network, load_samples
+
+YARDSTICK = "spdy"
+ROUNDING = 1e-6  # of a loss that was computed twice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One search.
+
+    Attributes:
+        images, seconds: what it cost; samples that went through the network, and wall time.
+        limit: of the images, or None.
+        loss, held_out_loss: as the profile tells.
+        deployed_loss, top1: of the network as it would be deployed, on the samples of `--eval`.
+        problem: why there is no profile.
+        trace: (images, seconds, best loss so far).
+    """
+
+    search: str
+    speedup: float
+    seed: int
+    samples: int
+    limit: int | None
+    images: int
+    evaluations: int
+    seconds: float
+    loss: float | None = None
+    held_out_loss: float | None = None
+    deployed_loss: float | None = None
+    top1: float | None = None
+    problem: str = ""
+    trace: Sequence[tuple[int, float, float]] = field(default=(), repr=False)
+
+    @property
+    def key(self) -> tuple[str, float, int, int, int | None]:
+        """What was asked for."""
+        return self.search, self.speedup, self.seed, self.samples, self.limit
+
+
+def bench(
+    model: Annotated[str, typer.Argument()],
+    latency: Annotated[Path, typer.Option("--latency")],
+    database: Annotated[Path, typer.Option("--database")],
+    data: Annotated[str, typer.Option("--data")],
+    speedup: Annotated[str, typer.Option("--speedup")] = "1.5,2,3",
+    search: Annotated[str, typer.Option("--search")] = "spdy,thompson,dp,random,uniform,global-magnitude,erk",
+    seeds: Annotated[str, typer.Option("--seeds")] = "0,1,2",
+    search_samples: Annotated[int, typer.Option("--search-samples")] = SEARCH_SAMPLES,
+    images: Annotated[int | None, typer.Option("--images", help="image forwards that a search may use")] = None,
+    share: Annotated[
+        float | None, typer.Option("--share", help="image forwards of the others, as a share of what spdy used")
+    ] = None,
+    loss: Annotated[str | None, typer.Option("--loss")] = None,
+    evaluation: Annotated[str | None, typer.Option("--eval", help="samples with labels to judge by")] = None,
+    json: Annotated[Path | None, typer.Option("--json")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="begin no search after so long")] = None,
+) -> None:
+    """Run searches x targets x seeds and print a table."""
+    began = time.monotonic()
+    table, weights, score = LatencyTable.load(latency), open_database(database), load_loss(loss)
+    network = Network(load_network(model))
+    samples = load_samples(data, network.model)
+    judge = Judge(network, weights, samples, load_samples(evaluation, network.model)) if evaluation else None
+    rows = _known(json, network.sha256)
+    for seed in map(int, seeds.split(",")):
+        for target in map(float, speedup.split(",")):
+            for name in search.split(","):
+                limit = images if share is None or name == YARDSTICK else _share(rows, share, target, seed)
+                if (name, target, seed, search_samples, limit) in {row.key for row in rows}:
+                    continue
+                if minutes is not None and time.monotonic() - began > 60 * minutes:
+                    break
+                trace = Trace()
+                finder = ProfileSearch(
+                    network, table, weights, samples, loss=score, search=name, search_samples=search_samples,
+                    seed=seed, image_limit=limit, progress=trace,
+                )  # fmt: skip
+                row, profile = _timed(finder, Row(name, target, seed, search_samples, limit, 0, 0, 0.0), trace)
+                if judge is not None and profile is not None:
+                    deployed, accuracy = judge(profile)
+                    row = replace(row, deployed_loss=deployed, top1=accuracy)
+                rows.append(row)
+                print(row, flush=True)
+                if json:
+                    content = {"model_sha256": network.sha256, "rows": [asdict(one) for one in rows]}
+                    write_json(json, "search_bench", 2, content)
+    _show(rows)
+    _show_cost(rows)
+
+
+def _known(path: Path | None, model_sha256: str) -> list[Row]:
+    """The rows that an earlier call wrote for the same network."""
+    if path is None or not path.exists():
+        return []
+    content = read_json(path, "search_bench", 2)
+    return [Row(**row) for row in content["rows"]] if content["model_sha256"] == model_sha256 else []
+
+
+def _share(rows: Sequence[Row], share: float, target: float, seed: int) -> int:
+    """So much of the images that the yardstick used for the same target and seed.
+
+    Raises:
+        BadParameter: it wasn't run.
+    """
+    for row in rows:
+        if (row.search, row.speedup, row.seed) == (YARDSTICK, target, seed):
+            return round(share * row.images)
+    raise typer.BadParameter(
+        f"--share needs a search by {YARDSTICK} at {target:g}x with seed {seed}; name it in --search first"
+    )
+
+
+class Judge:
+    """Says what a profile's network is worth when it is deployed, on samples that nobody saw.
+
+    Args:
+        samples: for the correction of statistics.
+        unseen: with labels, or without.
+    """
+
+    def __init__(self, network: Network, weights: LayerDatabase, samples: Samples, unseen: Samples) -> None:
+        self._network, self._unseen = network, unseen
+        self._stitching = CorrectedStitcher(network, weights, samples)
+        network.reset()
+        self._dense = [outputs for _, outputs in network.outputs(unseen)]
+        self._loss = LOSSES[default_loss(self._dense[0])]
+
+    def __call__(self, profile: Profile) -> tuple[float, float | None]:
+        """Loss, and top-1 where there are labels."""
+        self._stitching.stitch(profile)
+        losses: list[float] = []
+        values: list[float] = []
+        sizes: list[int] = []
+        for (batch, outputs), dense in zip(self._network.outputs(self._unseen), self._dense, strict=True):
+            losses.append(float(self._loss(outputs, dense, None)))
+            sizes.append(len(batch))
+            if batch.target is not None:
+                values.append(top1({name: value.numpy() for name, value in outputs.items()}, batch.target))
+        accuracy = float(np.average(values, weights=sizes)) if values else None
+        return float(np.average(losses, weights=sizes)), accuracy
+
+
+class Trace:
+    """Listens to a search: how its best loss fell, by image forwards and by time."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float, float]] = []
+        self._finder: ProfileSearch | None = None
+
+    def begin(self, finder: ProfileSearch) -> None:
+        self._finder, self._images, self._start = finder, finder.images, time.perf_counter()
+        self.points = []
+
+    def __call__(self, loss: float, done: int, left: int) -> None:
+        if self._finder and np.isfinite(loss) and (not self.points or loss < self.points[-1][2]):
+            seconds = time.perf_counter() - self._start
+            self.points.append((self._finder.images - self._images, round(seconds, 2), loss))
+
+
+def _timed(finder: ProfileSearch, row: Row, trace: Trace) -> tuple[Row, Profile | None]:
+    trace.begin(finder)
+    start = time.perf_counter()
+    try:
+        found = finder.find(row.speedup)
+    except (InfeasibleTarget, NoSpeedup) as exc:
+        return replace(row, seconds=time.perf_counter() - start, problem=str(exc)), None
+    return replace(
+        row, images=found.images, evaluations=found.evaluations, seconds=time.perf_counter() - start,
+        loss=found.loss, held_out_loss=found.held_out_loss, trace=trace.points,
+    ), found  # fmt: skip
+
+
+def _show(rows: Sequence[Row]) -> None:
+    grid = Table(title="searches", title_justify="left")
+    columns = (
+        "search",
+        "target",
+        "seed",
+        "samples",
+        "images",
+        "profiles",
+        "seconds",
+        "loss",
+        "held out",
+        "deployed",
+        "top-1",
+    )
+    for column in columns:
+        grid.add_column(column, justify="left" if column == "search" else "right")
+    for row in rows:
+        losses = [f"{x:.4g}" if x is not None else "-" for x in (row.loss, row.held_out_loss, row.deployed_loss)]
+        grid.add_row(
+            row.search, f"{row.speedup:g}x", str(row.seed), str(row.samples), str(row.images), str(row.evaluations),
+            f"{row.seconds:.1f}",
+            *([row.problem, "", "", ""] if row.problem else [*losses, f"{row.top1:.2%}" if row.top1 else "-"]),
+        )  # fmt: skip
+    Console(width=140).print(grid)
+
+
+def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
+    """After how many images and seconds a search came to a loss, or None if it ended with more."""
+    wanted += ROUNDING * abs(wanted)
+    if row.loss is None or row.loss > wanted:
+        return None
+    if not math.isclose(row.trace[-1][2], row.loss, rel_tol=ROUNDING):
+        return row.images, row.seconds  # it judged by fewer samples: what it found is known at its end
+    return next(((images, seconds) for images, seconds, loss in row.trace if loss <= wanted), None)
+
+
+def _show_cost(rows: Sequence[Row]) -> None:
+    """When each search came to the loss that the yardstick ended with."""
+    grid = Table(title=f"cost of {YARDSTICK}'s final loss, as a share of its cost", title_justify="left")
+    for column in ("search", "target", "seed", "samples", "images", "seconds"):
+        grid.add_column(column, justify="left" if column == "search" else "right")
+    yardsticks = {(row.speedup, row.seed, row.samples): row for row in rows if row.search == YARDSTICK}
+    for row in rows:
+        whole = yardsticks.get((row.speedup, row.seed, row.samples))
+        if whole is None or whole is row or whole.loss is None or not row.trace:
+            continue
+        reached = _reached(row, whole.loss)
+        shares = ["not reached", ""] if reached is None else [
+            f"{reached[0] / whole.images:.1%}", f"{reached[1] / whole.seconds:.1%}"
+        ]  # fmt: skip
+        grid.add_row(row.search, f"{row.speedup:g}x", str(row.seed), str(row.samples), *shares)
+    Console(width=140).print(grid)
+
+
+if __name__ == "__main__":
+    run_command(bench)

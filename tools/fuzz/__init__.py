@@ -1,0 +1,1 @@
+"""Fuzzing: damaged and odd files must end in one line."""

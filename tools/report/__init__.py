@@ -1,0 +1,1 @@
+"""Reports as pages: one run, and the front of several targets."""

@@ -1,0 +1,72 @@
+"""The front of several targets as a page and as a plot: front.html and front.svg."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_spdy.pipeline.artifact import replacing
+from onnx_spdy.tools.report.page import COLOURS, colour, plain_axes, svg_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABEL = "Measured speedup with its 95 % interval against calibration loss and metric, one point for each target"
+
+
+def write_front_html(front: Mapping[str, Any], out: Path) -> None:
+    """Write front.html and front.svg into a folder, atomically."""
+    for name, text in (("front.html", render(front)), ("front.svg", plot(front, alone=True))):
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf8")
+
+
+def render(front: Mapping[str, Any]) -> str:
+    """The page for the content of front.json; the same content gives the same text."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(Path(__file__).with_name("front.html").read_text(encoding="utf8"))
+    return template.render(
+        front=front,
+        environment=front["environment"],
+        is_formula="formula" in front["environment"]["precision"],
+        colours=COLOURS,
+        plot=Markup(plot(front)),
+    )
+
+
+def plot(front: Mapping[str, Any], *, alone: bool = False) -> str:
+    """Speedup against loss, and against the metric where there is one, as an <svg> element or file."""
+    points = front["points"]
+    speedups = [point["measured_speedup"] for point in points]
+    spread = [
+        [point["measured_speedup"] - point["measured_speedup_lower"] for point in points],
+        [point["measured_speedup_upper"] - point["measured_speedup"] for point in points],
+    ]
+    has_metric = front["metric_dense"] is not None
+
+    def curve(axes: Axes, values: list[float], name: str, label: str) -> None:
+        axes.errorbar(speedups, values, xerr=spread, fmt="o-", ms=4, lw=1, color=colour(name), label=label)
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, 1 + has_metric, squeeze=False)[0]
+        curve(panels[0], [point["loss"] for point in points], "pruned", "calibration samples that select")
+        if all(point["held_out_loss"] is not None for point in points):
+            curve(panels[0], [point["held_out_loss"] for point in points], "sparsity", "held-out samples")
+        panels[0].set(ylabel=f"{front['loss_name']} loss", ylim=(0, None))
+        if has_metric:
+            panels[1].axhline(front["metric_dense"], color=colour("dense"), lw=1.2, dashes=(5, 3), label="dense")
+            curve(panels[1], [point["metric_pruned"] for point in points], "pruned", "pruned")
+            panels[1].set(ylabel=front["metric_name"])
+        for axes in panels:
+            axes.set(xlabel="measured speedup")
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, borderaxespad=0.1)
+            plain_axes(axes)
+
+    return svg_plot(draw, height=3.4, label=LABEL, alone=alone)
