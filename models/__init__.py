@@ -16,6 +16,7 @@ from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canon
 from onnx_spdy.models.load import load_model
 from onnx_spdy.models.patches import InputPatches
 from onnx_spdy.models.prepare import prepare
+from onnx_spdy.models.prepared import Prepared
 from onnx_spdy.models.torch_graph import Suspended, TorchGraph
 from onnx_spdy.models.write_back import changed_initializers, differences, write_weights
 from onnx_spdy.models.write_module import write_module
@@ -24,6 +25,7 @@ __all__ = [
     "InputPatches",
     "Layer",
     "ModelError",
+    "Prepared",
     "Suspended",
     "TorchGraph",
     "UnsupportedOperator",

@@ -8,6 +8,7 @@ Errors:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,9 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
+from onnx_spdy.runtimes.atomic import replacing
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
 # A protobuf message can't be larger than 2 GiB; weights of larger models go to a second file.
 LARGEST_PROTOBUF_BYTES = 2**31 - 1
 # Shape inference reads small tensors (shapes, axes), so only larger ones are ever set aside.
@@ -25,7 +29,7 @@ LARGE_TENSOR_BYTES = 1024
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
-class ModelError(ValueError):
+class ModelError(OnnxSpdyError, ValueError):
     """Something is wrong with a model; the message is one line that says what, and what to do."""
 
 
@@ -268,10 +272,7 @@ def _copy_field(target, field, value) -> None:
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.writelines(parts)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder doesn't exist", str(path.parent))
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        stream.writelines(parts)

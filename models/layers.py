@@ -242,6 +242,8 @@ def _reason_for_computed(value: str, usage: _Usage) -> str:
 def _bias(node: onnx.NodeProto, shape: tuple[int, ...], usage: _Usage) -> str | None:
     """The initializer of one value for each output that this layer alone adds to its result."""
     output = node.output[0]
+    if node.op_type == "Gemm" and any(item.name == "beta" and item.f != 1 for item in node.attribute):
+        return None  # it is added scaled
     if node.op_type != "MatMul":
         name = node.input[2] if len(node.input) > 2 else ""
     elif usage.reads[output] == 1 and output not in usage.interface and (add := usage.adding(output)) is not None:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.runtimes import (
     Environment,
     Measurement,
     Runtime,
     RuntimeFailure,
     Session,
+    Workload,
     location,
     measure_interleaved,
     open_runtime,
@@ -36,7 +36,6 @@ WARMUP = 2
 CONFIDENCE = 0.95
 DENSE, PRUNED = "dense", "pruned"
 BASELINES = ("deepsparse", "onnxruntime", "openvino:fp32", "openvino:bf16")
-FORMULA = "fake"  # its seconds are no time: they compare with nothing else
 
 
 @dataclass(frozen=True)
@@ -97,39 +96,38 @@ def measure_alternatives(
     dense: Path,
     pruned: Path,
     runtime: Runtime,
+    workload: Workload,
     *,
-    batch: int,
-    threads: int | None = None,
-    inputs: Mapping[str, np.ndarray] | None = None,
     visits: int = VISITS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = ignore,
 ) -> Alternatives:
     """Measure the pruned network in its runtime and the dense one in every runtime and precision, in turns.
 
     Args:
         dense, pruned: ONNX files.
         runtime: the one that will run the pruned network.
-        batch, threads, inputs: as in `Runtime.open`; the same for all.
+        workload: as in `Runtime.open`; the same for all.
         visits: in each, every network is opened anew; see `validate`.
-        progress: called with (visits done, visits).
+        progress: called with (visits done, visits, note).
     Raises:
         RuntimeFailure: of `runtime`; another one that fails is in `missing`.
     """
-    arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
-    others, missing = _others(runtime), {}
+    missing: dict[str, str] = {}
     measured: dict[tuple[str, str], Alternative] = {}
     for visit in range(visits):
         with contextlib.ExitStack() as stack:
             sessions = {
-                (PRUNED, ""): stack.enter_context(runtime.open(pruned, **arguments)),
-                (DENSE, ""): stack.enter_context(runtime.open(dense, **arguments)),
+                (PRUNED, ""): stack.enter_context(runtime.open(pruned, workload)),
+                (DENSE, ""): stack.enter_context(runtime.open(dense, workload)),
             }
-            for spec in tuple(others):
+            for spec in _others(runtime, sessions[PRUNED, ""].environment):
+                name = spec.removeprefix(location(runtime)).replace(":", " ")
+                if name in missing:
+                    continue
                 try:
-                    sessions[DENSE, spec] = _open_other(stack, spec, dense, arguments)
+                    sessions[DENSE, spec] = _open_other(stack, spec, dense, workload)
                 except RuntimeFailure as exc:
-                    missing[spec.removeprefix(location(runtime)).replace(":", " ")] = str(exc)
-                    others.remove(spec)
+                    missing[name] = str(exc)
             times = measure_interleaved(
                 {" ".join(key): session for key, session in sessions.items()},
                 rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
@@ -138,8 +136,7 @@ def measure_alternatives(
                 key: _alternative(key[0], session, times[" ".join(key)], measured.get(key))
                 for key, session in sessions.items()
             }
-        if progress:
-            progress(visit + 1, visits)
+        progress(visit + 1, visits, "the dense network in every runtime")
     return Alternatives(tuple(measured.values()), missing)
 
 
@@ -177,18 +174,18 @@ def verdict(alternatives: Alternatives) -> str:
     )
 
 
-def _others(runtime: Runtime) -> list[str]:
-    if runtime.name == FORMULA:
+def _others(runtime: Runtime, environment: Environment) -> list[str]:
+    if environment.is_formula:  # its seconds are no time: they compare with nothing else
         return []
     return [location(runtime) + spec for spec in BASELINES if location(runtime) + spec != runtime_spec(runtime)]
 
 
-def _open_other(stack: contextlib.ExitStack, spec: str, dense: Path, arguments: Mapping[str, Any]) -> Session:
+def _open_other(stack: contextlib.ExitStack, spec: str, dense: Path, workload: Workload) -> Session:
     """The dense network in another runtime, which has run it once."""
     # A comparison must not make a user fetch an engine, nor agree to its licence.
     options = {"download": False} if spec.rpartition("/")[2] == "deepsparse" else {}
     runtime = stack.enter_context(open_runtime(spec, **options))
-    session = stack.enter_context(runtime.open(dense, **arguments))
+    session = stack.enter_context(runtime.open(dense, workload))
     session.seconds(1)  # some refuse a network only when it runs
     return session
 

@@ -1,70 +1,110 @@
-"""Files that the stages leave: JSON with a format, a version and what made it; never half-written.
+"""Files that the stages leave: JSON with a format, a version, what made it and a checksum; never half-written.
 
-Every artifact is refused when it is not what it says, or when it was made from something else.
+Each is refused when it is not what it says, when somebody changed it, or when it was made from something else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
+
+from onnx_spdy.runtimes.atomic import UNFINISHED, replacing
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+LOCK = ".lock"
+CHECKSUM = "sha256"  # of everything else in a file
 
 
-class ArtifactError(ValueError):
+class ArtifactError(OnnxSpdyError, ValueError):
     """A file of an earlier stage is damaged, of another version, or made from something else."""
 
 
+class FolderInUse(ArtifactError):
+    """Another process works in the folder."""
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it doesn't."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works in this folder meanwhile; the same thread may lock it again. What killed work left is removed.
+
+    Raises:
+        FolderInUse: somebody does now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderInUse(
+            f"another command works in {folder} now; wait for its end, or choose another folder"
+        ) from None
+    try:
+        for left in folder.glob(f".*{UNFINISHED}"):
+            left.unlink(missing_ok=True)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        lock.release()
 
 
 def write_json(path: Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
-    """Write `content` under `format: onnx_spdy.<kind>` and `version`, atomically."""
-    document = {"format": f"onnx_spdy.{kind}", "version": version, **content}
+    """Write `content` under `format: onnx_spdy.<kind>` and `version`, with its checksum, atomically."""
+    # As it is read again: tuples are lists then, and keys are text.
+    document = json.loads(_as_json({"format": f"onnx_spdy.{kind}", "version": version, **content}))
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf8")
+        text = json.dumps({**document, CHECKSUM: _checksum(document)}, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf8")
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The content of a file written by `write_json` with this kind and version.
 
     Raises:
-        ArtifactError: missing, not JSON, another format or another version; the message names the file.
+        ArtifactError: missing, not JSON, another format or another version, or changed since; the message names the
+            file.
     """
     try:
         document = json.loads(path.read_text(encoding="utf8"))
     except OSError as exc:
         raise ArtifactError(f"{path} can't be read: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ArtifactError(f"{path} is not JSON ({exc}); delete it to have it made again") from exc
     found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
     if found != (f"onnx_spdy.{kind}", version):
         raise ArtifactError(f"{path} is not onnx_spdy.{kind} version {version} but {found}; give the right file")
+    if document.pop(CHECKSUM, None) != _checksum(document):
+        raise ArtifactError(f"{path} is not as it was written: its checksum differs; delete it to have it made again")
     return document
+
+
+@contextmanager
+def fields_of(path: Path) -> Iterator[None]:
+    """What is missing or mistyped in a file that is read in this block is told by the file's name.
+
+    Raises:
+        ArtifactError: instead of what a field that isn't there, or is of another type, raises.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as exc:
+        if isinstance(exc, ArtifactError):
+            raise
+        text = " ".join(str(exc).split())
+        raise ArtifactError(f"{path} has a missing or wrong field ({type(exc).__name__}: {text}); delete it") from exc
+
+
+def _as_json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, allow_nan=False)
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def check_same(path: Path, what: Mapping[str, tuple[Any, Any]]) -> None:

@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, Weights
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 SAMPLES = 256  # in one batch; more changes little
 LARGEST_ACTIVATION_BYTES = 512 << 20  # of one layer's output for that batch; larger ones cost more time than they tell
@@ -29,7 +30,7 @@ LARGEST_SCALE = 3.0  # a channel that needs more has lost its signal; scaling wo
 LEAST_SAMPLES = 16  # in a batch that is corrected by its own statistics: those of fewer would give away their outputs
 
 
-class NotCorrected(ValueError):
+class NotCorrected(OnnxSpdyError, ValueError):
     """There are too few samples for one batch of the network."""
 
 
@@ -40,7 +41,7 @@ class StatisticsCorrection:
     all samples here too.
 
     Args:
-        network: whose dense weights are what is corrected towards; left with them.
+        network: whose dense weights are what is corrected towards.
         samples: calibration samples, of which the first `SAMPLES` are used, or as many as fit in
             `LARGEST_ACTIVATION_BYTES`.
     Raises:
@@ -51,17 +52,23 @@ class StatisticsCorrection:
         if len(samples) < (needed := network.batch_size(1)):
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
-        network.reset()
         self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
         self._paddings = [Padding(batch.inputs) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._run(network.layers, self._remember)
+        self._run(network.layers, DENSE_WEIGHTS, self._remember)
 
-    def apply(self, pruned: Sequence[Layer]) -> None:
-        """Change weights and biases of the pruned layers in place; the network is stitched to its profile."""
-        self._run(pruned, self._correct)
+    def apply(self, weights: Weights, pruned: Sequence[Layer]) -> Weights:
+        """These weights with the pruned layers' weights and biases corrected."""
+        corrected = dict(weights)
+        self._run(pruned, weights, partial(self._correct, corrected))
+        return corrected
 
-    def _run(self, layers: Sequence[Layer], visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]]) -> None:
+    def _run(
+        self,
+        layers: Sequence[Layer],
+        weights: Weights,
+        visit: Callable[[Layer, list[torch.Tensor]], list[torch.Tensor]],
+    ) -> None:
         """Visit each layer with its outputs; what the visit returns goes on to the next one."""
         by_module: dict[torch.nn.Module, Layer] = {
             self._network.graph.node(layer.name): layer for layer in layers if not layer.more_uses
@@ -72,33 +79,34 @@ class StatisticsCorrection:
             return outputs if layer is None else visit(layer, outputs)
 
         with torch.inference_mode():
-            self._network.run_together(self._batches, after)
+            self._network.run_together(self._batches, after, weights)
 
     def _remember(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         self._dense[layer.name] = self._statistics(outputs, layer)
         return outputs
 
-    def _correct(self, layer: Layer, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Change the layer's parameters, and its outputs as if they had been changed before."""
-        network = self._network
+    def _correct(
+        self, weights: dict[str, torch.Tensor], layer: Layer, outputs: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Change the layer's values in `weights`, and its outputs as if it had run with them."""
         dense_mean, dense_deviation = self._dense[layer.name]
         mean, deviation = self._statistics(outputs, layer)
         scale = _scale(deviation, dense_deviation)
-        weight = network.get(layer.weight)
-        network.set(layer.weight, weight * (scale if layer.transposed else _along(scale, weight, 0)))
+        weight = self._network.values(layer.weight, weights)
+        weights[layer.weight] = weight * (scale if layer.transposed else _along(scale, weight, 0))
         axis = _channel_axis(outputs[0], layer)
         if layer.bias is None:
             return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
-        bias = network.get(layer.bias).clone()  # (out,)
+        bias = self._network.values(layer.bias, weights)  # (out,)
         if layer.op != "MatMul":
             inside, expected = bias, dense_mean
         else:  # a later node adds the bias, which may not be the dense one any more
-            inside, expected = torch.zeros_like(bias), dense_mean + network.dense(layer.bias).to(bias) - bias
+            inside, expected = torch.zeros_like(bias), dense_mean + self._network.dense(layer.bias).to(bias) - bias
         shift = (expected - inside) - scale * (mean - inside)
-        network.set(layer.bias, bias + shift)
-        added = torch.zeros_like(bias) if layer.op == "MatMul" else inside + shift
+        weights[layer.bias] = bias + shift
+        # That later node still has the bias from before, so the shift is in the outputs already.
         corrected = (
-            (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(added, output, axis)
+            (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(inside + shift, output, axis)
             for output in outputs
         )
         return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
@@ -132,9 +140,9 @@ class BatchCorrection:
         """While the dense network runs a batch, of this number: take its statistics."""
         return self._watching(partial(self._remember, batch))
 
-    def apply(self, batch: int) -> contextlib.AbstractContextManager[None]:
-        """While the network runs the same batch: correct the outputs of each layer whose weights aren't dense."""
-        return self._watching(partial(self._correct, batch))
+    def apply(self, batch: int, weights: Weights) -> contextlib.AbstractContextManager[None]:
+        """While the network runs the same batch with `weights`: correct the outputs of the layers that they name."""
+        return self._watching(partial(self._correct, batch, weights))
 
     @contextlib.contextmanager
     def _watching(self, visit: Callable[[Layer, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
@@ -153,8 +161,8 @@ class BatchCorrection:
     def _remember(self, batch: int, layer: Layer, output: torch.Tensor) -> None:
         self._dense[batch, layer.name] = self._moments(batch, layer, output)
 
-    def _correct(self, batch: int, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
-        if self._network.is_dense(layer.weight):
+    def _correct(self, batch: int, weights: Weights, layer: Layer, output: torch.Tensor) -> torch.Tensor | None:
+        if layer.weight not in weights:
             return None
         (mean, variance), (dense_mean, dense_variance) = (
             self._moments(batch, layer, output),

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from onnx_spdy.pipeline.artifact import arrays_sha256
+from onnx_spdy.runtimes import Workload
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 TARGET = "target"
 
 
-class DataError(ValueError):
+class DataError(OnnxSpdyError, ValueError):
     """The samples are missing, damaged, or don't fit the network."""
 
 
@@ -48,6 +50,18 @@ class Samples:
         """Consecutive batches of at most `size` samples."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
+
+
+def workload_of(samples: Samples | None, batch: int, threads: int | None = None) -> Workload:
+    """The workload that times a network with the first samples, repeated where they are fewer than the batch.
+
+    Args:
+        samples: None for random values.
+        batch: samples a run.
+        threads: None for all physical cores.
+    """
+    inputs = None if samples is None else samples.take(np.arange(batch) % len(samples)).inputs
+    return Workload(batch, threads, inputs)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
 LOWEST_SPARSITY = 0.40
 HIGHEST_SPARSITY = 0.99
 SPARSE_LEVELS = 41
@@ -18,7 +20,7 @@ SPARSE_LEVELS = 41
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
-class LevelError(ValueError):
+class LevelError(OnnxSpdyError, ValueError):
     """No such pattern or level."""
 
 
@@ -83,6 +85,7 @@ class Level:
 
 
 DENSE = Level("dense", 0.0)
+DEFAULT_PATTERN = "unstructured"
 
 
 def levels_for(pattern: str) -> tuple[Level, ...]:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional
 
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
 Outputs = Mapping[str, torch.Tensor]
 Loss = Callable[[Outputs, Outputs, torch.Tensor | None], torch.Tensor]
 
 
-class LossError(ValueError):
+class LossError(OnnxSpdyError, ValueError):
     """The loss does not fit the network's outputs or the data."""
 
 

@@ -1,7 +1,8 @@
-"""Masks: which weights a level keeps, given how much each one matters."""
+"""Masks: which weights a level keeps, given how much each one matters; and whether weights are what a level says."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -37,6 +38,23 @@ def select_mask(scores: torch.Tensor, level: Level, zeros: int | None = None) ->
     return _ungrouped(keep, scores)
 
 
+def level_violation(weight: np.ndarray | torch.Tensor, level: Level) -> str | None:
+    """What is wrong with weights (out, in, *kernel) that claim a level; None when nothing is."""
+    zero = torch.as_tensor(np.asarray(weight) == 0)
+    if level.pattern == "unstructured":
+        found, promised = int(zero.sum()), level.zeros(zero.numel())
+        return f"{found} of {zero.numel()} weights are zero, it promises {promised}" if found < promised else None
+    if level.pattern == "block4":
+        empty = _grouped(zero, 4, padding=True).all(-1)
+        found, promised = int(empty.sum()), level.zeros(empty.numel())
+        return f"{found} blocks are zero, it promises {promised}" if found < promised else None
+    if level.is_n_of_m:
+        kept, size = level.group
+        most = int((~_grouped(zero, size, padding=True)).sum(-1).max())
+        return f"{most} non-zeros in a group of {size} input channels" if most > kept else None
+    return None
+
+
 def _keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """(n,) bool with exactly `count` True; of equal scores the earlier one is kept."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
@@ -48,7 +66,7 @@ def _keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return keep
 
 
-def _grouped(scores: torch.Tensor, size: int, padding: float) -> torch.Tensor:
+def _grouped(scores: torch.Tensor, size: int, padding: float | bool) -> torch.Tensor:
     """(out, in, *kernel) -> (out, *kernel, ceil(in / size), size)."""
     moved = scores.movedim(1, -1)
     padded = functional.pad(moved, (0, -moved.shape[-1] % size), value=padding)

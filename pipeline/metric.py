@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray | None], float]
 
 
-class MetricError(ValueError):
+class MetricError(OnnxSpdyError, ValueError):
     """The metric does not fit the network's outputs or the data."""
 
 
@@ -31,3 +35,21 @@ def top1(outputs: Mapping[str, np.ndarray], target: np.ndarray | None) -> float:
 
 
 METRICS: dict[str, Metric] = {"top1": top1}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network is judged by: samples that nothing was tuned on, and a metric with its name."""
+
+    samples: Samples
+    metric: Metric
+    name: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metric of the dense and of the pruned network."""
+
+    name: str
+    dense: float
+    pruned: float

@@ -1,95 +1,108 @@
-"""The network as the stages see it: a TorchGraph with its prunable layers and its dense weights."""
+"""The network as the stages see it: a TorchGraph with its prunable layers, run with the weights that a stage names.
+
+What a pruned network is, is a value: `Weights`. The graph is shared by all stages, and what it holds between two runs
+is nobody's business: whoever runs it says with which weights, and only those that changed are copied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 import torch
 
-from onnx_spdy.models import Layer, Suspended, TorchGraph, find_layers, fixed_batch, model_sha256
+from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, fixed_batch
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in its caches
 
 Keep = Callable[[Suspended], None]
+Weights = Mapping[str, torch.Tensor]  # initializer -> values, as the file stores them; never changed in place
+DENSE_WEIGHTS: Weights = MappingProxyType({})  # what isn't named is dense
 
 
 class Network:
-    """A prepared ONNX model that can be run in PyTorch with other weights.
+    """A prepared network that can be run in PyTorch with other weights.
 
     Attributes:
-        model: the prepared dense model; never changed.
-        graph: the TorchGraph whose weights the stages exchange.
+        prepared: the dense network.
+        graph: the TorchGraph that computes; which weights it holds depends on who ran it last.
         layers: the prunable layers in graph order.
         skipped: the other layers that carry weights, with the reason in `skip`.
         bfloat16: whether it runs faster in bfloat16 here, and may: one that is stored in half precision mixes types
             as it does on purpose.
-        edits: how often a weight or bias was exchanged: tells whoever keeps the network in some state that another did.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.graph = TorchGraph(model).eval().requires_grad_(False)
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.graph = TorchGraph(prepared.proto).eval().requires_grad_(False)
         for tensor in (*self.graph.parameters(), *self.graph.buffers()):
             if tensor.dim() == 4:  # all at once with `.to` fails for graphs that hold tensors of rank 5 too
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-        layers = find_layers(model)
-        self.layers: tuple[Layer, ...] = tuple(layer for layer in layers if layer.prunable)
-        self.skipped: tuple[Layer, ...] = tuple(layer for layer in layers if not layer.prunable)
+        self.layers = prepared.prunable
+        self.skipped = tuple(layer for layer in prepared.layers if not layer.prunable)
         if not self.layers:
             reasons = (
                 "; ".join(f"{layer.name}: {layer.skip}" for layer in self.skipped[:3]) or "no Conv, Gemm or MatMul"
             )
             raise NothingToPrune(f"the network has no prunable layer ({reasons})")
         self.bfloat16 = has_bfloat16() and not any(p.dtype.itemsize == 2 for p in self.graph.parameters())
-        self.sha256 = model_sha256(model)
-        self.edits = 0
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
-        self._dense = {
-            name: self._parameters[name].clone()
-            for layer in self.layers
-            for name in (layer.weight, layer.bias)
-            if name is not None
-        }
-        self._changed: set[str] = set()
+        self._dense: dict[str, torch.Tensor] = {}  # of those that were asked for or overwritten
+        self._loaded: Weights = DENSE_WEIGHTS
+        self._trained: set[str] = set()  # changed in place now
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The graph of the dense network; never changed."""
+        return self.prepared.proto
+
+    @property
+    def sha256(self) -> str:
+        """Of the dense network."""
+        return self.prepared.sha256
 
     def dense(self, initializer: str) -> torch.Tensor:
-        """The dense values of a layer's weight or bias, as the file stores them."""
+        """The dense values of a weight or bias, as the file stores them."""
+        if initializer not in self._dense:  # nobody has overwritten it yet
+            self._dense[initializer] = self._parameters[initializer].detach().clone()
         return self._dense[initializer]
 
-    def get(self, initializer: str) -> torch.Tensor:
-        """The values that the graph computes with now."""
-        return self._parameters[initializer].data
+    def values(self, initializer: str, weights: Weights) -> torch.Tensor:
+        """The values of a weight or bias of the network with these weights."""
+        return weights[initializer] if initializer in weights else self.dense(initializer)
 
-    def set(self, initializer: str, values: torch.Tensor) -> None:
-        """Exchange the values of one weight or bias, in the shape in which the file stores it."""
-        self._parameters[initializer].data.copy_(values)
-        self.edits += 1
-        (self._changed.discard if values is self._dense.get(initializer) else self._changed.add)(initializer)
+    def load(self, weights: Weights) -> None:
+        """Make the graph compute with these weights; those that aren't named are dense."""
+        for name in {**self._loaded, **weights}:
+            if name in self._trained or weights.get(name) is not self._loaded.get(name):
+                self.dense(name)  # kept before it is overwritten
+                self._parameters[name].data.copy_(self.values(name, weights))
+        self._loaded = dict(weights)
 
-    def is_dense(self, initializer: str) -> bool:
-        """Whether a weight or bias has its dense values, `dense`, and no others that were `set`."""
-        return initializer not in self._changed
+    @contextlib.contextmanager
+    def trainable(self, names: Sequence[str], weights: Weights) -> Iterator[dict[str, torch.nn.Parameter]]:
+        """The parameters of these initializers, loaded with `weights`, for an optimizer to change in place.
 
-    def parameter(self, initializer: str) -> torch.nn.Parameter:
-        """What an optimizer trains; whoever changes it ends with `set`."""
-        return self._parameters[initializer]
-
-    def changed(self) -> dict[str, np.ndarray]:
-        """Initializer name -> values, of those weights and biases that differ from the dense model now."""
-        return {
-            name: self.get(name).numpy(force=True)
-            for name, dense in self._dense.items()
-            if not torch.equal(self.get(name), dense)
-        }
-
-    def reset(self) -> None:
-        """Back to the dense weights."""
-        for name, values in self._dense.items():
-            self.set(name, values)
+        While it lasts, `forward` runs the network as it is being trained; afterwards it is forgotten.
+        """
+        self.load(weights)
+        for name in names:
+            self.dense(name)
+        parameters = {name: self._parameters[name] for name in names}
+        self._trained = set(names)
+        try:
+            yield parameters
+        finally:
+            self.load({name: self.dense(name) for name in names})
+            self._trained = set()
 
     def batch_size(self, wanted: int = BATCH_SIZE) -> int:
         """`wanted`, or the batch that the graph itself fixes."""
@@ -98,11 +111,23 @@ class Network:
     def run(
         self,
         samples: Samples,
+        weights: Weights = DENSE_WEIGHTS,
         start: Suspended | None = None,
         keep: Keep | None = None,
         keep_before: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
         """Outputs for one batch, zero at padding; for `start`, `keep` and `keep_before` see `TorchGraph.run`."""
+        self.load(weights)
+        return self.forward(samples, start, keep, keep_before)
+
+    def forward(
+        self,
+        samples: Samples,
+        start: Suspended | None = None,
+        keep: Keep | None = None,
+        keep_before: Sequence[int] = (),
+    ) -> dict[str, torch.Tensor]:
+        """The same with the weights that the graph holds, which is for those who train it; see `trainable`."""
         if start is None and keep is None:
             outputs = self.graph(_tensors(samples))
         else:
@@ -116,20 +141,45 @@ class Network:
         return [batch for batch in samples.batches(size) if len(batch) == size]
 
     def run_together(
-        self, batches: Sequence[Samples], after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+        self,
+        batches: Sequence[Samples],
+        after: Callable[[torch.nn.Module, list[torch.Tensor]], list[torch.Tensor]],
+        weights: Weights = DENSE_WEIGHTS,
     ) -> None:
         """Run all batches node by node; see `TorchGraph.run_together`."""
+        self.load(weights)
         self.graph.run_together([_tensors(batch) for batch in batches], after)
 
-    def outputs(self, samples: Samples, *, bfloat16: bool = False) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
+    def outputs(
+        self, samples: Samples, weights: Weights = DENSE_WEIGHTS, *, bfloat16: bool = False
+    ) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""
         for batch in samples.batches(self.batch_size()):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                outputs = self.run(batch)
+                outputs = self.run(batch, weights)
             yield batch, outputs
 
 
-class NothingToPrune(ValueError):
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """What a pruned network has that the dense one hasn't.
+
+    Attributes:
+        weights: initializer -> values as the file stores them, of every weight and bias that differs.
+        levels: layer name -> level, of all prunable layers.
+        corrected: what was corrected in it, in words, or why nothing was.
+    """
+
+    weights: Weights
+    levels: Mapping[str, Level]
+    corrected: str = "not applied"
+
+    def pruned_layers(self, network: Network) -> list[Layer]:
+        """The layers that aren't dense, in graph order."""
+        return [layer for layer in network.layers if self.levels.get(layer.name, DENSE) != DENSE]
+
+
+class NothingToPrune(OnnxSpdyError, ValueError):
     """No layer of the network can be pruned."""
 
 

@@ -12,17 +12,17 @@ from onnx_spdy.models import Suspended, fixed_batch
 from onnx_spdy.pipeline.correct import LEAST_SAMPLES, BatchCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
-from onnx_spdy.pipeline.network import BATCH_SIZE, Keep, Network
+from onnx_spdy.pipeline.network import BATCH_SIZE, DENSE_WEIGHTS, Keep, Network, Weights
 from onnx_spdy.pipeline.padding import Padding
 
 LARGEST_BATCH = 64
 
 
 class Objective:
-    """The calibration loss of the network with the weights that it has now.
+    """The calibration loss of a network with other weights.
 
     Args:
-        network: with its dense weights; their outputs are the reference.
+        network: whose outputs with dense weights are the reference.
         samples: on which the loss is computed.
         loss: a name of LOSSES, a function of your own, or None for the one that fits the outputs.
         corrected: whether each batch is corrected by its own statistics while it runs (see `BatchCorrection`), unless
@@ -47,7 +47,6 @@ class Objective:
         ends = np.cumsum(sizes)
         self.batches = [samples.take(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         self.stages = stages(np.minimum(ends, len(samples)).tolist())
-        network.reset()
         paddings = [Padding(batch.inputs) for batch in self.batches]
         self._correction = BatchCorrection(network, paddings) if corrected else None
         self._reference: list[dict[str, torch.Tensor]] = []
@@ -62,13 +61,13 @@ class Objective:
         self._loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.of_batch(0)  # refuses a loss that doesn't fit before any work is done
 
-    def __call__(self) -> float:
-        """Mean loss over all samples.
+    def __call__(self, weights: Weights) -> float:
+        """Mean loss of the network with these weights over all samples.
 
         Raises:
             LossError: the loss is not a finite number.
         """
-        return self.mean([self.of_batch(number) for number in range(len(self.batches))])
+        return self.mean([self.of_batch(number, weights) for number in range(len(self.batches))])
 
     def mean(self, losses: Sequence[float]) -> float:
         """Mean loss over the samples of the first batches, from the loss of each."""
@@ -76,7 +75,12 @@ class Objective:
         return float(np.dot(losses, sizes) / sum(sizes))
 
     def of_batch(
-        self, number: int, start: Suspended | None = None, keep: Keep | None = None, keep_before: Sequence[int] = ()
+        self,
+        number: int,
+        weights: Weights = DENSE_WEIGHTS,
+        start: Suspended | None = None,
+        keep: Keep | None = None,
+        keep_before: Sequence[int] = (),
     ) -> float:
         """Mean loss over one batch; for the other arguments see `TorchGraph.run`.
 
@@ -85,18 +89,24 @@ class Objective:
         """
         batch = self.batches[number]
         target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
-        with self._correction.apply(number) if self._correction and len(batch) >= LEAST_SAMPLES else nullcontext():
-            outputs = self._outputs(batch, start, keep, keep_before)
+        correction = self._correction if len(batch) >= LEAST_SAMPLES else None
+        with correction.apply(number, weights) if correction else nullcontext():
+            outputs = self._outputs(batch, weights, start, keep, keep_before)
         loss = float(self._loss(outputs, self._reference[number], target))
         if not np.isfinite(loss):
             raise LossError(f"loss {self.name!r} is {loss} on the calibration data; check the network and the loss")
         return loss
 
     def _outputs(
-        self, batch: Samples, start: Suspended | None = None, keep: Keep | None = None, keep_before: Sequence[int] = ()
+        self,
+        batch: Samples,
+        weights: Weights = DENSE_WEIGHTS,
+        start: Suspended | None = None,
+        keep: Keep | None = None,
+        keep_before: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
-            outputs = self.network.run(batch, start, keep, keep_before)
+            outputs = self.network.run(batch, weights, start, keep, keep_before)
         return {name: v.float() if v.is_floating_point() else v for name, v in outputs.items()}
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.level import Level
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,23 @@ class Profile:
     Attributes:
         levels: layer name -> level, for every prunable layer in graph order.
         target_speedup: what was asked for.
-        aim_speedup: what was aimed at by the table, so that the measurement meets the target.
+        table_target: the speedup by the table that was asked of the solver, so that the measurement meets the target.
         predicted_seconds: of the whole network, by the latency table.
         predicted_speedup: dense seconds of the table / predicted_seconds.
         loss, loss_name: calibration loss of the stitched network, on the samples that the search selected by.
         held_out_loss: the same on calibration samples that the search never saw; None where there are none left.
-        search, evaluations, images: who found it, how many profiles were scored for that, and how many samples were
-            run through the network.
+        search, evaluations, samples_run: who found it, how many profiles were scored for that, and how many samples
+            were run through the network.
         ended: why the search ended: one of "finished", "time limit", "interrupted".
         seed: of the search.
-        errors: (layers, levels), the additive errors that the choice is optimal for, to solve for another aim
+        errors: (layers, levels), the additive errors that the choice is optimal for, to solve for another speedup
             without another search; None where the search has none.
         made_from: hashes of what it belongs to: model_sha256, table_sha256, data_sha256, pruner.
     """
 
     levels: Mapping[str, Level]
     target_speedup: float
-    aim_speedup: float
+    table_target: float
     predicted_seconds: float
     predicted_speedup: float
     loss: float
@@ -43,7 +43,7 @@ class Profile:
     held_out_loss: float | None
     search: str
     evaluations: int
-    images: int
+    samples_run: int
     ended: str
     seed: int
     errors: Sequence[Sequence[float]] | None
@@ -61,5 +61,6 @@ class Profile:
             ArtifactError: missing, damaged or of another version.
         """
         content = read_json(path, "profile", VERSION)
-        levels = {name: Level.parse(text) for name, text in content["levels"].items()}
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "levels"}, levels=levels)
+        with fields_of(path):
+            levels = {name: Level.parse(text) for name, text in content["levels"].items()}
+            return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "levels"}, levels=levels)

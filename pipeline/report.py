@@ -12,7 +12,8 @@ from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.metric import Metrics
+from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.target import Outcome
 from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import reason_in
@@ -50,32 +51,31 @@ class Report:
 
 def make_report(
     network: Network,
+    pruned: PrunedNetwork,
     table: LatencyTable,
     database: LayerDatabase,
     outcome: Outcome,
     *,
-    metric_name: str | None,
-    metrics: tuple[float, float] | None,
+    metrics: Metrics | None,
     alternatives: Alternatives,
-    corrected: str,
     repaired: Training | None,
     stages: Sequence[Mapping[str, Any]],
 ) -> Report:
     """Gather what the stages found.
 
     Args:
+        network, pruned: the dense network and what was made of it.
+        table, database: from which.
         outcome: the profile that was kept and what it measured, and all that were tried.
-        metric_name, metrics: name and (dense, pruned) values, or None when there was nothing to evaluate on.
+        metrics: of both; None when there was nothing to evaluate on.
         alternatives: the dense network in every runtime and precision of this machine.
-        corrected: whether statistics were corrected, or why not.
-        repaired: how the weights were trained after that; None where they weren't.
+        repaired: how the weights were trained after the correction; None where they weren't.
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
-    dense_metric, pruned_metric = metrics or (None, None)
     weights = sum(int(network.dense(layer.weight).numel()) for layer in network.layers)
     choice = [table.levels.index(profile.levels[layer.name]) for layer in network.layers]
-    zeros = sum(int((network.get(layer.weight) == 0).sum()) for layer in network.layers)
+    zeros = sum(int((network.values(layer.weight, pruned.weights) == 0).sum()) for layer in network.layers)
     return Report(
         {
             "runtime": validation.environment.runtime,
@@ -88,40 +88,40 @@ def make_report(
             "prediction": table.prediction and vars(table.prediction),
             "table_foreign_cores": table.foreign_cores,
             "alternatives": alternatives.to_json(),
-            "metric_name": metric_name,
-            "metric_dense": dense_metric,
-            "metric_pruned": pruned_metric,
+            "metric_name": metrics and metrics.name,
+            "metric_dense": metrics and metrics.dense,
+            "metric_pruned": metrics and metrics.pruned,
             "loss_name": profile.loss_name,
             "loss": profile.loss,
             "held_out_loss": profile.held_out_loss,
             "search": profile.search,
             "search_ended": profile.ended,
             "evaluations": profile.evaluations,
-            "images": profile.images,
+            "images": profile.samples_run,
             "seed": profile.seed,
             "sparsity": zeros / weights,
-            "statistics_correction": corrected,
+            "statistics_correction": pruned.corrected,
             "repair": repaired and vars(repaired),
             "made_from": dict(profile.made_from),
             "stages": list(stages),
-            "layers": _layer_rows(network, table, database, choice),
+            "layers": _layer_rows(network, pruned, table, database, choice),
             "skipped": [{"name": layer.name, "op": layer.op, "reason": layer.skip} for layer in network.skipped],
             "rest": [
-                {"kernel": kernel, "outputs": outputs, "seconds": seconds} for kernel, outputs, seconds in table.others
+                {"kernel": kernel, "outputs": outputs, "seconds": seconds} for kernel, outputs, seconds in table.rest
             ],
-            "rest_seconds": table.base_seconds,
+            "rest_seconds": table.rest_seconds,
         }
     )
 
 
 def _layer_rows(
-    network: Network, table: LatencyTable, database: LayerDatabase, choice: Sequence[int]
+    network: Network, pruned: PrunedNetwork, table: LatencyTable, database: LayerDatabase, choice: Sequence[int]
 ) -> list[dict[str, Any]]:
     dense_seconds, seconds = table.costs.of_layers([0] * len(choice)), table.costs.of_layers(choice)
     errors = database.errors([layer.name for layer in network.layers])
     rows = []
     for row, (layer, column) in enumerate(zip(network.layers, choice, strict=True)):
-        weight, break_even = network.get(layer.weight), table.break_even(row)
+        weight, break_even = network.values(layer.weight, pruned.weights), table.break_even(row)
         rows.append(
             {
                 "name": layer.name,

@@ -1,10 +1,10 @@
-"""The closed loop: what counts is the measured speedup, so the table's answer is measured and corrected.
+"""Meeting the target: what counts is the measured speedup, so the table's answer is measured and corrected.
 
-A latency table is off by some percent for a whole network: layers interact, and engines merge them. The
-profile that the search found is therefore deployed and measured. Where its lower confidence bound misses the
-target, the next profile aims higher by as much; where it overshoots, the slack goes back to accuracy. Where the speedup
-is there and only its lower bound isn't, it is measured longer first: that takes less than another profile, and wide
-bounds say little of how much higher to aim.
+A latency table is off by some percent for a whole network: layers interact, and engines merge them. The profile that
+the search found is therefore deployed and measured. Where its lower confidence bound misses the target, the next one
+is searched for a speedup by the table that is higher by as much; where it overshoots, the slack goes back to accuracy.
+Where the speedup is there and only its lower bound isn't, it is measured longer first: that takes less than another
+profile, and wide bounds say little of how much faster the next one has to be.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.solve import InfeasibleTarget
 from onnx_spdy.pipeline.validate import Validation
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 ATTEMPTS = 4
 OVERSHOOT = 0.03  # of the target: more is given back
-MARGIN = 0.01  # aimed at above the target, so that noise doesn't cost another attempt
+MARGIN = 0.01  # above the target, so that noise doesn't cost another attempt
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,17 @@ class Attempt:
         """Whether the target was measured, but not for long enough to be sure."""
         return self.validation.lower < target <= self.validation.speedup
 
+    def settles(self, target: float) -> bool:
+        """Whether the target is met, and not by much more than was asked for."""
+        return target <= self.validation.lower <= target * (1 + OVERSHOOT)
+
+    def is_promising(self, target: float) -> bool:
+        """Whether it may be the one to keep."""
+        return self.settles(target) or self.is_unsure(target)
+
     def to_json(self) -> dict[str, float]:
         return {
-            "aim_speedup": self.profile.aim_speedup,
+            "aim_speedup": self.profile.table_target,
             "predicted_speedup": self.profile.predicted_speedup,
             "loss": self.profile.loss,
             "measured_speedup": self.validation.speedup,
@@ -49,12 +58,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended.
+    """How it ended.
 
     Attributes:
         kept: the attempt that is deployed: the one of least loss among those that meet the target; if none does,
-            the one with the highest lower bound.
-        attempts: all of them, in order.
+            the one with the highest lower bound. Where it was chosen among several measurements, its validation is
+            one that was made afterwards.
+        attempts: all of them, in order, each with its last measurement.
         exhausted: there was nothing faster left to try.
     """
 
@@ -74,79 +84,95 @@ class Outcome:
         )
 
 
-class TargetMissed(ValueError):
+class TargetMissed(OnnxSpdyError, ValueError):
     """Everything was tried and measured, and the target is out of reach."""
 
 
-def reach(
+def meet_target(
     target: float,
     first: Profile,
-    resolve: Callable[[float], Profile],
-    realise: Callable[[Profile], Validation],
+    search: Callable[[float], Profile],
+    deploy_and_measure: Callable[[Profile], Validation],
     attempts: int = ATTEMPTS,
 ) -> Outcome:
-    """Deploy, measure and aim again until the measured lower bound meets the target without much overshoot.
+    """Deploy, measure and search anew until the measured lower bound meets the target without much overshoot.
+
+    What looks best after several looks was lucky, more likely than not. So unless the very first look settles it, what
+    is kept is measured afresh, and only that counts; where it misses the target then, the search goes on.
 
     Args:
-        target: speedup to reach.
-        first: the search's profile, which aims at the target by the table.
-        resolve: a speedup by the table -> the profile for it, or for the highest that the table knows, which is
-            then what its `aim_speedup` says.
-        realise: deploys a profile and measures it.
-        attempts: at most.
+        target: speedup to meet.
+        first: the search's profile, for the target by the table.
+        search: a speedup by the table -> the profile for it, or for the highest that the table knows, which is
+            then what its `table_target` says.
+        deploy_and_measure: a profile -> what it measures.
+        attempts: profiles that are tried, at most.
     Returns:
-        The outcome, whose `kept` is the last one that `realise` was called with.
+        The outcome, whose `kept` is the last one that was deployed.
     """
 
-    def measured_longer(one: Attempt) -> Attempt:
-        return Attempt(one.profile, one.validation.with_more(realise(one.profile)))
+    def afresh(one: Attempt) -> Attempt:
+        found = Attempt(one.profile, deploy_and_measure(one.profile))
+        if not found.is_unsure(target):
+            return found
+        return Attempt(one.profile, found.validation.with_more(deploy_and_measure(one.profile)))
 
-    exhausted = False
-    tried: list[Attempt] = []
-    profile = first
+    tried = [Attempt(first, deploy_and_measure(first))]
+    if tried[0].settles(target):
+        return Outcome(tried[0], (tried[0],), exhausted=False)
     while True:
-        tried.append(Attempt(profile, realise(profile)))
-        if tried[-1].is_unsure(target):
-            tried[-1] = measured_longer(tried[-1])
-        lower = tried[-1].validation.lower
-        if len(tried) == attempts or target <= lower <= target * (1 + OVERSHOOT):
-            break
-        wanted = _next_aim(tried, target)
-        try:
-            following = resolve(wanted)
-            while lower < target and following.levels == profile.levels and following.aim_speedup >= wanted:
-                wanted *= 1 + MARGIN
-                following = resolve(wanted)
-        except InfeasibleTarget:
-            exhausted = True
-            break
-        if any(following.levels == one.profile.levels for one in tried):
-            exhausted = following.aim_speedup < wanted
-            break
-        profile = following
-    best = _best(tried, target)
-    if best is not tried[-1]:
-        # Measured again, and judged by both: it was chosen among several, perhaps for its luck.
-        best = measured_longer(best)
-    return Outcome(best, tuple(tried), exhausted)
+        following, exhausted = None, False
+        if len(tried) < attempts and not tried[-1].is_promising(target):
+            following, exhausted = _next_profile(tried, tried[-1], target, search)
+        if following is None:
+            place = -1 if tried[-1].is_promising(target) else _best(tried, target)
+            kept = tried[place] = afresh(tried[place])
+            if not kept.meets(target) and not exhausted and len(tried) < attempts:
+                following, exhausted = _next_profile(tried, kept, target, search)
+        if following is None:
+            if not kept.meets(target) and tried[best := _best(tried, target)] is not kept:
+                kept = tried[best] = afresh(tried[best])
+            return Outcome(kept, tuple(tried), exhausted)
+        tried.append(Attempt(following, deploy_and_measure(following)))
 
 
-def _next_aim(tried: Sequence[Attempt], target: float) -> float:
+def _next_profile(
+    tried: Sequence[Attempt], last: Attempt, target: float, search: Callable[[float], Profile]
+) -> tuple[Profile | None, bool]:
+    """A profile that wasn't tried yet, and whether there is none because there is nothing faster.
+
+    Args:
+        last: the one of them that was measured last.
+    """
+    wanted = _next_table_target(tried, last, target)
+    try:
+        found = search(wanted)
+        while not last.meets(target) and found.levels == last.profile.levels and found.table_target >= wanted:
+            wanted *= 1 + MARGIN
+            found = search(wanted)
+    except InfeasibleTarget:
+        return None, True
+    if any(found.levels == one.profile.levels for one in tried):
+        return None, found.table_target < wanted
+    return found, False
+
+
+def _next_table_target(tried: Sequence[Attempt], last: Attempt, target: float) -> float:
     """The speedup by the table that measures the target, if the table is wrong by the same factor as the last time.
 
     It isn't where a layer changes its kernel, so what was tried before bounds the answer: between a profile that missed
     and a faster one that met the target, the middle is next.
     """
-    # From what the table says of the profile itself: where steps are coarse that is more than was aimed at.
-    last = tried[-1]
+    # From what the table says of the profile itself: where steps are coarse that is more than was asked for.
     wanted = last.profile.predicted_speedup * target * (1 + MARGIN) / last.validation.lower
     missed = max((one.profile.predicted_speedup for one in tried if not one.meets(target)), default=0.0)
     met = min((one.profile.predicted_speedup for one in tried if one.meets(target)), default=math.inf)
     return math.sqrt(missed * met) if missed < met < math.inf and not missed < wanted < met else wanted
 
 
-def _best(tried: Sequence[Attempt], target: float) -> Attempt:
-    meeting = [one for one in tried if one.meets(target)]
+def _best(tried: Sequence[Attempt], target: float) -> int:
+    """The place of the one of least loss among those that meet the target; else of the highest lower bound."""
+    meeting = [place for place, one in enumerate(tried) if one.meets(target)]
     if meeting:
-        return min(meeting, key=lambda one: one.profile.loss)
-    return max(tried, key=lambda one: one.validation.lower)
+        return min(meeting, key=lambda place: tried[place].profile.loss)
+    return max(range(len(tried)), key=lambda place: tried[place].validation.lower)

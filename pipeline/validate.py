@@ -8,8 +8,7 @@ see it, so the networks are visited several times, each time opened anew, and th
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.models import fixed_batch, load_model
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.metric import Metric, MetricError
+from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.runtimes import (
     Environment,
     Measurement,
     Runtime,
-    is_busy,
+    Workload,
     measure_interleaved,
+    measure_undisturbed,
     median_bounds,
     median_ratio,
     open_runtime,
@@ -67,8 +68,8 @@ class Validation:
         """This one and another measurement of the same networks together."""
         return _of_visits(
             (*self.visits, *other.visits),
-            Measurement((*self.dense.seconds, *other.dense.seconds)),
-            Measurement((*self.pruned.seconds, *other.pruned.seconds)),
+            Measurement.joined((self.dense, other.dense)),
+            Measurement.joined((self.pruned, other.pruned)),
             other.environment,
             other.fallback,
             (self.foreign_cores, other.foreign_cores),
@@ -94,13 +95,11 @@ def validate(
     dense: Path,
     pruned: Path,
     runtime: Runtime,
+    workload: Workload,
     *,
-    batch: int,
-    threads: int | None = None,
-    inputs: Mapping[str, np.ndarray] | None = None,
     visits: int = VISITS,
     rounds: int = ROUNDS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = ignore,
 ) -> Validation:
     """Measure the speedup of a pruned network over its dense original, end to end, in interleaved rounds.
 
@@ -108,38 +107,47 @@ def validate(
 
     Args:
         dense, pruned: ONNX files.
-        runtime, batch, threads, inputs: as in `Runtime.open`; the same for both.
+        runtime, workload: as in `Runtime.open`; the same for both.
         visits: in each, both networks are opened.
         rounds: of each visit; in each, both networks are timed.
-        progress: called with (rounds done, rounds).
+        progress: called with (rounds done, rounds, name of the file).
     Raises:
-        ValueError: too few visits for 95 % confidence.
+        MeasurementError: too few visits for 95 % confidence.
     """
-    waits = iter(BUSY_WAITS_SECONDS)
-    ratios: list[float] = []
-    times: dict[str, list[float]] = {"dense": [], "pruned": []}
-    loads: list[float | None] = []
-    while len(ratios) < visits:
-        arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
-        with runtime.open(dense, **arguments) as one, runtime.open(pruned, **arguments) as other:
-            environment, fallback = other.environment, other.fallback
-            runtime.foreign_cores()  # the count starts
+
+    def visit() -> _Visit:
+        with runtime.open(dense, workload) as one, runtime.open(pruned, workload) as other:
             found = measure_interleaved(
                 {"dense": one, "pruned": other}, rounds=rounds, iterations=ITERATIONS, warmup=WARMUP
             )
-            load = runtime.foreign_cores()
-        if is_busy(load, environment.cores) and (wait := next(waits, None)):
-            time.sleep(wait)
-            continue
-        ratios.append(median_ratio(found["dense"].seconds, found["pruned"].seconds)[0])
+            return _Visit(found["dense"], found["pruned"], other.environment, other.fallback)
+
+    waits = iter(BUSY_WAITS_SECONDS)
+    found: list[_Visit] = []
+    loads: list[float | None] = []
+    for number in range(visits):
+        one, load = measure_undisturbed(runtime, visit, lambda visit: visit.environment.cores, waits)
+        found.append(one)
         loads.append(load)
-        for name, seconds in times.items():
-            seconds += found[name].seconds
-        if progress:
-            progress(rounds * len(ratios), rounds * visits)
+        progress(rounds * (number + 1), rounds * visits, pruned.name)
     return _of_visits(
-        ratios, Measurement(tuple(times["dense"])), Measurement(tuple(times["pruned"])), environment, fallback, loads
+        [median_ratio(one.dense.seconds, one.pruned.seconds)[0] for one in found],
+        Measurement.joined(one.dense for one in found),
+        Measurement.joined(one.pruned for one in found),
+        found[-1].environment,
+        found[-1].fallback,
+        loads,
     )
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Both networks in turns, opened once."""
+
+    dense: Measurement
+    pruned: Measurement
+    environment: Environment
+    fallback: str | None
 
 
 def _of_visits(
@@ -162,7 +170,7 @@ def evaluate(
     samples: Samples,
     metric: Metric,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = ignore,
 ) -> float:
     """The metric of a network on evaluation samples, computed by ONNX Runtime in the file's own precision.
 
@@ -170,7 +178,7 @@ def evaluate(
         model: an ONNX file.
         samples: all of them are used.
         metric: called once with all outputs and the target.
-        progress: called with (samples done, samples).
+        progress: called with (samples done, samples, name of the file).
     Raises:
         MetricError: the metric returned something that isn't a finite number.
     """
@@ -178,12 +186,11 @@ def evaluate(
     done = 0
     with open_runtime("onnxruntime") as runtime:
         size = fixed_batch(load_model(model)) or min(EVALUATION_BATCH, len(samples))
-        with runtime.open(model, batch=size, inputs=samples.take(slice(0, size)).inputs) as session:
+        with runtime.open(model, workload_of(samples, size)) as session:
             for chunk in samples.batches(size):
                 parts.append(_run_padded(session.run, chunk, size))
                 done += len(chunk)
-                if progress:
-                    progress(done, len(samples))
+                progress(done, len(samples), model.name)
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     value = float(metric(outputs, samples.target))
     if not np.isfinite(value):

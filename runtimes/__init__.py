@@ -6,6 +6,7 @@ from .base import (
     EngineHung,
     Environment,
     LayerTime,
+    MeasurementError,
     ModelRefused,
     Runtime,
     RuntimeFailure,
@@ -17,13 +18,15 @@ from .base import (
     reason_in,
 )
 from .deepsparse.client import LICENCE_NOTE as DEEPSPARSE_LICENCE_NOTE
+from .errors import OnnxSpdyError
 from .host import allowed_cpus, cpu_model, instruction_set, physical_cores
-from .load import is_busy
+from .load import is_busy, measure_undisturbed
 from .measurement import Measurement, measure_interleaved, median_bounds, median_ratio, ratio_confidence
-from .model_file import zero_randomly
+from .model_file import resolved, zero_randomly
 from .nvidia.semi_structured import PATTERN as SEMI_STRUCTURED
 from .registry import IN_PYTORCH, RUNTIMES, location, open_runtime, runtime_spec
 from .worker.ssh import PREFIX
+from .workload import Workload, WorkloadError
 
 __all__ = [
     "ANY_ZEROS",
@@ -37,13 +40,17 @@ __all__ = [
     "Environment",
     "LayerTime",
     "Measurement",
+    "MeasurementError",
     "ModelRefused",
+    "OnnxSpdyError",
     "Runtime",
     "RuntimeFailure",
     "RuntimeUnavailable",
     "Session",
     "UnknownPrecision",
     "UnknownRuntime",
+    "Workload",
+    "WorkloadError",
     "allowed_cpus",
     "cpu_model",
     "dense_kernel",
@@ -51,12 +58,14 @@ __all__ = [
     "is_busy",
     "location",
     "measure_interleaved",
+    "measure_undisturbed",
     "median_bounds",
     "median_ratio",
     "open_runtime",
     "physical_cores",
     "ratio_confidence",
     "reason_in",
+    "resolved",
     "runtime_spec",
     "zero_randomly",
 ]

@@ -11,20 +11,17 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from .errors import OnnxSpdyError
+from .workload import Workload
+
 Arrays = Mapping[str, np.ndarray]
 Held = TypeVar("Held")
 ANY_ZEROS = "unstructured"
+FORMULA = "formula"  # instead of a precision, of a runtime whose times are computed
 
 
-class RuntimeFailure(RuntimeError):
-    """An engine did not do what it was asked to do. One line: what, with which value, what to do.
-
-    RuntimeFailure
-    |- RuntimeUnavailable   the engine can't be used on this machine
-    |- ModelRefused         the engine (or we, on its behalf) won't take this model
-    |- EngineCrashed        the engine's process died
-    `- EngineHung           the engine's process gave no answer in time
-    """
+class RuntimeFailure(OnnxSpdyError, RuntimeError):
+    """An engine did not do what it was asked to do."""
 
 
 class RuntimeUnavailable(RuntimeFailure):
@@ -43,12 +40,16 @@ class EngineHung(RuntimeFailure):
     """The engine's process gave no answer in the time allowed and was killed."""
 
 
-class UnknownPrecision(ValueError):
+class UnknownPrecision(OnnxSpdyError, ValueError):
     """A runtime isn't run in that precision; the message lists those there are."""
 
 
-class UnknownRuntime(ValueError):
+class UnknownRuntime(OnnxSpdyError, ValueError):
     """No runtime has that name; the message lists those there are."""
+
+
+class MeasurementError(OnnxSpdyError, ValueError):
+    """A measurement, or what is written of its environment, is damaged or too short for what is asked of it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Environment:
 
     runtime: str
     version: str
-    precision: str  # "fp32", "bf16", "int8", ...; "formula" for the test double
+    precision: str  # "fp32", "bf16", "int8", ...; FORMULA for the test double
     cpu: str
     instruction_set: str  # the one that the engine uses, such as "avx512_vnni"
     cores: int  # physical cores that the process may use
@@ -65,6 +66,11 @@ class Environment:
     batch: int
     host: str
     options: tuple[tuple[str, str], ...] = ()  # whatever else changes the speed, such as NM_ARCH
+
+    @property
+    def is_formula(self) -> bool:
+        """Whether its times are those of the test double, which say nothing of any engine."""
+        return self.precision == FORMULA
 
     def to_json(self) -> dict[str, Any]:
         """This environment as a dict that `json.dumps` accepts."""
@@ -75,11 +81,11 @@ class Environment:
         """The environment that `to_json` wrote.
 
         Raises:
-            ValueError: a field is missing or unknown; the message names it.
+            MeasurementError: a field is missing or unknown; the message names it.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if wrong := known ^ set(document):
-            raise ValueError(f"an environment with missing or unknown fields {sorted(wrong)}; measure again")
+            raise MeasurementError(f"an environment with missing or unknown fields {sorted(wrong)}; measure again")
         options = tuple((str(key), str(value)) for key, value in document["options"].items())
         return cls(**{**document, "options": options})
 
@@ -137,7 +143,7 @@ class Session(Protocol):
         """Outputs by name. `inputs` has every graph input, each with the session's batch.
 
         Raises:
-            ValueError: an input is missing, unknown, or of another shape or type.
+            WorkloadError: an input is missing, unknown, or of another shape or type.
         """
         ...
 
@@ -186,27 +192,23 @@ class Runtime(Protocol):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> Session:
         """Compile an ONNX file for one batch.
 
         Args:
-            model: the file; a dynamic first axis of its inputs is fixed to `batch` in a copy.
-            batch: samples a run.
-            threads: None takes the physical cores that this process may use.
-            inputs: samples to time with (first axis = samples), for some or all inputs. Needed where
-                another axis than the first is dynamic. Otherwise fixed random values are used.
+            model: the file; a dynamic first axis of its inputs is fixed to the batch in a copy.
+            workload: batch, threads, and arrays to time with.
             zeros: initializer name -> fraction of it to set to zero first, at random. An engine elsewhere gets the
                 file once and draws the zeros itself, every time; the same ones as anywhere else.
             seed: of these zeros.
         Raises:
             ModelRefused: the file is missing or broken, has another fixed batch, or the engine won't take it.
             RuntimeUnavailable: the engine can't be used here.
+            WorkloadError: the workload's inputs don't fit the graph.
             ValueError: `zeros` names no initializer that holds floats, or a fraction outside [0, 1].
         """
         ...
@@ -214,12 +216,10 @@ class Runtime(Protocol):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,

@@ -24,10 +24,11 @@ import onnx
 from onnx import numpy_helper, shape_inference
 
 from . import host
-from .base import Arrays, Closing, Environment, LayerTime, ModelRefused, dense_kernel, one_line
+from .base import FORMULA, Arrays, Closing, Environment, LayerTime, ModelRefused, dense_kernel, one_line
 from .model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
 from .nvidia.semi_structured import PATTERN, has_pattern, layer_weight, not_eligible
 from .ort import create_session, run_session, session_options
+from .workload import Workload
 
 VERSION = "1"
 KERNELS = ("unstructured", PATTERN)
@@ -69,24 +70,22 @@ class FakeRuntime(Closing):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> FakeSession:
         """See `Runtime.open`."""
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
+        fixed = fix_model(Path(model), workload, zeros, seed)
         environment = Environment(
             runtime=self.name,
             version=VERSION,
-            precision="formula",
-            cpu="formula",
-            instruction_set="formula",
+            precision=FORMULA,
+            cpu=FORMULA,
+            instruction_set=FORMULA,
             cores=host.physical_cores(),
-            threads=host.threads_or_cores(threads),
-            batch=batch,
+            threads=workload.threads_or_cores,
+            batch=workload.batch,
             host=host.host_name(),
             options=tuple(sorted((one.name, repr(getattr(self, one.name))) for one in fields(FakeRuntime) if one.init)),
         )
@@ -96,18 +95,16 @@ class FakeRuntime(Closing):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: the formula's terms, each with noise of its own, whatever the iterations."""
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
+        fixed = fix_model(Path(model), workload, zeros, seed)
         rows = self._rows(fixed)
         factors = np.exp(self.noise * self._random.standard_normal(len(rows)))
         return [replace(row, seconds=float(row.seconds * factor)) for row, factor in zip(rows, factors, strict=True)]

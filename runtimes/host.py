@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FOLDERS = Path("/sys/devices/system/cpu")
@@ -22,9 +23,9 @@ EXTENSIONS = {
 
 def allowed_cpus() -> list[int]:
     """Logical CPUs that this process may run on (its affinity where the system has one), ascending."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    if hasattr(psutil.Process, "cpu_affinity"):
+        return sorted(psutil.Process().cpu_affinity())
+    return list(range(psutil.cpu_count() or 1))
 
 
 def core_cpus(folders: Path = CPU_FOLDERS) -> list[int]:
@@ -45,14 +46,8 @@ def core_cpus(folders: Path = CPU_FOLDERS) -> list[int]:
 
 def physical_cores() -> int:
     """Number of physical cores that this process may use."""
-    return len(core_cpus())
-
-
-def threads_or_cores(threads: int | None) -> int:
-    """`threads`, or one for each physical core that this process may use where it is None."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"{threads} threads; use at least 1, or None for the physical cores")
-    return threads or physical_cores()
+    allowed = len(core_cpus())
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:

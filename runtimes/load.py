@@ -7,22 +7,39 @@ not guessed from the spread.
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
 
-from .base import Closing
+import psutil
 
-PROC = Path("/proc")
-_AFTER_NAME = 2  # /proc/PID/stat: fields after the name in parentheses start with field 3
-_STEAL = 8  # /proc/stat, first line
+from . import host
+from .base import Closing, Runtime
+
 BUSY_SHARE = 0.1  # of the cores: a program that uses more spoils a measurement
-STOLEN = (0, 0)  # the key of the host among those of processes
-_PARENT, _USER, _SYSTEM, _STARTED = 4, 14, 15, 22
+BUSY_KINDS = ("user", "nice", "system", "irq", "softirq", "steal")  # of a CPU's time, where the system tells them apart
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """Seconds since some moment in the past."""
+
+    wall: float
+    busy: float  # CPU time of the CPUs that this process may use, whoever used it
+    own: float  # CPU time of this process and its descendants
+
+    @classmethod
+    def now(cls) -> _Counters | None:
+        """None where the system doesn't tell which CPU is which."""
+        busy = _busy_seconds()
+        return None if busy is None else cls(time.monotonic(), busy, _own_seconds())
 
 
 class ForeignLoad:
-    """CPU time that processes other than this one and its descendants use, from its making on.
+    """CPU time that others than this process and its descendants use on the CPUs that it may use, from its making on.
 
     Example:
         load = ForeignLoad()
@@ -31,24 +48,23 @@ class ForeignLoad:
     """
 
     def __init__(self) -> None:
-        self._ticks = os.sysconf("SC_CLK_TCK")
         self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
-        self._before = _foreign_ticks()
-        self._since = time.monotonic()
+        self._before = _Counters.now()
 
     def cores(self) -> float | None:
-        """Mean number of cores that others kept busy since then; None where the system doesn't tell (no /proc).
+        """Mean number of cores that others kept busy since then; None where the system doesn't tell.
 
-        What a virtual machine's host took away (steal) counts too. Processes that came and went in between aren't seen.
+        What a virtual machine's host took away (steal) counts too. A descendant that nobody waited for when it ended
+        counts as a stranger.
         """
-        now = _foreign_ticks()
-        if now is None or self._before is None:
+        before, now = self._before, _Counters.now()
+        if before is None or now is None:
             return None
-        used = sum(max(0, ticks - self._before.get(process, 0)) for process, ticks in now.items())
-        return used / self._ticks / max(1e-9, time.monotonic() - self._since)
+        foreign = now.busy - before.busy - max(0.0, now.own - before.own)
+        return max(0.0, foreign) / max(1e-9, now.wall - before.wall)
 
 
 class WatchesLoad(Closing):
@@ -82,35 +98,54 @@ def is_busy(foreign_cores: float | None, cores: int) -> bool:
     return (foreign_cores or 0.0) > BUSY_SHARE * cores
 
 
-def _foreign_ticks() -> dict[tuple[int, int], int] | None:
-    """(process id, start time) -> CPU ticks, of processes that don't descend from this one, and of the host."""
-    if not (PROC / "self" / "stat").exists():
+def measure_undisturbed(
+    runtime: Runtime,
+    measure: Callable[[], Found],
+    cores: Callable[[Found], int],
+    waits: Iterator[float],
+    waiting: Callable[[float], None] = lambda load: None,
+) -> tuple[Found, float | None]:
+    """Measure; again while other programs disturb, after a wait each time.
+
+    Args:
+        runtime: in which it is measured.
+        measure: returns what was found.
+        cores: of the machine on which that was found.
+        waits: seconds; when there are no more, the last attempt counts however disturbed it was.
+        waiting: called with the cores that other programs keep busy, before each wait.
+    Returns:
+        What was found, and `Runtime.foreign_cores` meanwhile.
+    """
+    while True:
+        runtime.foreign_cores()  # the count starts
+        found = measure()
+        load = runtime.foreign_cores()
+        wait = next(waits, None) if load is not None and is_busy(load, cores(found)) else None
+        if load is None or wait is None:
+            return found, load
+        waiting(load)
+        time.sleep(wait)
+
+
+def _busy_seconds() -> float | None:
+    """Busy time of the CPUs that this process may use; None where the system doesn't tell which these are."""
+    every, allowed = psutil.cpu_times(percpu=True), host.allowed_cpus()
+    if len(every) == len(allowed):  # some containers show only these
+        ours = every
+    elif max(allowed) < len(every):
+        ours = [every[cpu] for cpu in allowed]
+    else:
         return None
-    parents: dict[int, int] = {}
-    ticks: dict[tuple[int, int], int] = {}
-    for folder in PROC.iterdir():
-        if not folder.name.isdigit():
-            continue
+    return sum(getattr(times, kind, 0.0) for times in ours for kind in BUSY_KINDS)
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, of its descendants, and of those of them that have ended."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
         try:
-            fields = (folder / "stat").read_text(encoding="utf8", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+            total += sum(process.cpu_times()[:4])  # user and system, its own and those of its children that ended
+        except psutil.NoSuchProcess:  # it has ended meanwhile, and counts for its parent from now on
             continue
-        number = {key: int(fields[key - _AFTER_NAME - 1]) for key in (_PARENT, _USER, _SYSTEM, _STARTED)}
-        process = int(folder.name)
-        parents[process] = number[_PARENT]
-        ticks[process, number[_STARTED]] = number[_USER] + number[_SYSTEM]
-    strangers = {key: value for key, value in ticks.items() if not _descends(key[0], parents)}
-    return {**strangers, STOLEN: _stolen_ticks()}
-
-
-def _stolen_ticks() -> int:
-    """Ticks in which a virtual CPU wanted to run and its host ran something else, of all CPUs."""
-    fields = (PROC / "stat").read_text(encoding="utf8").split("\n", 1)[0].split()
-    return int(fields[_STEAL]) if len(fields) > _STEAL else 0
-
-
-def _descends(process: int, parents: dict[int, int]) -> bool:
-    own = os.getpid()
-    while process and process != own:
-        process = parents.get(process, 0)
-    return process == own
+    return total

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Session
+from .base import MeasurementError, Session
 
 SETTLE_WINDOW_ROUNDS = 4
 SETTLE_TOLERANCE = 0.03
@@ -28,9 +28,9 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if not self.seconds:
-            raise ValueError("a measurement of 0 rounds; measure at least one")
+            raise MeasurementError("a measurement of 0 rounds; measure at least one")
         if wrong := [value for value in self.seconds if not (math.isfinite(value) and value > 0)]:
-            raise ValueError(f"a measurement with {wrong[0]} seconds; times are finite and positive")
+            raise MeasurementError(f"a measurement with {wrong[0]} seconds; times are finite and positive")
 
     @property
     def median(self) -> float:
@@ -38,23 +38,19 @@ class Measurement:
         return statistics.median(self.seconds)
 
     @property
-    def minimum(self) -> float:
-        """Least seconds."""
-        return min(self.seconds)
-
-    @property
     def spread(self) -> float:
         """1.4826 * median absolute deviation / median: relative noise, deaf to outliers."""
         median = self.median
         return MAD_TO_SIGMA * statistics.median(abs(value - median) for value in self.seconds) / median
 
-    def confidence(self, level: float = 0.95) -> tuple[float, float]:
-        """(lower, upper) seconds that hold the true median with at least `level` confidence.
-
-        Raises:
-            ValueError: too few rounds for that level; the message says how many are needed.
-        """
-        return median_bounds(self.seconds, level)
+    @classmethod
+    def joined(cls, parts: Iterable[Measurement]) -> Measurement:
+        """All rounds of several measurements, and all their warm-ups."""
+        several = list(parts)
+        return cls(
+            tuple(value for one in several for value in one.seconds),
+            tuple(value for one in several for value in one.warmup_seconds),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """This measurement as a dict that `json.dumps` accepts."""
@@ -65,10 +61,10 @@ class Measurement:
         """The measurement that `to_json` wrote.
 
         Raises:
-            ValueError: a field is missing or unknown; the message names it.
+            MeasurementError: a field is missing or unknown; the message names it.
         """
         if wrong := {"seconds", "warmup_seconds"} ^ set(document):
-            raise ValueError(f"a measurement with missing or unknown fields {sorted(wrong)}; measure again")
+            raise MeasurementError(f"a measurement with missing or unknown fields {sorted(wrong)}; measure again")
         return cls(tuple(document["seconds"]), tuple(document["warmup_seconds"]))
 
 
@@ -77,10 +73,13 @@ def median_bounds(values: Sequence[float], level: float) -> tuple[float, float]:
 
     The number of values below the true median is Binomial(n, 1/2) whatever the distribution, so
     the interval misses with probability 2 * P(Binomial(n, 1/2) < k).
+    Raises:
+        MeasurementError: too few values for that level; the message says how many are needed.
+
     Source: David & Nagaraja, Order Statistics (3rd edition), section 7.1.
     """
     if not 0 < level < 1:
-        raise ValueError(f"confidence level {level} is not between 0 and 1")
+        raise MeasurementError(f"confidence level {level} is not between 0 and 1")
     allowed_miss = (1 - level) / 2
     count, ways, k = len(values), 0, 0
     while k < count // 2 and (ways + math.comb(count, k)) / 2**count <= allowed_miss:
@@ -88,7 +87,7 @@ def median_bounds(values: Sequence[float], level: float) -> tuple[float, float]:
         k += 1
     if k == 0:
         needed = math.ceil(1 - math.log2(1 - level))
-        raise ValueError(f"{count} rounds can't give {level:.0%} confidence; measure at least {needed}")
+        raise MeasurementError(f"{count} rounds can't give {level:.0%} confidence; measure at least {needed}")
     ordered = sorted(values)
     return ordered[k - 1], ordered[count - k]
 
@@ -102,10 +101,10 @@ def ratio_confidence(dense: Measurement, pruned: Measurement, level: float = 0.9
         (ratio, lower, upper): the median of the per-round dense / pruned, and bounds that hold the
         true median with at least `level` confidence.
     Raises:
-        ValueError: the rounds don't pair up, or are too few for that level.
+        MeasurementError: the rounds don't pair up, or are too few for that level.
     """
     if len(dense.seconds) != len(pruned.seconds):
-        raise ValueError(
+        raise MeasurementError(
             f"{len(dense.seconds)} dense and {len(pruned.seconds)} pruned rounds don't pair up; measure interleaved"
         )
     logs = [math.log(slow / fast) for slow, fast in zip(dense.seconds, pruned.seconds, strict=True)]
@@ -146,10 +145,10 @@ def measure_interleaved(
             SETTLE_WINDOW_ROUNDS rounds is within SETTLE_TOLERANCE of the one before.
         progress: called with (measured rounds done, rounds).
     Raises:
-        ValueError: no session, or fewer than one round or iteration.
+        MeasurementError: no session, or fewer than one round or iteration.
     """
     if not sessions or rounds < 1 or iterations < 1 or warmup < 0:
-        raise ValueError(f"can't measure {len(sessions)} sessions in {rounds=} of {iterations=} after {warmup=}")
+        raise MeasurementError(f"can't measure {len(sessions)} sessions in {rounds=} of {iterations=} after {warmup=}")
     names = list(sessions)
 
     def one_round(number: int, into: dict[str, list[float]]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .base import Arrays, ModelRefused, one_line
 from .random_zeros import impose_zeros
+from .workload import Workload, WorkloadError
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
 LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -41,39 +42,57 @@ class FixedModel:
         return serialized(self.proto)
 
 
-def fix_model(
-    path: Path, batch: int, inputs: Arrays | None = None, zeros: Mapping[str, float] | None = None, seed: int = 0
-) -> FixedModel:
-    """Read a model and fix its input shapes: the first axis to `batch`, others as in `inputs`; draw the zeros.
+def fix_model(path: Path, workload: Workload, zeros: Mapping[str, float] | None = None, seed: int = 0) -> FixedModel:
+    """Read a model and fix its input shapes: the first axis to the batch, others as in the inputs; draw the zeros.
 
     Raises:
-        ModelRefused: the file is missing or broken, has another fixed batch, or an axis that `inputs`
-            doesn't tell.
-        ValueError: `inputs` or `zeros` don't fit the graph, or `batch` is less than 1.
+        ModelRefused: the file is missing or broken, has another fixed batch, or an axis that the inputs
+            don't tell.
+        WorkloadError: the inputs don't fit the graph.
+        ValueError: as `zero_randomly`.
     """
-    if batch < 1:
-        raise ValueError(f"batch {batch}; a run takes at least 1 sample")
     proto = read_model(path)
     zero_randomly(proto.graph, zeros, seed)
-    given = dict(inputs or {})
-    graph_inputs = runtime_inputs(proto.graph)
-    if unknown := set(given) - {value.name for value in graph_inputs}:
-        names = [value.name for value in graph_inputs]
-        raise ValueError(f"inputs {sorted(unknown)} are not in the graph, whose inputs are {names}")
-    _check_batch(graph_inputs, batch)
-
-    sizes: dict[str, int] = {}  # of the named dynamic axes
-    examples: dict[str, np.ndarray] = {}
-    random = np.random.default_rng(INPUT_SEED)
-    for value in graph_inputs:
-        sample = given.get(value.name)
-        shape = _fixed_shape(value, batch, sample, sizes)
-        examples[value.name] = _fill(value, shape, sample, random)
+    sizes: dict[str, int] = {}
+    examples = _fix_inputs(runtime_inputs(proto.graph), workload, sizes)
     for value in (*proto.graph.output, *proto.graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param in sizes:
                 axis.dim_value = sizes[axis.dim_param]  # also clears the name
     return FixedModel(proto, examples, tuple(value.name for value in proto.graph.output), _precision(proto))
+
+
+def resolved(graph: onnx.GraphProto, workload: Workload) -> Workload:
+    """The workload with every input's array as an engine is given it: one batch, random values where none are given.
+
+    Raises:
+        ModelRefused, WorkloadError: as `fix_model`.
+    """
+    copies = []
+    for value in runtime_inputs(graph):
+        copies.append(onnx.ValueInfoProto())
+        copies[-1].CopyFrom(value)
+    return replace(workload, inputs=_fix_inputs(copies, workload, {}))
+
+
+def _fix_inputs(
+    graph_inputs: Sequence[onnx.ValueInfoProto], workload: Workload, sizes: dict[str, int]
+) -> dict[str, np.ndarray]:
+    """Write the sizes of all axes into the graph's inputs, those of named dynamic axes into `sizes`, and return one
+    batch for each input.
+    """
+    given = dict(workload.inputs or {})
+    names = [value.name for value in graph_inputs]
+    if unknown := set(given) - set(names):
+        raise WorkloadError(f"inputs {sorted(unknown)} are not in the graph, whose inputs are {names}")
+    _check_batch(graph_inputs, workload.batch)
+    random = np.random.default_rng(INPUT_SEED)
+    examples = {}
+    for value in graph_inputs:
+        sample = given.get(value.name)
+        shape = _fixed_shape(value, workload.batch, sample, sizes)
+        examples[value.name] = _fill(value, shape, sample, random)
+    return examples
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -149,17 +168,17 @@ def check_inputs(given: Arrays, expected: Mapping[str, np.ndarray]) -> None:
     """Compare the inputs of a run with those that the session was made for.
 
     Raises:
-        ValueError: one is missing, unknown, or of another shape or type.
+        WorkloadError: one is missing, unknown, or of another shape or type.
     """
     if wrong := set(given) ^ set(expected):
-        raise ValueError(f"inputs {sorted(wrong)} are missing or unknown; the graph takes {list(expected)}")
+        raise WorkloadError(f"inputs {sorted(wrong)} are missing or unknown; the graph takes {list(expected)}")
     for name, array in given.items():
         if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
             wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
-            raise ValueError(f"input {name!r} is {array.dtype}{list(array.shape)}; this session takes {wanted}")
+            raise WorkloadError(f"input {name!r} is {array.dtype}{list(array.shape)}; this session takes {wanted}")
 
 
-def _check_batch(inputs: list[onnx.ValueInfoProto], batch: int) -> None:
+def _check_batch(inputs: Sequence[onnx.ValueInfoProto], batch: int) -> None:
     """A file whose inputs are all fixed runs one batch only; one dynamic input makes the batch free."""
     first_axes = [value.type.tensor_type.shape.dim[0] for value in inputs if value.type.tensor_type.shape.dim]
     if first_axes and all(axis.dim_value > 0 for axis in first_axes) and first_axes[0].dim_value != batch:
@@ -175,7 +194,7 @@ def _fixed_shape(
     if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
         raise ModelRefused(f"input {value.name!r} is not a tensor of known rank; export it with a shape")
     if sample is not None and sample.ndim != len(tensor.shape.dim):
-        raise ValueError(f"input {value.name!r} has {len(tensor.shape.dim)} axes, the array for it {sample.ndim}")
+        raise WorkloadError(f"input {value.name!r} has {len(tensor.shape.dim)} axes, the array for it {sample.ndim}")
     for number, axis in enumerate(tensor.shape.dim):
         if axis.dim_value > 0:
             continue
@@ -191,7 +210,7 @@ def _fixed_shape(
                 f"axis {number}{label} of input {value.name!r} is dynamic; give an example of that input"
             )
         if axis.dim_param and sizes.setdefault(axis.dim_param, size) != size:
-            raise ValueError(
+            raise WorkloadError(
                 f"axis {number} of input {value.name!r} is {size}, but {axis.dim_param!r} is {sizes[axis.dim_param]}"
             )
         axis.dim_value = size
@@ -214,12 +233,14 @@ def _fill(
             return random.integers(0, 2, shape).astype(dtype)
         return random.standard_normal(shape).astype(dtype)
     if sample.dtype != dtype:
-        raise ValueError(f"the array for input {value.name!r} is {sample.dtype}; the graph takes {dtype}")
+        raise WorkloadError(f"the array for input {value.name!r} is {sample.dtype}; the graph takes {dtype}")
     if sample.ndim and sample.shape[0] == 0:
-        raise ValueError(f"the array for input {value.name!r} has 0 samples; give at least one")
+        raise WorkloadError(f"the array for input {value.name!r} has 0 samples; give at least one")
     filled = sample.take(np.arange(shape[0]), axis=0, mode="wrap") if sample.ndim else sample
     if filled.shape != shape:
-        raise ValueError(f"the array for input {value.name!r} is {list(sample.shape)}; the graph takes {list(shape)}")
+        raise WorkloadError(
+            f"the array for input {value.name!r} is {list(sample.shape)}; the graph takes {list(shape)}"
+        )
     return np.ascontiguousarray(filled)
 
 

@@ -28,6 +28,7 @@ from .base import (
 from .fused_layers import covered_outputs
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
+from .workload import Workload
 
 PROVIDERS = ["CPUExecutionProvider"]
 LOG_ERRORS_ONLY = 3
@@ -49,24 +50,21 @@ class OnnxRuntime(WatchesLoad):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> OrtSession:
         """See `Runtime.open`."""
         engine = _import_engine()
-        threads = host.threads_or_cores(threads)
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
-        session = create_session(fixed.to_bytes(), session_options(threads))
+        fixed = fix_model(Path(model), workload, zeros, seed)
+        session = create_session(fixed.to_bytes(), session_options(workload.threads_or_cores))
         environment = Environment(
             runtime=self.name,
             version=engine.__version__,
             precision=fixed.precision,
-            threads=threads,
-            batch=batch,
+            threads=workload.threads_or_cores,
+            batch=workload.batch,
             **host.fields(),
         )
         return OrtSession(session, environment, fixed)
@@ -74,23 +72,21 @@ class OnnxRuntime(WatchesLoad):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`."""
         check_iterations(iterations)
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
+        fixed = fix_model(Path(model), workload, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
         with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
-            options = session_options(host.threads_or_cores(threads))
+            options = session_options(workload.threads_or_cores)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")

@@ -29,6 +29,7 @@ from .base import (
 from .fused_layers import covered_outputs
 from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
+from .workload import Workload
 
 DEVICE = "CPU"
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # our name: OpenVINO's name
@@ -65,23 +66,20 @@ class OpenVino(WatchesLoad):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> OpenVinoSession:
         """See `Runtime.open`."""
-        threads = host.threads_or_cores(threads)
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
-        compiled = self._compile(fixed, threads)
+        fixed = fix_model(Path(model), workload, zeros, seed)
+        compiled = self._compile(fixed, workload.threads_or_cores)
         environment = Environment(
             runtime=self.name,
             version=_version(),
             precision=_precision(compiled, fixed),
             threads=compiled.get_property("INFERENCE_NUM_THREADS"),
-            batch=batch,
+            batch=workload.batch,
             **host.fields(),
         )
         return OpenVinoSession(compiled, environment, fixed)
@@ -89,22 +87,20 @@ class OpenVino(WatchesLoad):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. The engine rounds each run's times down to microseconds."""
         check_iterations(iterations)
-        fixed = fix_model(Path(model), batch, inputs, zeros, seed)
+        fixed = fix_model(Path(model), workload, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"{NODE}{number}"  # the profile identifies nodes by name: make them unique
-        compiled = self._compile(fixed, host.threads_or_cores(threads), profile=True)
+        compiled = self._compile(fixed, workload.threads_or_cores, profile=True)
         request = compiled.create_infer_request()
         set_inputs(request, fixed.inputs)
         for _ in range(warmup):

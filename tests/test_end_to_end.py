@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from onnx_spdy.models import TorchGraph, export_module, load_model, prepare
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.models import Prepared, TorchGraph, export_module, load_model, prepare
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
-from onnx_spdy.pipeline.metric import top1
+from onnx_spdy.pipeline.metric import Evaluation, top1
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.run import run
-from onnx_spdy.runtimes import Runtime, RuntimeFailure, open_runtime
+from onnx_spdy.pipeline.run import Target, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.runtimes import Runtime, RuntimeFailure, Workload, open_runtime
 from onnx_spdy.tools.specs import load_network, load_samples
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -36,12 +39,12 @@ def check_written(out: Path, runtime: Runtime, batch: int, inputs: dict[str, np.
     """The written file is the dense graph with the profile's zeros, and every engine computes the same with it."""
     dense, pruned = load_model(out / "dense.onnx"), load_model(out / "model.onnx")
     onnx.checker.check_model(pruned)
-    check_deployed(dense, pruned, Profile.load(out / "profile.json").levels)
+    check_deployed(Prepared(dense), pruned, Profile.load(out / "profile.json").levels)
     for name, model in (("dense.onnx", dense), ("model.onnx", pruned)):
         results = []
         with open_runtime("onnxruntime") as oracle:
             for engine in (oracle, runtime):
-                with engine.open(out / name, batch=batch, inputs=inputs) as session:
+                with engine.open(out / name, Workload(batch, inputs=inputs)) as session:
                     results.append(session.run(inputs))
         graph = TorchGraph(model).eval()
         with torch.inference_mode():
@@ -60,13 +63,13 @@ def test_the_sparse_engine_runs_what_was_promised(deepsparse: Runtime, tmp_path:
     for before, after in [(3, 64), (64, 96), (96, 96)]:
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10)).eval()
-    dense = prepare(export_module(module, (torch.zeros(2, 3, 16, 16),)))
+    dense = Prepared(prepare(export_module(module, (torch.zeros(2, 3, 16, 16),))))
     rng = np.random.default_rng(0)
     images = rng.normal(size=(64, 3, 16, 16)).astype(np.float32)
     samples = Samples({"input": images}, rng.integers(0, 10, 64))
     run(
-        dense, samples, deepsparse, 1.2, tmp_path, batch=32, evaluation=samples, metric=top1, metric_name="top1",
-        allow_busy=True,
+        dense, samples, deepsparse, workload_of(samples, 32), Target(1.2, tmp_path),
+        evaluation=Evaluation(samples, top1, "top1"), allow_busy=True,
     )  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
     # How fast it is depends on what else the machine does just now; that it is sparse, and measured, does not.
@@ -90,8 +93,9 @@ def test_real_networks_go_the_whole_way(network: str, data: str, tmp_path: Path)
     samples = load_samples(f"{SHARED / 'providers.py'}:{data}", dense).take(slice(0, 128))
     with open_runtime("fake", layer_overhead_seconds=0.0) as runtime:
         run(
-            dense, samples, runtime, 1.3, tmp_path, batch=16, evaluation=samples, metric=top1, metric_name="top1",
-            search="uniform", pruner="magnitude",
+            dense, samples, runtime, workload_of(samples, 16), Target(1.3, tmp_path),
+            compression=Compression(pruner=pruner_named("magnitude")), search=SearchSettings("uniform"),
+            evaluation=Evaluation(samples, top1, "top1"),
         )  # fmt: skip
         check_written(tmp_path, runtime, 16, samples.take(slice(0, 16)).inputs)
     report = json.loads((tmp_path / "report.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onnx_spdy.models import export_module, load_model, prepare, save_model, write_module
-from onnx_spdy.runtimes import RuntimeFailure, open_runtime
+from onnx_spdy.runtimes import RuntimeFailure, Workload, open_runtime
 from onnx_spdy.tools.cli import main
 from tests.encoder import encoder, sentences
 
@@ -86,11 +86,11 @@ def test_the_sparse_engine_optimises_norms_and_activations(tmp_path: Path) -> No
             pytest.skip(str(exc))
         results = []
         for engine in (sparse, oracle):
-            with engine.open(tmp_path / "dense.onnx", batch=8, inputs=inputs) as session:
+            with engine.open(tmp_path / "dense.onnx", Workload(8, inputs=inputs)) as session:
                 results.append(session.run(inputs)["output"])
                 if engine is sparse:
                     refused = session.fallback or ""
-        rows = sparse.layer_seconds(tmp_path / "dense.onnx", batch=8, inputs=inputs, iterations=1, warmup=0)
+        rows = sparse.layer_seconds(tmp_path / "dense.onnx", Workload(8, inputs=inputs), iterations=1, warmup=0)
     assert "LayerNormalization" not in refused and "Erf" not in refused
     np.testing.assert_allclose(*results, atol=1e-4)
     own = {name for node in load_model(tmp_path / "dense.onnx").graph.node for name in node.output}

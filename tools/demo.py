@@ -15,12 +15,14 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 
-from onnx_spdy.models import export_module, input_dtypes, input_shapes, prepare
-from onnx_spdy.pipeline.data import Samples, as_samples
-from onnx_spdy.pipeline.metric import top1
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.models import Prepared, export_module, input_dtypes, input_shapes, prepare
+from onnx_spdy.pipeline.data import Samples, as_samples, workload_of
+from onnx_spdy.pipeline.metric import Evaluation, top1
+from onnx_spdy.pipeline.progress import Watch
+from onnx_spdy.pipeline.run import Target, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.validate import validate
-from onnx_spdy.runtimes import RuntimeFailure, open_runtime
+from onnx_spdy.runtimes import RuntimeFailure, Workload, open_runtime
 from onnx_spdy.tools import show
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.progress import ProgressBars
@@ -84,16 +86,17 @@ def main(folder: Path) -> None:
     (images, labels), (test_images, test_labels) = digits()
     print(f"training a small network on {len(images)} digits")
     network = train(images, labels)
-    dense = prepare(export_module(network, (torch.zeros(2, 1, 8, 8),)))
-    shapes, dtypes = input_shapes(dense), input_dtypes(dense)
+    dense = Prepared(prepare(export_module(network, (torch.zeros(2, 1, 8, 8),))))
+    shapes, dtypes = input_shapes(dense.proto), input_dtypes(dense.proto)
     samples = as_samples({"input": images, "target": labels}, shapes, dtypes)
     evaluation = as_samples({"input": test_images, "target": test_labels}, shapes, dtypes)
     name = _available_runtime()
     out = folder / name
-    with open_runtime(name) as runtime, ProgressBars() as watch:
+    with open_runtime(name) as runtime, ProgressBars() as bars:
         report = run(
-            dense, samples, runtime, SPEEDUP, out, batch=BATCH, evaluation=evaluation, metric=top1, metric_name="top1",
-            search_samples=512, seed=SEED, allow_busy=True, watch=watch,
+            dense, samples, runtime, workload_of(samples, BATCH), Target(SPEEDUP, out),
+            search=SearchSettings(seed=SEED), evaluation=Evaluation(evaluation, top1, "top1"),
+            allow_busy=True, watch=Watch(bars.stage),
         )  # fmt: skip
     write_report_html(report.content, out / "report.html")
     show.report(report.content, out)
@@ -125,7 +128,7 @@ def _say_what_was_lost(content) -> None:
 def _measure_in_onnxruntime(out: Path, samples: Samples) -> None:
     """What the file does in a real engine without sparse kernels."""
     with open_runtime("onnxruntime") as runtime:
-        found = validate(out / "dense.onnx", out / "model.onnx", runtime, batch=BATCH)
+        found = validate(out / "dense.onnx", out / "model.onnx", runtime, Workload(BATCH))
     print(f"measured in ONNX Runtime, which has no sparse kernels: {found.speedup:.2f}x")
 
 

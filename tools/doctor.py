@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from onnx_spdy.pipeline.engine import open_runtime
-from onnx_spdy.runtimes import DEEPSPARSE_LICENCE_NOTE, RUNTIMES, RuntimeFailure
+from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.runtimes import ANY_ZEROS, DEEPSPARSE_LICENCE_NOTE, RUNTIMES, Runtime, RuntimeFailure
 
 NOT_ON_HARDWARE = "not run on hardware yet"
 NOTES = {
@@ -52,3 +56,15 @@ def examine() -> list[Finding]:
 def with_kernels_for(pattern: str) -> list[str]:
     """Names of the engines that have kernels for a pattern, whether they work here or not."""
     return [name for name in sorted(RUNTIMES) if name != NO_ENGINE and pattern in open_runtime(name).patterns]
+
+
+def warn_without_kernels(engine: Runtime, levels: Sequence[Level]) -> None:
+    """Say which of these patterns the runtime has no kernels for."""
+    for pattern in sorted({level.pattern for level in levels} - {DENSE.pattern} - engine.patterns):
+        if ANY_ZEROS in engine.patterns:
+            message = "takes its zeros as it takes any others: what they gain depends on how many there are"
+        else:
+            message = "zeros don't make it faster, expect no speedup"
+        others = with_kernels_for(pattern)
+        message += f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} them" if others else ""
+        Console(stderr=True).print(f"warning: {engine.name} has no kernels for {pattern}: {message}", style="yellow")

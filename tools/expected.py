@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import typer
-
-from onnx_spdy.runtimes import RuntimeFailure
+from onnx_spdy.runtimes import OnnxSpdyError
 
 
 @contextlib.contextmanager
@@ -16,16 +14,6 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that our own code raises on purpose, and files that can't be read or written, into one line."""
     try:
         yield
-    except (ValueError, RuntimeFailure, OSError) as exc:  # every error of ours is one of these
-        if not (type(exc).__module__.startswith("onnx_spdy.") or isinstance(exc, OSError)):
-            raise
+    except (OnnxSpdyError, OSError) as exc:
         print("error: " + " ".join(str(exc).split()), file=sys.stderr)
         sys.exit(1)
-
-
-def run_command(function: Callable[..., None]) -> None:
-    """A function as a command line of its own."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
-    with one_line_errors():
-        app()

@@ -1,14 +1,17 @@
-"""The README's list of operators, made from the code: `python -m onnx_spdy.tools.operator_list README.md` renews it."""
+"""The list of operators in a page, made from the code.
+
+python -m onnx_spdy.tools.operator_list models/operators/README.md
+"""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import textwrap
 from pathlib import Path
 
 from onnx_spdy.models.operators import OPERATORS
+from onnx_spdy.runtimes.atomic import replacing
 
 BEGIN, END = "<!-- operators: begin -->", "<!-- operators: end -->"
 
@@ -25,9 +28,10 @@ def renewed(text: str) -> str:
 
 
 def main(path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(renewed(path.read_text(encoding="utf8")), encoding="utf8")
-    temporary.replace(path)
+    """Renew the list in a page."""
+    text = renewed(path.read_text(encoding="utf8"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
 
 
 if __name__ == "__main__":

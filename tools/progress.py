@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from onnx_spdy.pipeline.progress import Progress as StageProgress
+
 
 class ProgressBars:
-    """A watcher for `pipeline.run`; a context manager."""
+    """Shows the progress of stages; a context manager."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -39,7 +42,11 @@ class ProgressBars:
     ) -> None:
         self._bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+    def stage(self, name: str) -> StageProgress:
+        """What a stage of this name tells its progress to."""
+        return partial(self._show, name)
+
+    def _show(self, stage: str, done: int, total: int, note: str) -> None:
         part = note if stage in ("database", "evaluate") else ""  # these stages have parts with counts of their own
         key = (stage, part)
         if self._bars.disable:

@@ -9,38 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from onnx_spdy.models import find_layers, to_canonical
-from onnx_spdy.pipeline.deploy import level_violation
+from onnx_spdy.models import Prepared, to_canonical
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.training.trainer import Training
-from onnx_spdy.runtimes import is_busy
+from onnx_spdy.runtimes import Environment, is_busy
 from onnx_spdy.tools.doctor import Finding
+from onnx_spdy.tools.table import print_table
 
 NAMED = 8  # layers in a line
 N_OF_M = {name: Level.parse(name) for name in ("1:4", "2:4", "4:8")}  # that hardware knows, the strictest first
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
-def _grid(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(
-            name, overflow="fold", justify="left" if number == 0 or name in ("op", "why", "note", "kernel") else "right"
-        )
-    return table
-
-
-def _row(table: Table, *cells: object) -> None:
-    table.add_row(*(escape(str(cell)) for cell in cells))
 
 
 def environment(content: Mapping[str, Any]) -> str:
@@ -51,13 +31,13 @@ def environment(content: Mapping[str, Any]) -> str:
     )
 
 
-def layers(model: onnx.ModelProto) -> None:
+def layers(network: Prepared) -> None:
     """The prunable layers and the skipped ones."""
-    table = _grid("Layers", ("layer", "op", "shape (out, in, kernel)", "weights", "zeros", "pattern", "why"))
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    rows = []
+    initializers = {tensor.name: tensor for tensor in network.proto.graph.initializer}
     prunable = weights = 0
     patterns: Counter[str] = Counter()
-    for layer in find_layers(model):
+    for layer in network.layers:
         count = zeros = pattern = "-"
         if layer.weight in initializers:
             values = onnx.numpy_helper.to_array(initializers[layer.weight])
@@ -66,9 +46,9 @@ def layers(model: onnx.ModelProto) -> None:
                 pattern = pattern_of(to_canonical(layer, values))
             prunable, weights = prunable + layer.prunable, weights + values.size * layer.prunable
         shape = "x".join(map(str, layer.shape))
-        _row(table, layer.name, layer.op, shape, count, zeros, pattern, layer.skip or "prunable")
+        rows.append((layer.name, layer.op, shape, count, zeros, pattern, layer.skip or "prunable"))
         patterns[pattern] += layer.prunable
-    _console().print(table)
+    print_table("Layers", ("layer", "op", "shape (out, in, kernel)", "weights", "zeros", "pattern", "why"), rows)
     print(f"{prunable} prunable layers with {weights:,} weights")
     for pattern in N_OF_M:
         if patterns[pattern]:
@@ -83,42 +63,42 @@ def pattern_of(weight: np.ndarray) -> str:
     """
     if (weight != 0).all():
         return "dense"
-    found = (str(level) for level in N_OF_M.values() if level_violation(weight, level) is None)
+    # Where there are no more channels than a group may keep, any weights have the pattern, and none is meant.
+    patterns = [level for level in N_OF_M.values() if weight.shape[1] > level.group[0]]
+    found = (str(level) for level in patterns if level_violation(weight, level) is None)
     return next(found, "unstructured")
 
 
 def table(found: LatencyTable) -> None:
     """What the latency table says about each layer, and how far pruning can get."""
-    grid = _grid(
-        "Layers by the latency table",
-        ("layer", "dense ms", "best ms", "± at best", "at", "break-even", "kernel, dense and best"),
-    )
+    columns = ("layer", "dense ms", "best ms", "± at best", "at", "break-even", "kernel, dense and best")
+    cells: list[tuple[object, ...]] = []
     for row, name in enumerate(found.layers):
         seconds = found.seconds[row]
         best = int(seconds.argmin())
         break_even, kernels = found.break_even(row), found.kernels[row]
-        _row(
-            grid, name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", _uncertainty(found.spread[row][best]),
-            found.levels[best], break_even or "none: pruning it is in vain",
+        cells.append((
+            name, f"{1e3 * seconds[0]:.3f}", f"{1e3 * seconds[best]:.3f}", _uncertainty(found.spread[row][best]),
+            found.levels[best], break_even or "none: pruning it gains nothing",
             kernels[0] if kernels[best] == kernels[0] else f"{kernels[0]}, {kernels[best]}",
-        )  # fmt: skip
-    _console().print(grid)
+        ))  # fmt: skip
+    print_table("Layers by the latency table", columns, cells)
     print(environment(found.environment.to_json()))
     print(f"dense, end to end: {1e3 * found.dense.median:.3f} ms (spread {found.dense.spread:.1%})")
-    print(f"outside the prunable layers: {1e3 * found.base_seconds:.3f} ms")
+    print(f"outside the prunable layers: {1e3 * found.rest_seconds:.3f} ms")
     print(f"highest reachable speedup by the table: {found.highest_speedup:.2f}x")
     if found.prediction:
         one = found.prediction
         print(
-            f"the table foretold {one.networks} networks, measured only afterwards, with a median error of "
+            f"the table predicted {one.networks} networks, measured only afterwards, with a median error of "
             f"{one.median:.1%}, the largest {one.largest:.1%}"
         )
     if rows := [row for row in range(len(found.layers)) if found.break_even(row) is None]:
-        in_vain = [found.layers[row] for row in rows]
+        gainless = [found.layers[row] for row in rows]
         share = min(1.0, float(found.seconds[rows, 0].sum()) / found.dense_seconds)  # each is fitted with an error
         print(
-            f"pruning is in vain in {len(in_vain)} of {len(found.layers)} layers, {share:.0%} of the time: "
-            f"{', '.join(in_vain[:NAMED])}{' ...' if len(in_vain) > NAMED else ''}"
+            f"pruning gains nothing in {len(gainless)} of {len(found.layers)} layers, {share:.0%} of the time: "
+            f"{', '.join(gainless[:NAMED])}{' ...' if len(gainless) > NAMED else ''}"
         )
     if is_busy(found.foreign_cores, found.environment.cores):
         print(
@@ -126,7 +106,7 @@ def table(found: LatencyTable) -> None:
             "busy: don't trust these times"
         )
     if found.fallback:
-        print(f"not optimised by the engine, and pruning it is in vain: {found.fallback}")
+        print(f"not optimised by the engine, and pruning it gains nothing: {found.fallback}")
 
 
 def _uncertainty(spread: float) -> str:
@@ -161,28 +141,20 @@ def training(what: str, found: Training) -> None:
 
 def report(content: Mapping[str, Any], folder: Path) -> None:
     """The report of a run."""
-    grid = _grid("Layers", ("layer", "level", "dense ms", "ms", "error", "note"))
-    for layer in content["layers"]:
-        _row(
-            grid, layer["name"], layer["level"], f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
-            f"{layer['error']:.4f}", layer["note"],
-        )  # fmt: skip
-    _row(
-        grid,
-        "everything else",
-        "",
-        f"{1e3 * content['rest_seconds']:.3f}",
-        f"{1e3 * content['rest_seconds']:.3f}",
-        "",
-        "",
-    )
-    _console().print(grid)
+    rest = f"{1e3 * content['rest_seconds']:.3f}"
+    rows = [
+        (layer["name"], layer["level"], f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
+         f"{layer['error']:.4f}", layer["note"])
+        for layer in content["layers"]
+    ]  # fmt: skip
+    rows.append(("everything else", "", rest, rest, "", ""))
+    print_table("Layers", ("layer", "level", "dense ms", "ms", "error", "note"), rows)
     print(
         f"target {content['target_speedup']:g}x, predicted {content['predicted_speedup']:.3f}x, "
         f"search {content['search']}"
     )
     validation(content)
-    if content["environment"]["precision"] == "formula":
+    if Environment.from_json(content["environment"]).is_formula:
         print("These times come from a formula, not from an engine: they say nothing about real hardware.")
     elif content["measured_speedup_lower"] < content["target_speedup"]:
         print("The measured lower bound is below the target.")
@@ -195,38 +167,34 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
 def front(content: Mapping[str, Any], folder: Path) -> None:
     """The front of several targets."""
     metric = content["metric_name"]
-    grid = _grid(
-        "Front", ("target", "predicted", "measured", "lower bound", "ms", "sparsity",
-                  f"{content['loss_name']} loss", "held out", metric or "metric", "network"),
-    )  # fmt: skip
+    loss = f"{content['loss_name']} loss"
+    columns = ("target", "predicted", "measured", "lower bound", "ms", "sparsity", loss, "held out",
+               metric or "metric", "network")  # fmt: skip
     dense_metric = "-" if content["metric_dense"] is None else f"{content['metric_dense']:.4f}"
     dense_ms = f"{1e3 * content['dense_seconds']:.3f}"
-    _row(grid, "dense", "", "", "", dense_ms, "", "", "", dense_metric, folder / "dense.onnx")
+    rows: list[tuple[object, ...]] = [("dense", "", "", "", dense_ms, "", "", "", dense_metric, folder / "dense.onnx")]
     for point in content["points"]:
-        _row(
-            grid, f"{point['target_speedup']:g}x", f"{point['predicted_speedup']:.3f}x",
+        rows.append((
+            f"{point['target_speedup']:g}x", f"{point['predicted_speedup']:.3f}x",
             f"{point['measured_speedup']:.3f}x", f"{point['measured_speedup_lower']:.3f}x",
             f"{1e3 * point['pruned_seconds']:.3f}", f"{point['sparsity']:.1%}", f"{point['loss']:.5g}",
             *("-" if point[key] is None else f"{point[key]:.4g}" for key in ("held_out_loss", "metric_pruned")),
             folder / point["folder"] / "model.onnx",
-        )  # fmt: skip
-    _console().print(grid)
+        ))  # fmt: skip
+    print_table("Front", columns, rows)
     print(environment(content["environment"]))
-    if content["environment"]["precision"] == "formula":
+    if Environment.from_json(content["environment"]).is_formula:
         print("These times come from a formula, not from an engine: they say nothing about real hardware.")
     print(f"front: {folder / 'front.html'}, {folder / 'front.svg'}, {folder / 'front.json'}")
 
 
 def doctor(findings: Sequence[Finding]) -> None:
     """Which runtimes work here."""
-    grid = _grid("Runtimes", ("runtime", "works", "sparse kernels for", "note"))
-    for one in findings:
-        works = one.version or "no"
-        _row(
-            grid,
-            one.name,
-            works,
-            ", ".join(one.patterns) or "none",
+    rows = [
+        (
+            one.name, one.version or "no", ", ".join(one.patterns) or "none",
             f"{one.problem}. {one.note}" if one.problem else one.note,
         )
-    _console().print(grid)
+        for one in findings
+    ]  # fmt: skip
+    print_table("Runtimes", ("runtime", "works", "sparse kernels for", "note"), rows)

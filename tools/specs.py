@@ -9,19 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from onnx_spdy.models import export_module, input_dtypes, input_shapes, load_model, prepare
+from onnx_spdy.models import Prepared, export_module, input_dtypes, input_shapes, load_model, prepare
 from onnx_spdy.pipeline.artifact import file_sha256
 from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
-from onnx_spdy.pipeline.database.pruners import Pruner, one_level, pruner_named
+from onnx_spdy.pipeline.database.pruners import NamedPruner, one_level, pruner_named
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 _numbers = itertools.count()
 
 
-class SpecError(ValueError):
+class SpecError(OnnxSpdyError, ValueError):
     """An argument names nothing that can be used; the message says what was expected."""
 
 
@@ -72,14 +71,14 @@ def _described(exc: Exception) -> str:
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
-def load_network(spec: str) -> onnx.ModelProto:
+def load_network(spec: str) -> Prepared:
     """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs[, open_axes]).
 
     Raises:
         SpecError, ModelError: it is neither, or not a network that can be used.
     """
     if spec.endswith(".onnx"):
-        return prepare(load_model(Path(spec).expanduser()))
+        return Prepared(prepare(load_model(Path(spec).expanduser())))
     if ".py:" not in spec:
         raise SpecError(f"model {spec!r} is neither a path ending in .onnx nor FILE.py:FUNCTION")
     result = load_function(spec, "model")()
@@ -88,10 +87,10 @@ def load_network(spec: str) -> onnx.ModelProto:
             f"model {spec!r} must return (module, example_inputs), or open axes as a third, "
             f"it returned {type(result).__name__}"
         )
-    return prepare(export_module(*result))
+    return Prepared(prepare(export_module(*result)))
 
 
-def load_samples(spec: str, model: onnx.ModelProto) -> Samples:
+def load_samples(spec: str, network: Prepared) -> Samples:
     """DATA, checked against the network: FILE.npz, or FILE.py:FUNCTION returning a dict or batches of dicts.
 
     Raises:
@@ -105,7 +104,7 @@ def load_samples(spec: str, model: onnx.ModelProto) -> Samples:
             raise SpecError(f"data {spec!r} must return a dict of arrays or batches of them, not {type(data).__name__}")
     else:
         raise SpecError(f"data {spec!r} is neither a path ending in .npz nor FILE.py:FUNCTION")
-    return as_samples(data, input_shapes(model), input_dtypes(model))
+    return as_samples(data, input_shapes(network.proto), input_dtypes(network.proto))
 
 
 def load_metric(spec: str) -> Metric:
@@ -134,8 +133,8 @@ def load_loss(spec: str | None) -> str | Loss | None:
     raise LossError(f"unknown loss {spec!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")
 
 
-def load_pruner(spec: str) -> tuple[str, Pruner]:
-    """A pruner and what a database calls it: a known name, or FILE.py:FUNCTION, `(weight, hessian, level) -> weight`.
+def load_pruner(spec: str) -> NamedPruner:
+    """A pruner: a known name, or FILE.py:FUNCTION, `(weight, hessian, level) -> weight`.
 
     A function's file is part of its name, by checksum: after a change the database is another one.
 
@@ -143,7 +142,7 @@ def load_pruner(spec: str) -> tuple[str, Pruner]:
         SpecError, UnknownPruner: it is neither.
     """
     if ".py:" not in spec:
-        return spec, pruner_named(spec)
+        return pruner_named(spec)
     function = load_function(spec, "pruner")
     file = Path(spec.rpartition(":")[0]).expanduser()
-    return f"{spec} {file_sha256(file)[:12]}", one_level(function)
+    return NamedPruner(f"{spec} {file_sha256(file)[:12]}", one_level(function))

@@ -9,7 +9,7 @@ Source: Frantar & Alistarh, OBC (NeurIPS 2022), section 3 (H = 2 X X^T there; a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from onnx_spdy.pipeline.database.matmul import full_width
 from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.pipeline.progress import Progress, ignore
 
 
 def hessian_bytes(layer: Layer) -> int:
@@ -31,9 +32,9 @@ def collect_hessians(
     network: Network,
     layers: Sequence[Layer],
     samples: Samples,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = ignore,
 ) -> dict[str, torch.Tensor]:
-    """The Hessian of each layer on the network's current weights, all from one pass.
+    """The Hessian of each layer in the dense network, all from one pass.
 
     Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches are
     copied out a few samples at a time and never kept. Layers may be on any device: products are taken there, the long
@@ -45,10 +46,10 @@ def collect_hessians(
     Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
 
     Args:
-        network: run as it is.
+        network: run with its dense weights.
         layers: those of its layers that are wanted.
         samples: calibration samples.
-        progress: called with (samples done, samples).
+        progress: called with (samples done, samples, "").
     Returns:
         layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
@@ -66,8 +67,7 @@ def collect_hessians(
             with torch.inference_mode():
                 network.run(batch)
             done += len(batch)
-            if progress:
-                progress(done, len(samples))
+            progress(done, len(samples), "")
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from onnx_spdy.models import Layer, from_canonical, to_canonical
-from onnx_spdy.pipeline.artifact import ArtifactError, check_same, file_sha256, read_json, replacing, write_json
+from onnx_spdy.pipeline.artifact import (
+    ArtifactError,
+    check_same,
+    fields_of,
+    file_sha256,
+    locked,
+    read_json,
+    replacing,
+    write_json,
+)
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
-from onnx_spdy.pipeline.database.pruners import Pruner
-from onnx_spdy.pipeline.deploy import level_violation
 from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 VERSION = 1
 INDEX = "index.json"
@@ -67,6 +78,7 @@ class LayerDatabase:
         path = self.folder / self.layers[layer.name]["file"]
         try:
             if path not in self._open:
+                self._verify(layer.name)
                 self._open[path] = safe_open(path, framework="pt").__enter__()
             file = self._open[path]
             values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
@@ -80,10 +92,13 @@ class LayerDatabase:
         Raises:
             ArtifactError: a file is missing or damaged; the message names it.
         """
-        for entry in self.layers.values():
-            path = self.folder / entry["file"]
-            if not path.is_file() or file_sha256(path) != entry["sha256"]:
-                raise ArtifactError(f"{path} is missing or damaged; delete {self.folder / INDEX} and build it again")
+        for name in self.layers:
+            self._verify(name)
+
+    def _verify(self, name: str) -> None:
+        path = self.folder / self.layers[name]["file"]
+        if not path.is_file() or file_sha256(path) != self.layers[name]["sha256"]:
+            raise ArtifactError(f"{path} is missing or damaged; delete {self.folder / INDEX} and build it again")
 
 
 def open_database(folder: Path) -> LayerDatabase:
@@ -93,61 +108,54 @@ def open_database(folder: Path) -> LayerDatabase:
         ArtifactError: there is none, or it is damaged.
     """
     content = read_json(folder / INDEX, "database", VERSION)
-    return LayerDatabase(
-        folder, tuple(Level.parse(text) for text in content["levels"]), content["layers"], content["made_from"]
-    )
+    with fields_of(folder / INDEX):
+        levels = tuple(Level.parse(text) for text in content["levels"])
+        return LayerDatabase(folder, levels, content["layers"], content["made_from"])
 
 
 def build_database(
-    network: Network,
-    samples: Samples,
-    levels: Sequence[Level],
-    pruner: Pruner,
-    pruner_name: str,
-    folder: Path,
-    progress: Callable[[str, int, int], None] | None = None,
-    memory_bytes: int | None = None,
+    network: Network, samples: Samples, compression: Compression, folder: Path, progress: Progress = ignore
 ) -> LayerDatabase:
     """Compress every prunable layer to every level.
 
     Args:
-        network: with its dense weights.
+        network: whose dense weights are compressed.
         samples: calibration samples for the layer Hessians.
-        levels: dense first, then from lowest to highest sparsity.
-        pruner, pruner_name: what compresses, and how the index calls it.
+        compression: to which levels, and how.
         folder: where the database is written; layers that are there already are kept.
-        progress: called with (what, done, total).
-        memory_bytes: of the whole process; where the Hessians of all layers don't fit, the layers are taken in several
-            passes over the samples. None: everything in one pass.
+        progress: called with (done, total, what).
     Raises:
-        ArtifactError: the folder holds a database that was made from something else.
+        ArtifactError: the folder holds a database that was made from something else, or another one builds there.
         MemoryTooSmall: not even the widest layer alone fits.
     """
-    made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": pruner_name}
-    path = folder / INDEX
-    done: dict[str, Any] = {}
-    if path.exists():
-        database = open_database(folder)
-        check_same(path, {key: (database.made_from.get(key), value) for key, value in made_from.items()})
-        check_same(path, {"levels": (list(map(str, database.levels)), list(map(str, levels)))})
-        database.verify()
-        done = dict(database.layers)
-    missing = [layer for layer in network.layers if layer.name not in done]
-    tell = progress or (lambda what, done, total: None)
-    passes = _passes(missing, len(levels), memory_bytes)
-    for count, group in enumerate(passes, start=1):
-        network.reset()
-        what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-        hessians = collect_hessians(network, group, samples, partial(tell, what))
-        for layer in group:
-            number = network.layers.index(layer)
-            done[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), levels, pruner, folder)
-            _write_index(path, levels, done, made_from)
-            tell("layers", len(done), len(network.layers))
-    return LayerDatabase(folder, tuple(levels), done, made_from)
+    made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": compression.pruner.name}
+    path, levels = folder / INDEX, compression.levels
+    with locked(folder):
+        found: dict[str, Any] = {}
+        if path.exists():
+            database = open_database(folder)
+            check_same(path, {key: (database.made_from.get(key), value) for key, value in made_from.items()})
+            check_same(path, {"levels": (list(map(str, database.levels)), list(map(str, levels)))})
+            database.verify()
+            found = dict(database.layers)
+        missing = [layer for layer in network.layers if layer.name not in found]
+        passes = _passes(missing, len(levels), compression.memory_bytes)
+        for count, group in enumerate(passes, start=1):
+            what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
+            hessians = collect_hessians(network, group, samples, partial(_told, progress, what))
+            for layer in group:
+                number = network.layers.index(layer)
+                found[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), compression, folder)
+                _write_index(path, levels, found, made_from)
+                progress(len(found), len(network.layers), "layers")
+        return LayerDatabase(folder, levels, found, made_from)
 
 
-class MemoryTooSmall(ValueError):
+def _told(progress: Progress, what: str, done: int, total: int, note: str) -> None:
+    progress(done, total, what)
+
+
+class MemoryTooSmall(OnnxSpdyError, ValueError):
     """The memory that was given doesn't suffice for one layer."""
 
 
@@ -194,8 +202,7 @@ def _build_layer(
     layer: Layer,
     number: int,
     hessian: torch.Tensor,
-    levels: Sequence[Level],
-    pruner: Pruner,
+    compression: Compression,
     folder: Path,
 ) -> dict[str, Any]:
     dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
@@ -203,7 +210,8 @@ def _build_layer(
     single = hessian.float()
     errors = [0.0]
     tensors: dict[str, torch.Tensor] = {}
-    for level, weight in zip(levels[1:], pruner(dense, hessian, levels[1:]), strict=True):
+    pruned = compression.pruner.prune(dense, hessian, compression.levels[1:])
+    for level, weight in zip(compression.levels[1:], pruned, strict=True):
         _check(layer, level, weight)
         change = (weight - dense).flatten(1)
         errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
@@ -217,7 +225,7 @@ def _build_layer(
     }  # fmt: skip
 
 
-class PrunerFailed(ValueError):
+class PrunerFailed(OnnxSpdyError, ValueError):
     """A pruner returned weights that are not what its level says."""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_spdy.pipeline.solve import NONE_BEFORE
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR
 
 ROW_NOISE = 0.1  # relative standard deviation of a row
 DENSE_NOISE = 0.002  # of the dense network's time, which is the unit
@@ -25,7 +25,7 @@ KNOTS = 12  # levels whose seconds are unknowns; between them seconds are linear
 BEND = 0.03  # of a layer's typical time: how much its curve bends at a knot
 STEP = 1.0  # and how much it changes from knot to knot
 KERNEL = 3.0  # and how far a sparse kernel may be from the dense one
-ENTRY = 2.0  # and what another kind of kernel before it may add
+TRANSITION = 2.0  # and what another kind of kernel before it may add
 LEAST_SHARE = 0.01  # of its dense time: no layer is free, whatever noise says
 ROBUST = 6.0  # standard deviations from which on an equation counts less (Cauchy weights)
 RIDGE = 1e-9  # of each unknown's weight in the equations
@@ -38,12 +38,12 @@ class Row:
 
     Attributes:
         layers: indices of the prunable layers in it.
-        others: names of the other tensors in it.
+        rest: names of the other tensors in it.
         seconds: its time, and that of rows before it that belong to no tensor.
     """
 
     layers: tuple[int, ...]
-    others: tuple[str, ...]
+    rest: tuple[str, ...]
     seconds: float
 
 
@@ -54,7 +54,7 @@ def together(rows: Sequence[Row]) -> tuple[Row, ...]:
         for other in [one for one in merged if set(one.layers) & set(row.layers)]:
             merged.remove(other)
             layers = tuple(dict.fromkeys((*other.layers, *row.layers)))
-            row = Row(layers, other.others + row.others, other.seconds + row.seconds)
+            row = Row(layers, other.rest + row.rest, other.seconds + row.seconds)
         merged.append(row)
     return tuple(merged)
 
@@ -66,14 +66,14 @@ class Trial:
     Attributes:
         choice: (layers,) level indices.
         rows: of the engine's profile, in the order in which they ran.
-        rest_seconds: of the rows after the last one of a tensor.
+        unnamed_seconds: of the rows after the last one of a tensor.
         relative: seconds of the whole network / those of the dense one, measured in turns.
         noise: relative standard deviation of that.
     """
 
     choice: tuple[int, ...]
     rows: tuple[Row, ...]
-    rest_seconds: float
+    unnamed_seconds: float
     relative: float
     noise: float
 
@@ -84,23 +84,23 @@ class Fit:
 
     Attributes:
         seconds: (layers, levels), never more for more zeros in the same kind of kernel.
-        entry: (layers, levels), more where the layer before runs dense.
+        transition: (layers, levels), more where the predecessor runs dense.
         spread: (layers, levels), relative standard deviation of `seconds`.
-        others: seconds of each other tensor that has rows of its own.
-        base_seconds: outside the layers.
+        rest: seconds of each other tensor that has rows of its own.
+        rest_seconds: outside the layers.
     """
 
     seconds: np.ndarray
-    entry: np.ndarray
+    transition: np.ndarray
     spread: np.ndarray
-    others: dict[str, float]
-    base_seconds: float
+    rest: dict[str, float]
+    rest_seconds: float
 
 
 def fit_latency(
     trials: Sequence[Trial],
-    before: np.ndarray,
-    other_before: Mapping[str, int],
+    predecessor: np.ndarray,
+    rest_predecessors: Mapping[str, int],
     sparsities: Sequence[float],
     sparse: np.ndarray,
     dense_seconds: float,
@@ -109,14 +109,14 @@ def fit_latency(
 
     Args:
         trials: each layer at each level at least now and then, and the dense network too.
-        before: (layers,) index of the layer that each one reads from, or NONE_BEFORE.
-        other_before: the same for the other tensors.
+        predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
+        rest_predecessors: the same for the other tensors.
         sparsities: (levels,) dense first, rising.
         sparse: (layers, levels) bool, whether the engine runs a layer at a level in a sparse kernel. Levels that
             run in the dense one take the same time.
         dense_seconds: of the whole dense network: the unit of `Trial.relative`.
     """
-    system = _System(trials, before, other_before, sparsities, sparse, dense_seconds)
+    system = _System(trials, predecessor, rest_predecessors, sparsities, sparse, dense_seconds)
     solution = system.solve(None)
     for _ in range(PASSES):
         solution = system.solve(solution)
@@ -132,13 +132,13 @@ class _System:
     def __init__(
         self,
         trials: Sequence[Trial],
-        before: np.ndarray,
-        other_before: Mapping[str, int],
+        predecessor: np.ndarray,
+        rest_predecessors: Mapping[str, int],
         sparsities: Sequence[float],
         sparse: np.ndarray,
         dense_seconds: float,
     ) -> None:
-        self._before = before
+        self._predecessor = predecessor
         self._sparse = np.asarray(sparse)
         density = 1 - np.asarray(sparsities)[1:]
         knots = np.unique(np.linspace(0, len(density) - 1, min(KNOTS, len(density))).round().astype(int))
@@ -147,15 +147,15 @@ class _System:
         self._shares = (middle - right) / (left - right)
         self._per_layer = self._curves.shape[2] + 2
         # Tensors that are always in a row with layers belong to these.
-        alone = {name for trial in trials for row in trial.rows if not row.layers for name in row.others}
-        self._others = {name: number for number, name in enumerate(sorted(alone))}
-        self._other_before = [other_before[name] for name in self._others]
-        self._base = len(before) * self._per_layer + 2 * len(self._others)
+        alone = {name for trial in trials for row in trial.rows if not row.layers for name in row.rest}
+        self._rest = {name: number for number, name in enumerate(sorted(alone))}
+        self._rest_predecessors = [rest_predecessors[name] for name in self._rest]
+        self._unnamed = len(predecessor) * self._per_layer + 2 * len(self._rest)
         self._dense_seconds = dense_seconds
         self._resolution = min(RESOLUTION_SECONDS, RESOLUTION * dense_seconds)
         self._rows_of = [self._row_equations(trial) for trial in trials]
         self._row_seconds = [
-            np.array([*(row.seconds for row in trial.rows), trial.rest_seconds]) for trial in trials
+            np.array([*(row.seconds for row in trial.rows), trial.unnamed_seconds]) for trial in trials
         ]  # fmt: skip
         self._totals = np.array([self._total(trial.choice) for trial in trials])  # (trials, unknowns)
         self._relative = np.array([trial.relative for trial in trials])
@@ -165,7 +165,7 @@ class _System:
 
     @property
     def _size(self) -> int:
-        return self._base + 1
+        return self._unnamed + 1
 
     def solve(self, last: np.ndarray | None) -> np.ndarray:
         """(unknowns,) the next solution: weights and the trials' drift are those that the last one implies."""
@@ -193,7 +193,7 @@ class _System:
         layers, levels = self._sparse.shape
         left, _ = self._equations(solution)
         covariance = _inverse(left.T @ left)
-        seconds, entry, spread = np.zeros((3, layers, levels))
+        seconds, transition, spread = np.zeros((3, layers, levels))
         for layer in range(layers):
             start = layer * self._per_layer
             curve = slice(start, start + self._per_layer - 2)
@@ -201,22 +201,22 @@ class _System:
             spread[layer] = np.sqrt(
                 np.einsum("li,ij,lj->l", self._curves[layer], covariance[curve, curve], self._curves[layer])
             )
-            entry[layer] = solution[start + self._per_layer - 2 + self._sparse[layer]]
-        others = {}
-        for number, (name, source) in enumerate(zip(self._others, self._other_before, strict=True)):
-            place = self._other(number)
-            others[name] = float(max(0.0, solution[place]))
-            if source != NONE_BEFORE:  # it depends on that layer alone, so it is counted there
+            transition[layer] = solution[start + self._per_layer - 2 + self._sparse[layer]]
+        rest = {}
+        for number, (name, source) in enumerate(zip(self._rest, self._rest_predecessors, strict=True)):
+            place = self._place(number)
+            rest[name] = float(max(0.0, solution[place]))
+            if source != NO_PREDECESSOR:  # it depends on that layer alone, so it is counted there
                 seconds[source, ~self._sparse[source]] += solution[place + 1]
         least = np.maximum(LEAST_SHARE * seconds[:, :1], 1e-3 * self._resolution)
         seconds = monotone(np.maximum(seconds, least), self._sparse)
-        entry = np.maximum(entry, -seconds)
+        transition = np.maximum(transition, -seconds)
         return Fit(
             seconds=seconds,
-            entry=entry,
+            transition=transition,
             spread=np.divide(spread, seconds, out=np.zeros_like(spread), where=seconds > 0),
-            others=others,
-            base_seconds=float(max(0.0, solution[self._base])) + sum(others.values()),
+            rest=rest,
+            rest_seconds=float(max(0.0, solution[self._unnamed])) + sum(rest.values()),
         )
 
     def _row_equations(self, trial: Trial) -> np.ndarray:
@@ -224,52 +224,52 @@ class _System:
         for equation, row in zip(equations, trial.rows, strict=False):
             for layer in row.layers:
                 self._add_layer(equation, layer, trial.choice)
-            for name in row.others:
-                if name in self._others:
-                    self._add_other(equation, self._others[name], trial.choice)
-        equations[-1, self._base] = 1
+            for name in row.rest:
+                if name in self._rest:
+                    self._add_rest(equation, self._rest[name], trial.choice)
+        equations[-1, self._unnamed] = 1
         return equations
 
     def _total(self, choice: Sequence[int]) -> np.ndarray:
         equation = np.zeros(self._size)
         for layer in range(len(choice)):
             self._add_layer(equation, layer, choice)
-        for number in range(len(self._others)):
-            self._add_other(equation, number, choice)
-        equation[self._base] = 1
+        for number in range(len(self._rest)):
+            self._add_rest(equation, number, choice)
+        equation[self._unnamed] = 1
         return equation
 
     def _add_layer(self, equation: np.ndarray, layer: int, choice: Sequence[int]) -> None:
         start = layer * self._per_layer
         equation[start : start + self._per_layer - 2] += self._curves[layer, choice[layer]]
-        source = self._before[layer]
-        if source != NONE_BEFORE and not self._sparse[source, choice[source]]:
+        source = self._predecessor[layer]
+        if source != NO_PREDECESSOR and not self._sparse[source, choice[source]]:
             equation[start + self._per_layer - 2 + self._sparse[layer, choice[layer]]] += 1
 
-    def _add_other(self, equation: np.ndarray, number: int, choice: Sequence[int]) -> None:
-        equation[self._other(number)] += 1
-        source = self._other_before[number]
-        if source != NONE_BEFORE and not self._sparse[source, choice[source]]:
-            equation[self._other(number) + 1] += 1
+    def _add_rest(self, equation: np.ndarray, number: int, choice: Sequence[int]) -> None:
+        equation[self._place(number)] += 1
+        source = self._rest_predecessors[number]
+        if source != NO_PREDECESSOR and not self._sparse[source, choice[source]]:
+            equation[self._place(number) + 1] += 1
 
-    def _other(self, number: int) -> int:
-        return len(self._before) * self._per_layer + 2 * number
+    def _place(self, number: int) -> int:
+        return len(self._predecessor) * self._per_layer + 2 * number
 
     def _typical_seconds(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-        """(layers,) and (others,) the median of what the rows of each take, shared by those in a row."""
-        found: list[list[float]] = [[] for _ in self._before]
-        others: list[list[float]] = [[] for _ in self._others]
+        """(layers,) and (rest,) the median of what the rows of each take, shared by those in a row."""
+        found: list[list[float]] = [[] for _ in self._predecessor]
+        rest: list[list[float]] = [[] for _ in self._rest]
         for trial in trials:
             for row in trial.rows:
                 for layer in row.layers:
                     found[layer].append(row.seconds / len(row.layers))
                 if not row.layers:
-                    for name in row.others:
-                        others[self._others[name]].append(row.seconds / len(row.others))
-        typical = [np.array([np.median(values) if values else 0.0 for values in those]) for those in (found, others)]
+                    for name in row.rest:
+                        rest[self._rest[name]].append(row.seconds / len(row.rest))
+        typical = [np.array([np.median(values) if values else 0.0 for values in those]) for those in (found, rest)]
         return typical[0], typical[1]
 
-    def _beliefs(self, typical_layers: np.ndarray, typical_others: np.ndarray) -> np.ndarray:
+    def _beliefs(self, typical_layers: np.ndarray, typical_rest: np.ndarray) -> np.ndarray:
         """What is believed before any measurement, as equations with a right side of 0."""
         points = self._per_layer - 3  # knots
         equations = []
@@ -289,11 +289,11 @@ class _System:
                 believe({knot: 1, knot + 1: -1}, STEP)
             for knot, share in enumerate(self._shares, 1):  # of the left one in the line between the neighbours
                 believe({knot: share, knot + 1: -1, knot + 2: 1 - share}, BEND)
-            believe({points + 1: 1}, ENTRY)
-            believe({points + 2: 1}, ENTRY)
-        for number, typical in enumerate(np.maximum(typical_others, self._resolution)):
+            believe({points + 1: 1}, TRANSITION)
+            believe({points + 2: 1}, TRANSITION)
+        for number, typical in enumerate(np.maximum(typical_rest, self._resolution)):
             equation = np.zeros(self._size)
-            equation[self._other(number) + 1] = 1 / (ENTRY * typical)
+            equation[self._place(number) + 1] = 1 / (TRANSITION * typical)
             equations.append(equation)
         return np.array(equations)
 

@@ -4,7 +4,7 @@ First the engine says from which level on it runs each layer in a sparse kernel.
 random levels are measured, each twice: the engine's own profile of it, and its time as a whole, a group of them in
 turns with the dense network. What a layer takes depends on its neighbours, and only mixed networks show that; and
 because every level occurs all over the measurement, drift of the machine hits all of them alike. `fit.py` makes
-the table of it. The last networks are the ones that a search would choose; the model has to foretell them before it may
+the table of it. The last networks are the ones that a search would choose; the model has to predict them before it may
 learn from them.
 
 Random zeros do, although the trained masks don't exist yet: an engine's time depends on where they are only weakly.
@@ -16,23 +16,23 @@ import contextlib
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from onnx_spdy.models import find_layers, model_sha256, save_model
-from onnx_spdy.pipeline.artifact import check_same, read_json, write_json
+from onnx_spdy.models import Prepared, save_model
+from onnx_spdy.pipeline.artifact import ArtifactError, check_same, read_json, write_json
+from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.latency.fit import Fit, Row, Trial, fit_latency, together
 from onnx_spdy.pipeline.latency.observation import Observation
-from onnx_spdy.pipeline.latency.sampling import NETWORKS, imposed, layers_before, plan_networks
-from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction
+from onnx_spdy.pipeline.latency.sampling import NETWORKS, imposed, plan_networks, predecessors
+from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction, check_workload
 from onnx_spdy.pipeline.level import DENSE, Level, LevelError
-from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
+from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
     Environment,
     LayerTime,
@@ -40,17 +40,21 @@ from onnx_spdy.runtimes import (
     Runtime,
     RuntimeFailure,
     Session,
+    Workload,
     is_busy,
     measure_interleaved,
+    measure_undisturbed,
     reason_in,
+    resolved,
 )
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-VERSION = 1
+VERSION = 3
 PARTIAL = ".partial.json"
 DENSE_ROUNDS = 12
 CHOSEN_NETWORKS = 8  # of those that a search would choose
-MORE_NETWORKS = 8  # at most, while the model doesn't foretell them
-FORETOLD = 0.02  # median error that is good enough
+MORE_NETWORKS = 8  # at most, while the model doesn't predict them
+PREDICTED_WELL = 0.02  # median error that is good enough
 GROUP, CHOSEN_GROUP = 8, 4  # networks that are measured in turns, so that a phase of the machine is shared
 GROUP_BYTES = 2 << 30  # of their weights in memory at once
 PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.2  # of each network, so that small ones are run more often
@@ -63,34 +67,30 @@ BUSY_WAITS_SECONDS = (1, 5, 10, 20, 30)
 
 _SPARSITY = re.compile(r"-\d+(\.\d+)?%$")
 
-Progress = Callable[[int, int, str], None]  # (measured, to measure, note)
 
-
-class MachineBusy(ValueError):
+class MachineBusy(OnnxSpdyError, ValueError):
     """Other programs use the CPU, so that nothing true can be measured."""
 
 
 def measure_latency(
-    model: onnx.ModelProto,
+    dense: Prepared,
     runtime: Runtime,
     levels: Sequence[Level],
+    workload: Workload,
     *,
-    batch: int,
-    threads: int | None = None,
-    inputs: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
     save: Path | None = None,
     allow_busy: bool = False,
     fit: Callable[..., Fit] = fit_latency,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = ignore,
 ) -> LatencyTable:
     """Measure every prunable layer at every level.
 
     Args:
-        model: the prepared dense network.
+        dense: the network.
         runtime: the one that will run it.
         levels: dense first.
-        batch, threads, inputs: as in `Runtime.open`.
+        workload: as in `Runtime.open`.
         seed: of the networks' levels and zeros.
         save: latency.json, written at the end. Until then what was measured is kept beside it, in
             latency.partial.json, and continued from.
@@ -108,7 +108,7 @@ def measure_latency(
         raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
     keep = save and save.with_suffix(PARTIAL)
     with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
-        work = _Work(model, runtime, levels, batch, threads, inputs, seed, Path(folder), allow_busy, fit, progress)
+        work = _Work(dense, runtime, levels, workload, seed, Path(folder), allow_busy, fit, progress)
         try:
             table = work.measure(keep)
         except (RuntimeFailure, MachineBusy) as exc:
@@ -129,40 +129,37 @@ class _Work:
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        dense: Prepared,
         runtime: Runtime,
         levels: Sequence[Level],
-        batch: int,
-        threads: int | None,
-        inputs: Mapping[str, np.ndarray] | None,
+        workload: Workload,
         seed: int,
         folder: Path,
         allow_busy: bool,
         fit: Callable[..., Fit],
         progress: Progress,
     ) -> None:
-        self._model, self._runtime, self._levels, self._seed = model, runtime, tuple(levels), seed
-        self._arguments: dict[str, Any] = {"batch": batch, "threads": threads, "inputs": inputs}
-        self._layers = [layer for layer in find_layers(model) if layer.prunable]
-        self._before, self._source_of = layers_before(model.graph, self._layers)
+        self._network, self._runtime, self._levels, self._seed = dense, runtime, tuple(levels), seed
+        self._workload = resolved(dense.proto.graph, workload)
+        self._layers = dense.prunable
+        self._predecessor, self._source_of = predecessors(dense.proto.graph, self._layers)
         self._folder, self._allow_busy, self._make_fit, self._progress = folder, allow_busy, fit, progress
         self._row_of = {output: row for row, layer in enumerate(self._layers) for output in layer.outputs}
         self._path = folder / "dense.onnx"
         self.observations: list[Observation] = []
 
     def measure(self, keep: Path | None) -> LatencyTable:
-        save_model(self._model, self._path)
-        with self._runtime.open(self._path, **self._arguments) as dense:
+        save_model(self._network.proto, self._path)
+        with self._runtime.open(self._path, self._workload) as dense:
             question = self._question(dense.environment)
             if keep and keep.exists():
                 self._continue(keep, question)
-            self._runtime.foreign_cores()  # the count starts
             reference = measure_interleaved({"dense": dense}, rounds=DENSE_ROUNDS)["dense"]
             self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, "kernels")
             sparse, kernels = self._kernels(dense)
 
-            def measure(choices: np.ndarray, foretold: Sequence[float | None], left: int) -> None:
-                self.observations += self._observe(dense, reference, choices, foretold)
+            def measure(choices: np.ndarray, predicted: Sequence[float | None], left: int) -> None:
+                self.observations += self._observe(dense, reference, choices, predicted)
                 if keep:
                     content = {**question, "observations": [asdict(one) for one in self.observations]}
                     write_json(keep, "measurement", VERSION, content)
@@ -175,29 +172,35 @@ class _Work:
             fit = self._fit(sparse)
             while (left := self._networks_to_choose(sparse)) > 0:
                 choices = self._chosen(fit, sparse, min(left, self._group(CHOSEN_GROUP)))
-                measure(choices, [self._foretell(fit, sparse, choice) for choice in choices], left - len(choices))
+                measure(choices, [self._predict(fit, sparse, choice) for choice in choices], left - len(choices))
                 fit = self._fit(sparse)
             return self._table(fit, sparse, kernels, dense)
 
     def _group(self, most: int) -> int:
         """How many networks may be open beside the dense one."""
-        each = sum(tensor.ByteSize() for tensor in self._model.graph.initializer)
+        each = sum(tensor.ByteSize() for tensor in self._network.proto.graph.initializer)
         return _between(1, GROUP_BYTES / max(1, each) - 1, most)
 
     def _question(self, environment: Environment) -> dict[str, Any]:
         return {
-            "model_sha256": model_sha256(self._model),
+            "model_sha256": self._network.sha256,
             "environment": environment.to_json(),
+            "workload": self._workload.digest,
             "levels": [*map(str, self._levels)],
             "seed": self._seed,
         }
 
     def _continue(self, keep: Path, question: Mapping[str, Any]) -> None:
         content = read_json(keep, "measurement", VERSION)
-        compared = {name: (content[name], question[name]) for name in ("model_sha256", "levels", "seed")}
-        there, here = (Environment.from_json(one["environment"]) for one in (content, question))
+        try:
+            compared = {name: (content[name], question[name]) for name in ("model_sha256", "levels", "seed")}
+            there, here = (Environment.from_json(one["environment"]) for one in (content, question))
+            workload, observations = content["workload"], [*map(Observation.from_json, content["observations"])]
+        except (LookupError, TypeError, ValueError) as exc:
+            raise ArtifactError(f"{keep} is damaged ({exc!r}); delete it to measure anew") from exc
         check_same(keep, compared | there.mismatch(here))
-        self.observations = [Observation.from_json(one) for one in content["observations"]]
+        check_workload(str(keep), workload, self._workload)
+        self.observations = observations
 
     def _kernels(self, dense: Session) -> tuple[np.ndarray, list[list[str]]]:
         """For each layer and level whether the engine takes a sparse kernel, and its name.
@@ -231,7 +234,7 @@ class _Work:
         """(layers,) bool whether each layer runs in a sparse kernel when all are at this level, and their names."""
         path, zeros = self._imposed(np.full(len(self._layers), level), level)
         rows = self._runtime.layer_seconds(
-            path, **self._arguments, iterations=1, warmup=0, zeros=zeros, seed=level, merged=False
+            path, self._workload, iterations=1, warmup=0, zeros=zeros, seed=level, merged=False
         )
         sparse, names = np.zeros(len(self._layers), bool), ["none of its own"] * len(self._layers)
         for one in rows:
@@ -256,52 +259,56 @@ class _Work:
         if not others:
             return self._path, zeros
         path = self._folder / f"network-{seed % GROUP}.onnx"  # the next group takes the place of this one's files
-        save_model(imposed(self._model, others, np.random.default_rng(seed)), path)
+        save_model(imposed(self._network.proto, others, np.random.default_rng(seed)), path)
         return path, zeros
 
     def _observe(
-        self, dense: Session, reference: Measurement, choices: np.ndarray, foretold: Sequence[float | None]
+        self, dense: Session, reference: Measurement, choices: np.ndarray, predicted: Sequence[float | None]
     ) -> list[Observation]:
         """Measure a group of networks; again while other programs disturb."""
-        for wait in (*BUSY_WAITS_SECONDS, None):
-            found = self._observe_once(dense, reference, choices, foretold)
-            load, cores = found[0].foreign_cores, dense.environment.cores
-            if self._allow_busy or not is_busy(load, cores):
-                return found
-            if wait:
-                self._note(f"other programs keep {load:.1f} cores busy, waiting")
-                time.sleep(wait)
-        raise MachineBusy(
-            f"other programs keep {load:.1f} of the {cores} cores of {dense.environment.host} busy, so the times would "
-            "be wrong; stop them, or measure all the same with --allow-busy"
+        cores = dense.environment.cores
+        found, load = measure_undisturbed(
+            self._runtime,
+            lambda: self._observe_once(dense, reference, choices, predicted),
+            lambda found: cores,
+            iter(() if self._allow_busy else BUSY_WAITS_SECONDS),
+            lambda load: self._note(f"other programs keep {load:.1f} cores busy, waiting"),
         )
+        if is_busy(load, cores) and not self._allow_busy:
+            raise MachineBusy(
+                f"other programs keep {load:.1f} of the {cores} cores of {dense.environment.host} busy, so the times "
+                "would be wrong; stop them, or measure all the same with --allow-busy"
+            )
+        return [replace(one, foreign_cores=load) for one in found]
 
     def _observe_once(
-        self, dense: Session, reference: Measurement, choices: np.ndarray, foretold: Sequence[float | None]
+        self, dense: Session, reference: Measurement, choices: np.ndarray, predicted: Sequence[float | None]
     ) -> list[Observation]:
         iterations = _between(FEWEST_ITERATIONS, PROFILE_SECONDS / reference.median, MOST_ITERATIONS)
         share = len(choices) / (len(choices) + 1)  # of the turns; the dense network has the others
         rounds = _between(FEWEST_ROUNDS, share * ROUNDS_SECONDS / ((1 + RUNS_A_ROUND) * reference.median), MOST_ROUNDS)
-        self._runtime.foreign_cores()
         profiles = []
         with contextlib.ExitStack() as opened:
             sessions = {"dense": dense}
             for number, choice in enumerate(choices):
                 seed = self._seed + len(self.observations) + number
                 path, zeros = self._imposed(choice, seed)
-                arguments: dict[str, Any] = {**self._arguments, "zeros": zeros, "seed": seed}
-                profiles.append(self._runtime.layer_seconds(path, iterations=iterations, warmup=WARMUP, **arguments))
-                sessions[str(number)] = opened.enter_context(self._runtime.open(path, **arguments))
+                profiles.append(
+                    self._runtime.layer_seconds(
+                        path, self._workload, iterations=iterations, warmup=WARMUP, zeros=zeros, seed=seed
+                    )
+                )
+                session = self._runtime.open(path, self._workload, zeros=zeros, seed=seed)
+                sessions[str(number)] = opened.enter_context(session)
             times = measure_interleaved(sessions, rounds=rounds, iterations=RUNS_A_ROUND, warmup=WARMUP)
-        load = self._runtime.foreign_cores()
         return [
             Observation(
                 choice=tuple(map(int, choice)),
                 rows=tuple(profiles[number]),
                 dense=times["dense"].seconds,
                 network=times[str(number)].seconds,
-                foreign_cores=load,
-                foretold=foretold[number],
+                foreign_cores=None,
+                predicted=predicted[number],
             )
             for number, choice in enumerate(choices)
         ]
@@ -318,7 +325,7 @@ class _Work:
         noise = max(LEAST_NOISE, float(np.median([one.noise for one in self.observations])))
         trials = [self._trial(one, noise) for one in self.observations]
         sparsities = [level.sparsity for level in self._levels]
-        return self._make_fit(trials, self._before, self._source_of, sparsities, sparse, self._dense().median)
+        return self._make_fit(trials, self._predecessor, self._source_of, sparsities, sparse, self._dense().median)
 
     def _trial(self, observation: Observation, noise: float) -> Trial:
         rows, pending = [], 0.0
@@ -326,19 +333,19 @@ class _Work:
             pending += time_.seconds
             if time_.outputs:
                 layers = self._layers_in(time_)
-                others = tuple(name for name in time_.outputs if name not in self._row_of)
-                rows.append(Row(layers, others, pending))
+                rest = tuple(name for name in time_.outputs if name not in self._row_of)
+                rows.append(Row(layers, rest, pending))
                 pending = 0.0
         return Trial(observation.choice, together(rows), pending, observation.relative, noise)
 
     def _networks_to_choose(self, sparse: np.ndarray) -> int:
         """How many networks of a search's choice are still to be measured."""
-        errors = [abs(math.log(one.foretold / one.relative)) for one in self.observations if one.foretold]
+        errors = [abs(math.log(one.predicted / one.relative)) for one in self.observations if one.predicted]
         if not sparse.any():
             return 0
         if len(errors) < CHOSEN_NETWORKS:
             return CHOSEN_NETWORKS - len(errors)
-        good = np.median(errors[-CHOSEN_NETWORKS:]) <= FORETOLD
+        good = np.median(errors[-CHOSEN_NETWORKS:]) <= PREDICTED_WELL
         return 0 if good else max(0, CHOSEN_NETWORKS + MORE_NETWORKS - len(errors))
 
     def _chosen(self, fit: Fit, sparse: np.ndarray, networks: int) -> np.ndarray:
@@ -359,39 +366,40 @@ class _Work:
         return np.array(choices)
 
     def _costs(self, fit: Fit, sparse: np.ndarray) -> Costs:
-        return Costs(fit.seconds, fit.entry, self._before, ~sparse)
+        return Costs(fit.seconds, fit.transition, self._predecessor, ~sparse)
 
-    def _foretell(self, fit: Fit, sparse: np.ndarray, choice: np.ndarray) -> float:
+    def _predict(self, fit: Fit, sparse: np.ndarray, choice: np.ndarray) -> float:
         costs = self._costs(fit, sparse)
-        dense = fit.base_seconds + costs.total(np.zeros(len(self._layers), np.int64))
-        return (fit.base_seconds + costs.total(choice)) / dense
+        dense = fit.rest_seconds + costs.total(np.zeros(len(self._layers), np.int64))
+        return (fit.rest_seconds + costs.total(choice)) / dense
 
     def _table(self, fit: Fit, sparse: np.ndarray, kernels: list[list[str]], dense: Session) -> LatencyTable:
-        errors = [abs(one.foretold / one.relative - 1) for one in self.observations if one.foretold]
+        errors = [abs(one.predicted / one.relative - 1) for one in self.observations if one.predicted]
         loads = [one.foreign_cores for one in self.observations if one.foreign_cores is not None]
         kernel_of = {row.outputs: row.kernel for one in self.observations for row in one.rows}
-        others = [
+        rest = [
             (next((kernel for names, kernel in kernel_of.items() if name in names), ""), name, seconds)
-            for name, seconds in fit.others.items()
+            for name, seconds in fit.rest.items()
         ]
-        unnamed = fit.base_seconds - sum(fit.others.values())
+        unnamed = fit.rest_seconds - sum(fit.rest.values())
         return LatencyTable(
             layers=tuple(layer.name for layer in self._layers),
             levels=self._levels,
             seconds=fit.seconds,
-            entry=fit.entry,
-            before=np.asarray(self._before),
+            transition=fit.transition,
+            predecessor=np.asarray(self._predecessor),
             spread=fit.spread,
             sparse=sparse,
             kernels=tuple(map(tuple, kernels)),
-            base_seconds=fit.base_seconds,
-            others=(*others, ("what belongs to no tensor", "", unnamed)),
+            rest_seconds=fit.rest_seconds,
+            rest=(*rest, ("what belongs to no tensor", "", unnamed)),
             dense=self._dense(),
             prediction=Prediction(len(errors), float(np.median(errors)), max(errors)) if errors else None,
             foreign_cores=max(loads) if loads else None,
             fallback=dense.fallback,
             environment=dense.environment,
-            model_sha256=model_sha256(self._model),
+            model_sha256=self._network.sha256,
+            workload=self._workload.digest,
         )
 
 

@@ -18,7 +18,7 @@ class Observation:
         rows: the engine's profile of it.
         dense, network: seconds of the dense network and of this one, in turns.
         foreign_cores: that other programs kept busy meanwhile; None if that isn't known.
-        foretold: what the model said of `network` / `dense` before; None if there was none yet.
+        predicted: what the model said of `network` / `dense` before; None if there was none yet.
     """
 
     choice: tuple[int, ...]
@@ -26,7 +26,7 @@ class Observation:
     dense: tuple[float, ...]
     network: tuple[float, ...]
     foreign_cores: float | None
-    foretold: float | None
+    predicted: float | None
 
     @property
     def relative(self) -> float:

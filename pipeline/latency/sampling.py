@@ -9,9 +9,9 @@ import onnx
 import torch
 
 from onnx_spdy.models import Layer, from_canonical, write_weights
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import select_mask
-from onnx_spdy.pipeline.solve import NONE_BEFORE
 from onnx_spdy.runtimes import zero_randomly
 
 NETWORKS = 24  # of random levels
@@ -48,27 +48,27 @@ def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Ge
     return plan
 
 
-def layers_before(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:
+def predecessors(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:
     """Which layer each tensor comes from, by the first input that is computed, through everything between.
 
     Returns:
-        (layers,) index of the layer that each one reads from, or NONE_BEFORE; and the same for every tensor that a
+        (layers,) index of the layer that each one reads from, or NO_PREDECESSOR; and the same for every tensor that a
         node makes. Layers that would have more than MOST_AWAITED others waiting for them at once have none.
     """
     number_of = {output: number for number, layer in enumerate(layers) for output in layer.outputs}
     source: dict[str, int] = {}
-    before = np.full(len(layers), NONE_BEFORE)
+    predecessor = np.full(len(layers), NO_PREDECESSOR)
     for node in graph.node:
-        read = next((number_of.get(name, source[name]) for name in node.input if name in source), NONE_BEFORE)
+        read = next((number_of.get(name, source[name]) for name in node.input if name in source), NO_PREDECESSOR)
         for name in node.output:
             source[name] = read
             if name in number_of and name == layers[number_of[name]].output:  # of several uses the first counts
-                before[number_of[name]] = source[name]
+                predecessor[number_of[name]] = source[name]
     for number in range(len(layers)):
-        awaited = {int(one) for one in before[number + 1 :] if NONE_BEFORE < one <= number}
+        awaited = {int(one) for one in predecessor[number + 1 :] if NO_PREDECESSOR < one <= number}
         for one in sorted(awaited)[: max(0, len(awaited) - MOST_AWAITED)]:
-            before[number + 1 :][before[number + 1 :] == one] = NONE_BEFORE
-    return before, source
+            predecessor[number + 1 :][predecessor[number + 1 :] == one] = NO_PREDECESSOR
+    return predecessor, source
 
 
 def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.random.Generator) -> onnx.ModelProto:

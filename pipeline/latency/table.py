@@ -13,23 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import ArtifactError, read_json, write_json
+from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.solve import Costs
-from onnx_spdy.runtimes import Environment, Measurement
+from onnx_spdy.runtimes import Environment, Measurement, Workload, resolved
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-VERSION = 2
-ARRAYS = {"seconds": float, "entry": float, "before": int, "spread": float, "sparse": bool}
+VERSION = 4
+ARRAYS = {"seconds": float, "transition": float, "predecessor": int, "spread": float, "sparse": bool}
 
 
-class NoSpeedup(ValueError):
+class NoSpeedup(OnnxSpdyError, ValueError):
     """The runtime can't run this network faster, whatever is pruned."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well the model foretold whole networks that it hadn't seen yet.
+    """How well the model predicted whole networks that it hadn't seen yet.
 
     Attributes:
         networks: how many.
@@ -49,46 +51,48 @@ class LatencyTable:
         layers: names of the prunable layers in graph order.
         levels: dense first, then from lowest to highest sparsity.
         seconds: (layers, levels), cleaned: see `monotone` in fit.py.
-        entry: (layers, levels), seconds more, or less, where the layer before runs in a dense kernel.
-        before: (layers,) index of the layer that each one reads from, or NONE_BEFORE.
+        transition: (layers, levels), seconds more, or less, where the layer before runs in a dense kernel.
+        predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
         spread: (layers, levels), relative standard deviation of `seconds`.
         sparse: (layers, levels) bool, whether the engine used a sparse kernel.
         kernels: (layers, levels), the engine's name of the kernel.
-        base_seconds: what no pruning can remove: everything outside these layers.
-        others: (kernel, outputs, seconds) of what runs outside these layers.
+        rest_seconds: what no pruning can remove: everything outside these layers.
+        rest: (kernel, outputs, seconds) of what runs outside these layers.
         dense: the whole dense network, end to end.
-        prediction: how well the model does on networks that it hadn't seen; None where it had nothing to foretell.
+        prediction: how well the model does on networks that it hadn't seen; None where it had nothing to predict.
         foreign_cores: most cores that other programs kept busy during a measurement; None if that isn't known.
         fallback: which part of the dense network the engine doesn't optimise and why, or None.
         environment: in which all of it was measured.
         model_sha256: of the network.
+        workload: `Workload.digest` of what it was measured with.
     """
 
     layers: tuple[str, ...]
     levels: tuple[Level, ...]
     seconds: np.ndarray
-    entry: np.ndarray
-    before: np.ndarray
+    transition: np.ndarray
+    predecessor: np.ndarray
     spread: np.ndarray
     sparse: np.ndarray
     kernels: tuple[tuple[str, ...], ...]
-    base_seconds: float
-    others: tuple[tuple[str, str, float], ...]
+    rest_seconds: float
+    rest: tuple[tuple[str, str, float], ...]
     dense: Measurement
     prediction: Prediction | None
     foreign_cores: float | None
     fallback: str | None
     environment: Environment
     model_sha256: str
+    workload: str
 
     @cached_property
     def costs(self) -> Costs:
         """The times of the layers, for the solver."""
-        return Costs(self.seconds, self.entry, self.before, ~self.sparse)
+        return Costs(self.seconds, self.transition, self.predecessor, ~self.sparse)
 
     def predict(self, choice: Sequence[int] | np.ndarray) -> float:
         """Seconds of the whole network with these level indices, (layers,)."""
-        return self.base_seconds + self.costs.total(choice)
+        return self.rest_seconds + self.costs.total(choice)
 
     @cached_property
     def dense_seconds(self) -> float:
@@ -106,7 +110,7 @@ class LatencyTable:
         Raises:
             NoSpeedup: more than the table allows; the message gives the highest reachable speedup.
         """
-        budget = self.dense_seconds / speedup - self.base_seconds
+        budget = self.dense_seconds / speedup - self.rest_seconds
         if speedup > self.highest_speedup:
             raise NoSpeedup(
                 f"a speedup of {speedup:g} can't be reached in {self.environment.runtime} at batch "
@@ -115,14 +119,26 @@ class LatencyTable:
             )
         return budget
 
+    def check_workload(self, graph: onnx.GraphProto, workload: Workload, name: str = "the latency table") -> None:
+        """Refuse this table for inputs of other shapes: a network of other work takes other times.
+
+        Args:
+            graph: of the network that the table is for.
+            workload: what it is to be used for.
+            name: of the table, for the message.
+        Raises:
+            ArtifactError: the inputs have other names, types or shapes than those that were measured with.
+        """
+        check_workload(name, self.workload, resolved(graph, workload))
+
     def break_even(self, layer: int) -> Level | None:
         """The level from which on this layer is faster than dense, whatever runs before it; None if there is none.
 
         Args:
             layer: its index.
         """
-        dense, after_dense = self.seconds[layer, 0], self.seconds[layer, 0] + self.entry[layer, 0]
-        faster = (self.seconds[layer] < dense) & (self.seconds[layer] + self.entry[layer] < after_dense)
+        dense, after_dense = self.seconds[layer, 0], self.seconds[layer, 0] + self.transition[layer, 0]
+        faster = (self.seconds[layer] < dense) & (self.seconds[layer] + self.transition[layer] < after_dense)
         slower = np.flatnonzero(~faster)  # the dense level is one of them
         return self.levels[slower[-1] + 1] if slower[-1] + 1 < len(self.levels) else None
 
@@ -147,14 +163,39 @@ class LatencyTable:
             ArtifactError: missing, damaged or of another version.
         """
         content: dict[str, Any] = read_json(path, "latency", VERSION)
+        try:
+            return cls._of(content)
+        except (LookupError, TypeError, ValueError) as exc:
+            raise ArtifactError(f"{path} is damaged ({exc!r}); measure it again") from exc
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> LatencyTable:
+        """The table that `save` wrote."""
         content |= {name: np.array(content[name], kind) for name, kind in ARRAYS.items()}
         content |= {
             "layers": tuple(content["layers"]),
             "levels": tuple(Level.parse(text) for text in content["levels"]),
             "kernels": tuple(tuple(row) for row in content["kernels"]),
-            "others": tuple((kernel, outputs, seconds) for kernel, outputs, seconds in content["others"]),
+            "rest": tuple((kernel, outputs, seconds) for kernel, outputs, seconds in content["rest"]),
             "dense": Measurement.from_json(content["dense"]),
             "prediction": content["prediction"] and Prediction(**content["prediction"]),
             "environment": Environment.from_json(content["environment"]),
         }
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+
+def check_workload(name: str, digest: str, workload: Workload) -> None:
+    """Refuse what was measured with inputs of other shapes.
+
+    Args:
+        name: of what was measured, for the message.
+        digest: `Workload.digest` that it was measured with.
+        workload: `resolved`, of this run.
+    Raises:
+        ArtifactError: the digests differ; the message gives the shapes of this run.
+    """
+    if digest != workload.digest:
+        raise ArtifactError(
+            f"{name} was measured with inputs of other shapes than this run's ({workload.shapes}): another sequence "
+            "length or image size, say; measure it again with this data"
+        )

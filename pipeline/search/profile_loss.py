@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_spdy.models import Suspended
+from onnx_spdy.pipeline.network import Weights
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.stitch import Stitcher
 
@@ -32,11 +33,11 @@ class ProfileLoss:
     Attributes:
         objective: the loss.
         log: what was run, in order.
-        images: samples that were run through the network for it, whole or from a later layer on.
+        samples_run: samples that were run through the network for it, whole or from a later layer on.
     """
 
     def __init__(self, stitcher: Stitcher, objective: Objective) -> None:
-        self.objective, self.images = objective, 0
+        self.objective, self.samples_run = objective, 0
         self.log: list[Score] = []
         self._stitcher = stitcher
         self._seen: dict[tuple[int, ...], list[float]] = {}  # loss of each batch, from the first on
@@ -91,7 +92,7 @@ class ProfileLoss:
     def _add(self, score: Score) -> None:
         self._seen.setdefault(score.choice, []).append(score.loss)
         self.log.append(score)
-        self.images += len(self.objective.batches[score.batch])
+        self.samples_run += len(self.objective.batches[score.batch])
 
     def _batches_for(self, samples: int | None) -> int:
         count, batches = 0, self.objective.batches
@@ -103,8 +104,7 @@ class ProfileLoss:
 
     def _run(self, choice: tuple[int, ...], number: int) -> float:
         levels = self._stitcher.database.levels
-        if not self._stitcher.stitch([levels[index] for index in choice]):
-            self._ran = [None] * len(self._ran)
+        weights = self._stitcher.weights([levels[index] for index in choice])
         ran, kept = self._ran[number], self._suspended[number]
         if ran is None:
             kept.clear()
@@ -114,15 +114,19 @@ class ProfileLoss:
         self._ran[number] = None  # in case the run fails
         start = max(kept, key=lambda one: one.step, default=None)
         if self._cuts is None:
-            loss = self._measure_cuts(number)
+            loss = self._measure_cuts(number, weights)
         else:
             loss = self.objective.of_batch(
-                number, start, kept.append, [cut for cut in self._cuts if start is None or cut > start.step]
+                number,
+                weights,
+                start,
+                kept.append,
+                [cut for cut in self._cuts if start is None or cut > start.step],
             )
         self._ran[number] = choice
         return loss
 
-    def _measure_cuts(self, number: int) -> float:
+    def _measure_cuts(self, number: int, weights: Weights) -> float:
         """Run a batch, and find out before which layers the runs of all batches can be kept in PREFIX_BYTES."""
         batches = self.objective.batches
         sizes: dict[int, int] = {}
@@ -130,7 +134,7 @@ class ProfileLoss:
         def keep(one: Suspended) -> None:
             sizes[one.step] = one.bytes
 
-        loss = self.objective.of_batch(number, keep=keep, keep_before=self._steps[1:])
+        loss = self.objective.of_batch(number, weights, keep=keep, keep_before=self._steps[1:])
         share = PREFIX_BYTES * len(batches[number]) / sum(map(len, batches))
         steps = sorted(step for step in sizes if sizes[step] <= share / 4)
         affordable = (steps[n - 1 :: n] for n in range(1, len(steps) + 1))

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from onnx_spdy.pipeline.artifact import arrays_sha256, check_same
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.loss import Loss
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.progress import Listen, Progress, ignore, never
 from onnx_spdy.pipeline.search.methods import (
     CONTINUING,
-    DEFAULT_SEARCH,
     SearchProblem,
     SearchResult,
     Seen,
     search_named,
 )
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.search.state import SearchState
 from onnx_spdy.pipeline.stitch import Stitcher
 
-SEARCH_SAMPLES = 512
-AIM_SHARE = 8  # times the selection samples: how many images aiming anew may take
+ADJUSTING_SHARE = 8  # times the selection samples: how many may be run to adjust a profile to another speedup
+SAME_LOSS = 0.01  # relative: what the same profile may differ by from one process to the next
 SELECTION_SHARE = 0.75  # of the calibration samples, at most: the others are held out
-
-Progress = Callable[[float, int, int], None]  # (best loss so far, evaluations done, evaluations at least to come)
-Listen = Callable[[], AbstractContextManager[Callable[[], bool]]]  # listens for the user's wish to stop
-
-
-@contextlib.contextmanager
-def never() -> Iterator[Callable[[], bool]]:
-    """Nobody wishes to stop."""
-    yield lambda: False
 
 
 class ProfileSearch:
@@ -50,19 +40,17 @@ class ProfileSearch:
 
     Args:
         network, table, database: what the profile is for.
-        samples: calibration samples; a random `search_samples` of them score the profiles, as many others are held
+        samples: calibration samples; a random `settings.samples` of them score the profiles, as many others are held
             out and tell what the profiles are worth on samples that they weren't selected by.
-        loss: see `Objective`.
-        search: a name of SEARCHES.
-        search_samples: how many samples score a profile; at most three quarters of all.
-        seed: of everything random.
-        time_limit_seconds: of one search, which then takes the best profile so far.
-        image_limit: samples that one search may run through the network; None for what it finds worthwhile.
+        settings: how to search.
         state: file that keeps every score, so that a search that was stopped continues; None keeps none.
-        progress: called after each evaluation.
+        progress: called after each evaluation with (done, at least in all, note).
         listen: a context that a search runs in; what it gives says whether the user asked to stop.
+    Attributes:
+        best_loss: of the search that runs, so far.
     Raises:
-        ArtifactError: the database was made for another network or other levels.
+        ArtifactError: the database was made for another network or other levels, or the table was measured with inputs
+            of other shapes than the samples.
     """
 
     def __init__(
@@ -71,15 +59,10 @@ class ProfileSearch:
         table: LatencyTable,
         database: LayerDatabase,
         samples: Samples,
+        settings: SearchSettings,
         *,
-        loss: str | Loss | None = None,
-        search: str = DEFAULT_SEARCH,
-        search_samples: int = SEARCH_SAMPLES,
-        seed: int = 0,
-        time_limit_seconds: float | None = None,
-        image_limit: int | None = None,
         state: Path | None = None,
-        progress: Progress = lambda loss, done, left: None,
+        progress: Progress = ignore,
         listen: Listen = never,
     ) -> None:
         check_same(
@@ -87,42 +70,49 @@ class ProfileSearch:
             {
                 "layers": ([*table.layers], [layer.name for layer in network.layers]),
                 "model_sha256": (database.made_from["model_sha256"], network.sha256),
+                "latency table's model_sha256": (table.model_sha256, network.sha256),
                 "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
             },
         )
+        table.check_workload(network.model.graph, workload_of(samples, table.environment.batch))
         self._network, self._table, self._database = network, table, database
-        self._search, self._seed, self._limit, self._image_limit = search, seed, time_limit_seconds, image_limit
-        self._progress, self._listen = progress, listen
-        selection, held_out = split(samples, search_samples, seed)
-        stitcher = Stitcher(network, database)
-        self._score = ProfileLoss(stitcher, Objective(network, selection, loss))
-        self._held_out = ProfileLoss(stitcher, Objective(network, held_out, loss)) if held_out else None
+        self._settings, self._progress, self._listen = settings, progress, listen
+        self.best_loss = math.inf
+        selection, held_out = split(samples, settings.samples, settings.seed)
+        self._stitcher = stitcher = Stitcher(network, database)
+        self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss))
+        self._held_out = ProfileLoss(stitcher, Objective(network, held_out, settings.loss)) if held_out else None
         self._names = [layer.name for layer in network.layers]
         self._made_from = {
             "model_sha256": network.sha256,
             "table_sha256": arrays_sha256(
                 {
                     "seconds": table.seconds,
-                    "entry": table.entry,
-                    "before": table.before,
+                    "transition": table.transition,
+                    "predecessor": table.predecessor,
                     "sparse": table.sparse,
-                    "base": np.array(table.base_seconds),
+                    "rest_seconds": np.array(table.rest_seconds),
                 }
             ),
             "data_sha256": samples.sha256,
             "database_data_sha256": database.made_from["data_sha256"],
             "pruner": database.made_from["pruner"],
-            "search_samples": str(search_samples),
-            "time_limit_seconds": str(time_limit_seconds),
-            "image_limit": str(image_limit),
+            "search_samples": str(settings.samples),
+            "time_limit_seconds": str(settings.time_limit_seconds),
+            "sample_limit": str(settings.sample_limit),
         }
-        scored_by = {"search": search, "seed": str(seed), "loss": self._score.objective.name, **self._made_from}
+        scored_by = {
+            "search": settings.method,
+            "seed": str(settings.seed),
+            "loss": self._score.objective.name,
+            **self._made_from,
+        }
         self._state = SearchState(state, scored_by)
 
     @property
-    def images(self) -> int:
+    def samples_run(self) -> int:
         """Samples that were run through the network so far to score profiles."""
-        return self._score.images
+        return self._score.samples_run
 
     def find(self, speedup: float) -> Profile:
         """Search the profile for a speedup by the table.
@@ -132,28 +122,31 @@ class ProfileSearch:
         """
         self._table.budget(speedup)
         spent = self._state.resume(self._score, speedup)
-        evaluations, images = self._score.evaluations, self._score.images
+        evaluations, samples_run = self._score.evaluations, self._score.samples_run
+        self.best_loss = math.inf
         start = time.monotonic() - spent
         with self._listen() as wants_to_stop:
 
             def ended() -> str:
                 if wants_to_stop():
                     return "interrupted"
-                too_late = self._limit is not None and time.monotonic() - start > self._limit
+                limit = self._settings.time_limit_seconds
+                too_late = limit is not None and time.monotonic() - start > limit
                 return "time limit" if too_late else "finished"
 
-            def progress(loss: float, done: int, left: int) -> None:
-                self._progress(loss, done, left)
+            def tell(loss: float, done: int, left: int) -> None:
+                self.best_loss = loss
+                self._progress(done, done + left, f"loss {loss:.5f}")
                 self._state.keep(self._score, speedup, time.monotonic() - start)
 
-            problem = self._problem(speedup, progress, lambda: ended() != "finished", self._state.learned(speedup))
+            problem = self._problem(speedup, tell, lambda: ended() != "finished", self._state.learned(speedup))
             try:
-                result = search_named(self._search)(problem)
+                result = search_named(self._settings.method)(problem)
                 if result.errors is not None:
                     self._state.finish(speedup, self._score, _rounded(result.errors))
             finally:
                 self._state.keep(self._score, speedup, time.monotonic() - start, now=True)
-            counts = self._score.evaluations - evaluations, self._score.images - images
+            counts = self._score.evaluations - evaluations, self._score.samples_run - samples_run
             return self._profile(result, speedup, speedup, ended(), counts)
 
     def find_or_load(self, speedup: float, path: Path) -> Profile:
@@ -164,15 +157,26 @@ class ProfileSearch:
         """
         if path.exists():
             kept = Profile.load(path)
-            question = (speedup, self._search, self._seed, self._score.objective.name, self._made_from)
+            settings = self._settings
+            question = (speedup, settings.method, settings.seed, self._score.objective.name, self._made_from)
             is_same = (kept.target_speedup, kept.search, kept.seed, kept.loss_name, kept.made_from) == question
-            if is_same and kept.ended != "interrupted":
+            if is_same and kept.ended != "interrupted" and self._is_right(kept):
                 return kept
         profile = self.find(speedup)
         profile.save(path)
         return profile
 
-    def aim(self, profile: Profile, speedup: float) -> Profile:
+    def _is_right(self, kept: Profile) -> bool:
+        """Whether a profile from a file has the loss and the time that it says it has, by the network and the table."""
+        levels = [*kept.levels.values()]
+        choice = [self._table.levels.index(level) if level in self._table.levels else -1 for level in levels]
+        if [*kept.levels] != self._names or -1 in choice:
+            return False
+        loss = self._score.objective(self._stitcher.weights(levels))  # really run, whatever was scored before
+        found = loss, self._table.predict(choice)
+        return bool(np.allclose(found, (kept.loss, kept.predicted_seconds), rtol=SAME_LOSS, atol=1e-12))
+
+    def adjusted(self, profile: Profile, speedup: float) -> Profile:
         """The profile for another speedup by the table, for the same target, with what the search has learned.
 
         A search that goes on from what was scored before does so, briefly; otherwise it is the solution for the errors
@@ -186,24 +190,24 @@ class ProfileSearch:
         self._state.recall(self._score)
         problem = self._problem(speedup)
         if profile.errors is None:
-            result = search_named(self._search)(problem)
+            result = search_named(self._settings.method)(problem)
         else:
             errors = np.array(profile.errors)
             candidates = [SearchResult(problem.solve(errors), errors)]
-            if self._search in CONTINUING and profile.ended == "finished":
-                short = replace(problem, learned=[errors], image_limit=AIM_SHARE * problem.stages[-1])
-                candidates.append(search_named(self._search)(short))
+            if self._settings.method in CONTINUING and profile.ended == "finished":
+                short = replace(problem, learned=[errors], sample_limit=ADJUSTING_SHARE * problem.stages[-1])
+                candidates.append(search_named(self._settings.method)(short))
             known = np.array([self._table.levels.index(level) for level in profile.levels.values()])
             if problem.is_feasible(known):
                 candidates.append(SearchResult(known, errors))
             result = min(candidates, key=lambda one: self._score(one.choice))
-        counts = profile.evaluations, profile.images
+        counts = profile.evaluations, profile.samples_run
         return self._profile(result, profile.target_speedup, speedup, profile.ended, counts)
 
     def _problem(
         self,
         speedup: float,
-        progress: Progress = lambda loss, done, left: None,
+        tell: Callable[[float, int, int], None] = lambda loss, done, left: None,
         is_over: Callable[[], bool] = lambda: False,
         learned: Sequence[np.ndarray] = (),
     ) -> SearchProblem:
@@ -215,32 +219,34 @@ class ProfileSearch:
             budget_seconds=self._table.budget(speedup),
             loss=self._score,
             magnitudes=lambda index: network.dense(network.layers[index].weight).abs().numpy(),
-            rng=np.random.default_rng(self._seed),
+            rng=np.random.default_rng(self._settings.seed),
             stages=self._score.objective.stages,
             seen=[Seen(*one) for one in self._score.known],
             learned=learned,
-            images=lambda: self._score.images,
-            image_limit=self._image_limit,
-            progress=progress,
+            samples_run=lambda: self._score.samples_run,
+            sample_limit=self._settings.sample_limit,
+            tell=tell,
             is_over=is_over,
         )
 
-    def _profile(self, result: SearchResult, target: float, aim: float, ended: str, counts: tuple[int, int]) -> Profile:
+    def _profile(
+        self, result: SearchResult, target: float, table_target: float, ended: str, counts: tuple[int, int]
+    ) -> Profile:
         predicted = self._table.predict(result.choice)
         return Profile(
             levels={name: self._table.levels[index] for name, index in zip(self._names, result.choice, strict=True)},
             target_speedup=target,
-            aim_speedup=aim,
+            table_target=table_target,
             predicted_seconds=predicted,
             predicted_speedup=self._table.dense_seconds / predicted,
             loss=self._score(result.choice),
             loss_name=self._score.objective.name,
             held_out_loss=None if self._held_out is None else self._held_out(result.choice),
-            search=self._search,
+            search=self._settings.method,
             evaluations=counts[0],
-            images=counts[1],
+            samples_run=counts[1],
             ended=ended,
-            seed=self._seed,
+            seed=self._settings.seed,
             errors=None if result.errors is None else _rounded(result.errors),
             made_from=self._made_from,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss, Score
 
 VERSION = 1
@@ -32,10 +32,11 @@ class SearchState:
         self._saved = 0.0
         if path is not None and path.exists():
             content = read_json(path, "search", VERSION)
-            if content["question"] == self._question:
-                self._began, self._seconds = content["began"], content["seconds"]
-                self._results = content["results"]
-                self._log = [Score(tuple(choice), batch, loss) for choice, batch, loss in content["log"]]
+            with fields_of(path):
+                if content["question"] == self._question:
+                    self._began, self._seconds = content["began"], content["seconds"]
+                    self._results = content["results"]
+                    self._log = [Score(tuple(choice), batch, loss) for choice, batch, loss in content["log"]]
 
     def resume(self, score: ProfileLoss, speedup: float) -> float:
         """Bring `score` to where the search for a speedup began, now or in an earlier process.

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from onnx_spdy.pipeline.artifact import ArtifactError, check_same, replacing
+from onnx_spdy.pipeline.artifact import ArtifactError, arrays_sha256, check_same, replacing
 
-VERSION = 1
+VERSION = 2
 
 
 class Checkpoint:
@@ -39,16 +39,23 @@ class Checkpoint:
 
     def write(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Replace the file."""
-        header = {"format": "onnx_spdy.training", "version": VERSION, "made_from": self.made_from, **numbers}
+        contiguous = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        header = {
+            "format": "onnx_spdy.training", "version": VERSION, "made_from": self.made_from,
+            "tensors_sha256": _sha256(contiguous), **numbers,
+        }  # fmt: skip
         with replacing(self.path) as temporary:
-            contiguous = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
             save_file(contiguous, temporary, metadata={"training": json.dumps(header)})
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Raises ArtifactError: see `check`."""
         self.check()
+        header = self._header()
         with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, self._header()  # noqa: SIM118  # no iterator
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no iterator
+        if _sha256(tensors) != header.get("tensors_sha256"):
+            raise ArtifactError(f"{self.path} is not as it was written: its checksum differs; delete it to start again")
+        return tensors, header
 
     def _header(self) -> dict[str, Any]:
         try:
@@ -59,3 +66,7 @@ class Checkpoint:
         if (header.get("format"), header.get("version")) != ("onnx_spdy.training", VERSION):
             raise ArtifactError(f"{self.path} is no checkpoint of a training of version {VERSION}; delete it")
         return header
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    return arrays_sha256({name: value.numpy(force=True) for name, value in tensors.items()})

@@ -20,7 +20,7 @@ class Capture:
     """Runs a network and returns the outputs of some of its layers beside its own, zero at padding. A context manager.
 
     Args:
-        network: with whatever weights it has when it runs.
+        network: with the weights that its graph holds: it may be in training.
         layers: those whose outputs are wanted, under the names of their output tensors.
     """
 
@@ -42,7 +42,7 @@ class Capture:
     def __call__(self, batch: Samples) -> dict[str, torch.Tensor]:
         """Tensor name -> value; in bfloat16 where the CPU multiplies it itself."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
-            outputs = self._network.run(batch)
+            outputs = self._network.forward(batch)
         padding = Padding(batch.inputs)
         found = {name: padding.zeroed(values) for name, values in self._found.items()} | outputs
         self._found.clear()
@@ -59,7 +59,7 @@ class DenseOutputs:
     """What the dense network computes for samples.
 
     Args:
-        network: whose dense weights count, whatever it has now; it isn't touched.
+        network: the dense one is a copy of its own, so that this one may be in training.
         samples: all that will be asked for.
         layers: whose outputs are wanted beside the network's.
         cache_bytes: outputs are kept if those of all samples fit in so much memory; otherwise each is computed
@@ -70,7 +70,7 @@ class DenseOutputs:
         self, network: Network, samples: Samples, layers: Sequence[Layer] = (), cache_bytes: int = CACHE_BYTES
     ) -> None:
         self._samples, self._limit = samples, cache_bytes
-        self._capture = Capture(Network(network.model), layers)
+        self._capture = Capture(Network(network.prepared), layers)
         self._cache: dict[str, torch.Tensor] | None = None
         self._known = np.zeros(len(samples), bool)
         self._fits: bool | None = None

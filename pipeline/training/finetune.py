@@ -9,7 +9,7 @@ Source: Hinton, Vinyals & Dean (2015) for distillation; Zhu & Gupta (2017) for g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +17,21 @@ import numpy as np
 import onnx
 import torch
 
-from onnx_spdy.models import changed_initializers, differences, model_sha256, to_canonical, write_weights
+from onnx_spdy.models import Prepared, changed_initializers, differences, model_sha256, to_canonical, write_weights
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept, level_violation
+from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.loss import cross_entropy, default_loss, distillation_loss
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.mask import level_violation
+from onnx_spdy.pipeline.network import Network, Weights
+from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
 from onnx_spdy.pipeline.training.repair import FixedMasks
-from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Trainer, Training
+from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Pruning, Trainer, Training
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 EPOCHS = 10
 RATE = 0.01
@@ -36,7 +39,7 @@ CORRECTION_SAMPLES = 64  # each of the `UPDATES` corrections is a forward pass o
 PRUNING_SHARE = 0.5  # of a gradual training; the rest of it heals
 
 
-class FinetuneError(ValueError):
+class FinetuneError(OnnxSpdyError, ValueError):
     """The pruned network doesn't belong to the dense one."""
 
 
@@ -62,15 +65,22 @@ class GradualMasks:
     without it what a mask takes away shifts all later layers, which costs epochs to learn again.
 
     Args:
-        network: with the weights to start from.
+        network: in training; see `Network.trainable`.
+        parameters: weights and biases of all its layers.
         levels: layer name -> level.
         correction: towards the dense network, or None.
     """
 
-    def __init__(self, network: Network, levels: Mapping[str, Level], correction: StatisticsCorrection | None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        parameters: Mapping[str, torch.nn.Parameter],
+        levels: Mapping[str, Level],
+        correction: StatisticsCorrection | None,
+    ) -> None:
         self._pruning = GradualPruning(network.graph, network.model, levels, steps=UPDATES)
         self._layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
-        self._correction = correction
+        self._parameters, self._correction = parameters, correction
         self._updates = 0
 
     @property
@@ -83,7 +93,7 @@ class GradualMasks:
             self._updates = due
             self._pruning.prune_to(due / UPDATES)
             if self._correction:
-                self._correction.apply(self._layers)
+                self._correct(self._correction)
         else:
             self._pruning.keep()
 
@@ -91,13 +101,18 @@ class GradualMasks:
         self._updates = _due(fraction)
         self._pruning.resume(self._updates)
 
+    def _correct(self, correction: StatisticsCorrection) -> None:
+        weights = {name: values.detach().clone() for name, values in self._parameters.items()}
+        for name, values in correction.apply(weights, self._layers).items():
+            self._parameters[name].data.copy_(values)
+
 
 def _due(fraction: float) -> int:
     return min(UPDATES, int(fraction / PRUNING_SHARE * UPDATES))
 
 
 def finetune(
-    dense: onnx.ModelProto,
+    dense: Prepared,
     pruned: onnx.ModelProto,
     samples: Samples,
     *,
@@ -108,7 +123,7 @@ def finetune(
     seed: int = 0,
     time_limit_seconds: float | None = None,
     checkpoint: Path | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = ignore,
 ) -> Finetuned:
     """Train a pruned network.
 
@@ -125,33 +140,36 @@ def finetune(
         ArtifactError: the checkpoint is of another training.
     """
     network = Network(dense)
-    names = _trained(network)
-    correction = None if levels is None else _correction(network, samples)
-    _start_from(network, dense, pruned, names)
+    start = _start(network, pruned)
     saved = None
     if checkpoint:
         settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
         target = None if levels is None else {name: str(level) for name, level in levels.items()}
-        made_from = {"dense": model_sha256(dense), "pruned": model_sha256(pruned), "data": samples.sha256}
+        made_from = {"dense": dense.sha256, "pruned": model_sha256(pruned), "data": samples.sha256}
         saved = Checkpoint(checkpoint, {**made_from, "levels": target, **settings})
         saved.check()
     outputs = DenseOutputs(network, samples)
     labels = _has_labels(network, samples, outputs)
-    training = Trainer(
-        network, names, samples, outputs, _criterion(labels),
-        FixedMasks(network, network.layers) if levels is None else GradualMasks(network, levels, correction),
-        epochs=epochs, rate=rate, batch=batch, seed=seed,
-        time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
-    ).run()  # fmt: skip
-    trained = write_weights(dense, {name: network.get(name).numpy(force=True) for name in names})
+    correction = None if levels is None else _correction(network, samples)
+    with network.trainable([*start], start) as parameters:
+        if levels is None:
+            masks: Pruning = FixedMasks({layer.weight: parameters[layer.weight] for layer in network.layers})
+        else:
+            masks = GradualMasks(network, parameters, levels, correction)
+        training, weights = Trainer(
+            network, parameters, samples, outputs, _criterion(labels), masks,
+            epochs=epochs, rate=rate, batch=batch, seed=seed,
+            time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
+        ).run()  # fmt: skip
+    trained = write_weights(dense.proto, {name: values.numpy(force=True) for name, values in weights.items()})
     check_zeros_kept(pruned, trained)
     if levels is not None:
-        _check_levels(network, levels)
+        _check_levels(network, weights, levels)
     return Finetuned(trained, training, "the dense network and labels" if labels else "the dense network")
 
 
 def _correction(network: Network, samples: Samples) -> StatisticsCorrection:
-    """On few samples, while the network has its dense weights."""
+    """On few samples."""
     return StatisticsCorrection(network, samples.take(slice(0, max(CORRECTION_SAMPLES, network.batch_size(1)))))
 
 
@@ -163,14 +181,15 @@ def _trained(network: Network) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def _start_from(network: Network, dense: onnx.ModelProto, pruned: onnx.ModelProto, names: list[str]) -> None:
-    if found := differences(dense, pruned):
+def _start(network: Network, pruned: onnx.ModelProto) -> Weights:
+    """The pruned network's values of everything that is trained."""
+    names = _trained(network)
+    if found := differences(network.model, pruned):
         raise FinetuneError(f"the pruned graph differs from the dense one: {found[0]}; give the dense.onnx of its run")
-    if other := set(changed_initializers(dense, pruned)) - set(names):
+    if other := set(changed_initializers(network.model, pruned)) - set(names):
         raise FinetuneError(f"initializer {min(other)!r} of the pruned network differs, and belongs to no layer")
-    values = {tensor.name: tensor for tensor in pruned.graph.initializer}
-    for name in names:
-        network.set(name, torch.from_numpy(onnx.numpy_helper.to_array(values[name]).copy()))
+    stored = {tensor.name: tensor for tensor in pruned.graph.initializer}
+    return {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).copy()) for name in names}
 
 
 def _has_labels(network: Network, samples: Samples, outputs: DenseOutputs) -> bool:
@@ -193,8 +212,8 @@ def _criterion(labels: bool) -> Criterion:
     return criterion
 
 
-def _check_levels(network: Network, levels: Mapping[str, Level]) -> None:
+def _check_levels(network: Network, weights: Weights, levels: Mapping[str, Level]) -> None:
     for layer in network.layers:
-        weight = to_canonical(layer, network.get(layer.weight)).numpy(force=True)
+        weight = to_canonical(layer, weights[layer.weight])
         if layer.name in levels and (problem := level_violation(weight, levels[layer.name])):
             raise DeployError(f"layer {layer.name!r} is not {levels[layer.name]}: {problem}")

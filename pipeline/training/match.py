@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from onnx_spdy.models import Layer, find_layers, to_canonical
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 TOLERANCE = 1e-4  # 1 - cosine of two rows that are called equal up to a factor
 
 
-class ParameterMismatch(ValueError):
+class ParameterMismatch(OnnxSpdyError, ValueError):
     """A layer of the network can't be found, or not for certain, among the parameters of the module."""
 
 

@@ -12,20 +12,22 @@ Source: Frantar & Alistarh, SPDY (ICML 2022), section 3.3 (global AdaPrune).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.artifact import arrays_sha256
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import relative_squared_error
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import Network, PrunedNetwork
+from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import KeptZeros
 from onnx_spdy.pipeline.training.trainer import BATCH, Trainer, Training
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 NO_REPAIR = "none"
 REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
@@ -35,17 +37,21 @@ MOST_EPOCHS = 50
 RATE = 0.01
 
 
-class UnknownRepair(ValueError):
+class UnknownRepair(OnnxSpdyError, ValueError):
     """No repair of that name."""
 
 
 class FixedMasks:
-    """Keeps a network's zeros while it is trained."""
+    """Keeps the zeros that parameters have now while they are trained.
+
+    Args:
+        parameters: initializer -> parameter, of weights.
+    """
 
     finished = True
 
-    def __init__(self, network: Network, layers: Sequence[Layer]) -> None:
-        self._parameters = {layer.weight: network.parameter(layer.weight) for layer in layers}
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
         self._kept = KeptZeros(self._parameters)
 
     def step(self, fraction: float) -> None:
@@ -63,7 +69,7 @@ def check_repair(name: str) -> None:
 
 def repair(
     network: Network,
-    layers: Sequence[Layer],
+    pruned: PrunedNetwork,
     samples: Samples,
     *,
     epochs: int | None = None,
@@ -72,38 +78,48 @@ def repair(
     seed: int = 0,
     time_limit_seconds: float | None = None,
     checkpoint: Path | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Training:
-    """Repair a pruned network in place; zeros stay exactly zero, so its speed stays what it is.
+    progress: Progress = ignore,
+) -> tuple[PrunedNetwork, Training | None]:
+    """Repair a pruned network; zeros stay exactly zero, so its speed stays what it is.
 
     Args:
-        network: stitched to its profile.
-        layers: the pruned ones, whose weights and biases are trained.
+        network: the dense network.
+        pruned: what to start from; weights and biases of its pruned layers are trained.
         samples: calibration samples, at least 2.
         epochs: at most; by default as many as make `STEPS` steps, and at most `MOST_EPOCHS`.
         rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
         checkpoint: file from which a stopped repair goes on; one of another network or profile is replaced.
     Returns:
-        The mean relative squared error on held-out samples before and after.
+        The repaired network, and the mean relative squared error on held-out samples before and after; where nothing
+        is pruned the same network, and None.
     """
+    layers = pruned.pruned_layers(network)
+    if not layers:
+        return pruned, None
     epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
     names = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
     saved = None
     if checkpoint:
-        saved = Checkpoint(
-            checkpoint,
-            _made_from(network, names, samples) | {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed},
-        )
+        start = {name: network.values(name, pruned.weights).numpy(force=True) for name in names}
+        made_from = {
+            "model_sha256": network.sha256,
+            "weights_sha256": arrays_sha256(start),
+            "data_sha256": samples.sha256,
+        }
+        settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
+        saved = Checkpoint(checkpoint, made_from | settings)
         if not saved.belongs():
             checkpoint.unlink(missing_ok=True)
-    training = Trainer(
-        network, names, samples, DenseOutputs(network, samples, layers), _layer_errors, FixedMasks(network, layers),
-        layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
-        time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
-    ).run()  # fmt: skip
+    with network.trainable(names, pruned.weights) as parameters:
+        masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in layers})
+        training, weights = Trainer(
+            network, parameters, samples, DenseOutputs(network, samples, layers), _layer_errors, masks,
+            layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
+            time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
+        ).run()  # fmt: skip
     if training.interrupted:  # the stages after it would run on
         raise KeyboardInterrupt
-    return training
+    return replace(pruned, weights={**pruned.weights, **weights}), training
 
 
 def _layer_errors(
@@ -111,12 +127,3 @@ def _layer_errors(
 ) -> torch.Tensor:
     """Mean relative squared error of the layers' outputs and the network's."""
     return relative_squared_error(outputs, dense)
-
-
-def _made_from(network: Network, names: Sequence[str], samples: Samples) -> dict[str, str]:
-    weights = {name: network.get(name).numpy(force=True) for name in names}
-    return {
-        "model_sha256": network.sha256,
-        "weights_sha256": arrays_sha256(weights),
-        "data_sha256": samples.sha256,
-    }

@@ -18,9 +18,11 @@ import torch
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import DataError, Samples
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import Network, Weights
+from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import Capture, DenseOutputs
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 Outputs = Mapping[str, torch.Tensor]
 Criterion = Callable[[Outputs, Outputs, torch.Tensor | None], torch.Tensor]  # (outputs, dense outputs, target) -> mean
@@ -100,8 +102,8 @@ class Trainer:
     """One training of a network.
 
     Args:
-        network: with the weights to start from.
-        names: the initializers that are trained.
+        network: what is trained; see `Network.trainable`.
+        parameters: its weights and biases that are trained, with the values to start from.
         samples: of which a part is held out.
         dense: the dense network's outputs for these samples.
         criterion: what is minimised, of the network's outputs, the dense ones and the target; mean over samples.
@@ -121,7 +123,7 @@ class Trainer:
     def __init__(
         self,
         network: Network,
-        names: Sequence[str],
+        parameters: Mapping[str, torch.nn.Parameter],
         samples: Samples,
         dense: DenseOutputs,
         criterion: Criterion,
@@ -135,15 +137,15 @@ class Trainer:
         retreat: bool = False,
         time_limit_seconds: float | None = None,
         checkpoint: Checkpoint | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress = ignore,
     ) -> None:
         self.network, self.samples, self.dense = network, samples, dense
         self.criterion, self.pruning = criterion, pruning
-        self.parameters = {name: network.parameter(name) for name in names}
+        self.parameters = parameters
         self.layers, self.epochs, self.batch, self.seed = layers, epochs, batch, seed
         self.retreat = retreat
         self.limit, self.checkpoint = time_limit_seconds, checkpoint
-        self.progress = progress or (lambda done, total, note: None)
+        self.progress = progress
         self.train_index, self.held_index = split(samples, seed)
         self.steps = epochs * math.ceil(len(self.train_index) / batch)
         self.rates = [rate * _size(values) for values in self.parameters.values()]
@@ -151,8 +153,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
         self.state = _State()
 
-    def run(self) -> Training:
-        """Train; the network ends with the best state."""
+    def run(self) -> tuple[Training, Weights]:
+        """Train; the weights are those of the best state."""
         for values in self.parameters.values():
             values.requires_grad_(True)
         try:
@@ -165,7 +167,8 @@ class Trainer:
             self._finish()
         state = self.state
         stopped = state.stopped or f"interrupted after {state.epoch} epochs"
-        return Training(state.before, state.best, state.epoch, len(self.held_index), stopped, not state.stopped)
+        training = Training(state.before, state.best, state.epoch, len(self.held_index), stopped, not state.stopped)
+        return training, {name: values.detach().clone() for name, values in self.parameters.items()}
 
     def _epochs(self, capture: Capture) -> None:
         state = self.state
@@ -274,7 +277,7 @@ class Trainer:
 
     def _finish(self) -> None:
         for name, values in self.state.best_values.items():
-            self.network.set(name, values)
+            self.parameters[name].data.copy_(values)
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -297,8 +300,8 @@ class Trainer:
         self.state.best_values = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
         if self.state.stopped:
             return
-        for name in self.parameters:
-            self.network.set(name, tensors[f"now/{name}"])
+        for name, values in self.parameters.items():
+            values.data.copy_(tensors[f"now/{name}"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
@@ -308,7 +311,7 @@ class Trainer:
         self.pruning.resume(self._fraction(self.state.elapsed_seconds))
 
 
-class TrainingDiverged(ValueError):
+class TrainingDiverged(OnnxSpdyError, ValueError):
     """The loss is no finite number, and there is no earlier state to keep."""
 
 

@@ -29,7 +29,8 @@ from ..opset import lower_versions
 from ..worker.loop import PROTOCOL, decode_array, encode_array
 from ..worker.process import WorkerProcess, WorkerSession
 from ..worker.uv_command import find_uv
-from .graph import say_in_older_words
+from ..workload import Workload
+from .graph import decompose_unsupported
 from .log import fallback_reasons
 
 LICENCE_NOTE = (
@@ -40,7 +41,7 @@ PYTHON_VARIABLE = "ONNX_SPDY_DEEPSPARSE_PYTHON"
 WORKER = Path(__file__).with_name("worker.py")
 MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 MAX_OPSET, MAX_IR_VERSION = 19, 9
-COPY_ROWS = 2  # of the inputs and outputs: the only "Naive Subgraph" rows of a fully optimised network
+INPUT_OUTPUT_ROWS = 2  # of the inputs and outputs: the only "Naive Subgraph" rows of a fully optimised network
 
 _SOURCE_LOCATION = re.compile(r"(NM: error: )|(/\S+\.(cc|cpp|h|hpp):\d+ .*\) )|(\bwas false\. )")
 _ORDINAL = re.compile(r"[_ ]\d+$")
@@ -85,19 +86,15 @@ class DeepSparse(WatchesLoad):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> DeepSparseSession:
         """See `Runtime.open`."""
-        fixed, _ = _engine_copy(Path(model), batch, inputs, zeros)
+        fixed, _ = _engine_copy(Path(model), workload, zeros)
         worker = self.worker()
-        opened = self._ask_with(
-            worker, fixed, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
-        )  # fmt: skip
+        opened = self._ask_with(worker, fixed, "open", workload, zeros=dict(zeros or {}), seed=seed)
         if opened["inputs"] != list(fixed.inputs):
             raise ModelRefused(f"deepsparse takes inputs {opened['inputs']}, the graph has {list(fixed.inputs)}")
         environment = Environment(
@@ -108,22 +105,20 @@ class DeepSparse(WatchesLoad):
             instruction_set=self._hello["instruction_set"],
             cores=self._hello["cores"],
             threads=opened["threads"],
-            batch=batch,
+            batch=workload.batch,
             host=self._hello["host"],
             options=tuple(sorted(self._hello["options"].items())),
         )
-        fallback = None if opened["supported"] >= 1 else self._explain(opened["supported"], fixed, batch, threads)
+        fallback = None if opened["supported"] >= 1 else self._explain(opened["supported"], fixed, workload)
         return DeepSparseSession(self, worker, opened, environment, fixed, fallback)
 
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
@@ -133,9 +128,9 @@ class DeepSparse(WatchesLoad):
         Rows of merged layers don't tell their kernels (sparse=False, kernel_sparsity=None).
         """
         check_iterations(iterations)
-        fixed, tensors = _engine_copy(Path(model), batch, inputs, zeros)
+        fixed, tensors = _engine_copy(Path(model), workload, zeros)
         answer = self._ask_with(
-            self.worker(), fixed, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
+            self.worker(), fixed, "layers", workload, iterations=iterations, warmup=warmup,
             zeros=dict(zeros or {}), seed=seed, optimization_level=int(merged),
         )  # fmt: skip
         return _layer_times(fixed, tensors, answer["rows"])
@@ -195,20 +190,20 @@ class DeepSparse(WatchesLoad):
         )
 
     def _ask_with(
-        self, worker: WorkerProcess, fixed: FixedModel, op: str, *, threads: int | None, **fields: Any
+        self, worker: WorkerProcess, fixed: FixedModel, op: str, workload: Workload, **fields: Any
     ) -> dict[str, Any]:
         """A request about a model, which the worker is given unless it has it already."""
-        host.threads_or_cores(threads)  # None stays None: the worker counts the cores of its own machine
-        model, inputs = worker.supply(
-            fixed.to_bytes(), fixed.inputs.values(), timeout_seconds=self._request_seconds
+        model, inputs = worker.supply(fixed.to_bytes(), fixed.inputs.values(), timeout_seconds=self._request_seconds)
+        # Where `threads` is None the worker counts the cores.
+        return self.ask(
+            worker, op, model=model, inputs=inputs, batch=workload.batch, threads=workload.threads, **fields
         )  # fmt: skip
-        return self.ask(worker, op, model=model, inputs=inputs, threads=threads, **fields)
 
-    def _explain(self, supported: float, fixed: FixedModel, batch: int, threads: int | None) -> str:
+    def _explain(self, supported: float, fixed: FixedModel, workload: Workload) -> str:
         """Open the model once more in a worker that logs its reasons: the level is read at import only."""
         worker, _ = self._start(["--diagnose"])
         with worker:
-            self._ask_with(worker, fixed, "open", batch=batch, threads=threads, zeros={}, seed=0)
+            self._ask_with(worker, fixed, "open", workload, zeros={}, seed=0)
         reasons = "; ".join(fallback_reasons(worker.stderr_lines)) or "the engine gives no reason"
         return f"only {supported:.0%} of the operators run optimised, ONNX Runtime runs the rest: {reasons}"
 
@@ -249,16 +244,14 @@ def check_machine() -> None:
         raise RuntimeUnavailable(f"deepsparse needs a CPU with AVX2, this one has {found}; measure on another machine")
 
 
-def _engine_copy(
-    path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None
-) -> tuple[FixedModel, set[str]]:
+def _engine_copy(path: Path, workload: Workload, zeros: Mapping[str, float] | None) -> tuple[FixedModel, set[str]]:
     """The model as the worker gets it, ready for zeros, which are drawn there; and the tensors that nodes of the file
     make: the copy has some of its own.
     """
-    fixed = fix_model(path, batch, inputs)
+    fixed = fix_model(path, workload)
     tensors = {output for node in fixed.proto.graph.node for output in node.output}
     prepare_zeros(fixed.proto.graph, zeros)
-    say_in_older_words(fixed.proto)
+    decompose_unsupported(fixed.proto)
     lower_versions(fixed.proto, opset=MAX_OPSET, ir_version=MAX_IR_VERSION, engine="deepsparse")
     return fixed, tensors
 
@@ -274,7 +267,7 @@ def _layer_times(fixed: FixedModel, tensors: set[str], rows: list[dict[str, Any]
     known = {output for node in fixed.proto.graph.node for output in node.output}
     anchors = [tuple(name for name in row["canonical_name"].split(",") if name in known) for row in rows]
     outputs = anchors
-    if sum(row["name"].startswith("Naive Subgraph") for row in rows) <= COPY_ROWS:
+    if sum(row["name"].startswith("Naive Subgraph") for row in rows) <= INPUT_OUTPUT_ROWS:
         # With more of them a part fell back, and layers in it belong to no other row.
         outputs = covered_outputs(fixed.proto.graph, anchors)
     return [

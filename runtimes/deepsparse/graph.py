@@ -19,7 +19,7 @@ from ..model_file import walk_graphs
 AXES_AS_INPUT = 18  # of ReduceMean, from this opset on
 
 
-def say_in_older_words(model: onnx.ModelProto) -> None:
+def decompose_unsupported(model: onnx.ModelProto) -> None:
     """Write LayerNormalization as its formula, and x * (0.5 * (1 + erf)) as (x * (1 + erf)) * 0.5, in place."""
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     graph = model.graph

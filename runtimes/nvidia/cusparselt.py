@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .. import host
 from ..base import (
     Arrays,
     Closing,
@@ -31,6 +30,7 @@ from ..base import (
 )
 from ..load import UnknownLoad
 from ..model_file import LAYER_OPS, FixedModel, check_inputs, fix_model
+from ..workload import Workload
 from .cuda_device import Cuda, Device
 from .half_precision import PRECISIONS, in_half_precision, number_nodes, original_names
 from .semi_structured import PATTERN, layer_weight
@@ -77,10 +77,8 @@ class CuSparseLt(UnknownLoad):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> CuSparseLtSession:
@@ -89,14 +87,13 @@ class CuSparseLt(UnknownLoad):
         Raises:
             ModelRefused: also where the network can't be computed in this precision.
         """
-        threads = host.threads_or_cores(threads)
-        network = self._network(Path(model), batch, inputs, zeros, seed)
+        network = self._network(Path(model), workload, zeros, seed)
         environment = Environment(
             runtime=self.name,
             version=self._device.check(),
             precision=self.precision,
-            threads=threads,
-            batch=batch,
+            threads=workload.threads_or_cores,
+            batch=workload.batch,
             **self._device.fields(),
         )
         return CuSparseLtSession(network, environment, self._device)
@@ -104,29 +101,24 @@ class CuSparseLt(UnknownLoad):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`: a row for each layer, one for all that runs between two of them."""
         check_iterations(iterations)
-        host.threads_or_cores(threads)
-        network = self._network(Path(model), batch, inputs, zeros, seed)
+        network = self._network(Path(model), workload, zeros, seed)
         return network.rows(self._device, iterations, warmup)
 
     def close(self) -> None:
         """Nothing to release: sessions own what they use."""
 
-    def _network(
-        self, path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None, seed: int
-    ) -> _Network:
-        fixed = fix_model(path, batch, inputs, zeros, seed)
+    def _network(self, path: Path, workload: Workload, zeros: Mapping[str, float] | None, seed: int) -> _Network:
+        fixed = fix_model(path, workload, zeros, seed)
         self._device.check()
         model = in_half_precision(fixed.proto, self.precision)
         number_nodes(model.graph)

@@ -22,7 +22,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .. import host
 from ..base import (
     Arrays,
     Closing,
@@ -37,6 +36,7 @@ from ..base import (
 )
 from ..load import UnknownLoad
 from ..model_file import FixedModel, check_inputs, fix_model
+from ..workload import Workload
 from .cuda_device import Cuda
 from .half_precision import PRECISIONS, check_same_results, in_half_precision, number_nodes, original_names, skeleton
 from .semi_structured import PATTERN
@@ -105,22 +105,19 @@ class TensorRt(UnknownLoad):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> TensorRtSession:
         """See `Runtime.open`; builds the engine, which takes minutes for a large network."""
-        threads = host.threads_or_cores(threads)
-        network = self._build(Path(model), batch, inputs, zeros, seed)
+        network = self._build(Path(model), workload, zeros, seed)
         environment = Environment(
             runtime=self.name,
             version=self.check(),
             precision=self.precision,
-            threads=threads,
-            batch=batch,
+            threads=workload.threads_or_cores,
+            batch=workload.batch,
             **network.engine.fields(),
         )
         return TensorRtSession(network, environment)
@@ -128,20 +125,17 @@ class TensorRt(UnknownLoad):
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
     ) -> list[LayerTime]:
         """See `Runtime.layer_seconds`. TensorRT can't be asked not to merge layers."""
         check_iterations(iterations)
-        host.threads_or_cores(threads)
-        network = self._build(Path(model), batch, inputs, zeros, seed)
+        network = self._build(Path(model), workload, zeros, seed)
         try:
             return network.rows(iterations, warmup)
         finally:
@@ -169,10 +163,8 @@ class TensorRt(UnknownLoad):
                 f"10 or 11, or name a trtexec in {VARIABLE}"
             ) from exc
 
-    def _build(
-        self, path: Path, batch: int, inputs: Arrays | None, zeros: Mapping[str, float] | None, seed: int
-    ) -> _Network:
-        fixed = fix_model(path, batch, inputs, zeros, seed)
+    def _build(self, path: Path, workload: Workload, zeros: Mapping[str, float] | None, seed: int) -> _Network:
+        fixed = fix_model(path, workload, zeros, seed)
         backend = self._find()
         backend.check()
         model = in_half_precision(fixed.proto, self.precision)
@@ -193,9 +185,9 @@ class TensorRt(UnknownLoad):
         key = skeleton(fixed.proto).SerializeToString()
         if key in self._checked:
             return
-        self._checked.add(key)
         if not check_same_results(fixed.proto, model, self.precision, fixed.inputs):
             logger.info("ONNX Runtime can't run the network in %s, so it wasn't compared with fp32", self.precision)
+        self._checked.add(key)  # only now: a comparison that fails is made again
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import replacing
 from ..base import Arrays, ModelRefused, RuntimeUnavailable, one_line
 from .cuda_device import Device
 from .trt_log import ProfiledLayer
@@ -61,7 +60,8 @@ class TrtPackage:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise ModelRefused(f"tensorrt can't build the model: {one_line(logger.last_error())}")
-        _replace(cache, bytes(config.get_timing_cache().serialize()))
+        with replacing(cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
         engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
         return TrtEngine(trt, engine, "\n".join(logger.lines), self._device)
 
@@ -180,14 +180,3 @@ def _profiler(trt: ModuleType) -> Any:
             self.milliseconds[layer_name] = self.milliseconds.get(layer_name, 0.0) + ms
 
     return Profiler()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

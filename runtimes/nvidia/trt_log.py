@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from ..base import LayerTime, dense_kernel, one_line
+from ..errors import OnnxSpdyError
 from ..fused_layers import covered_outputs
 from .half_precision import NODE
 
@@ -28,7 +29,7 @@ COPY = "Reformatting CopyNode"  # such a layer bears the name of the layer that 
 KERNEL_NAME = 80  # characters
 
 
-class UnreadableLog(ValueError):
+class UnreadableLog(OnnxSpdyError, ValueError):
     """A file or log of TensorRT isn't what its documentation says."""
 
 

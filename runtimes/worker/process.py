@@ -38,12 +38,14 @@ from ..base import (
     one_line,
     still_open,
 )
+from ..workload import WorkloadError
 
 ERROR_KINDS: dict[str, type[Exception]] = {
     "refused": ModelRefused,
     "unavailable": RuntimeUnavailable,
     "crashed": EngineCrashed,
     "hung": EngineHung,
+    "workload": WorkloadError,
     "value": ValueError,
     "failed": RuntimeFailure,
 }

@@ -26,9 +26,10 @@ from ..base import (
     one_line,
 )
 from ..model_file import read_model, serialized
+from ..workload import Workload
 from .loop import decode_array, encode_array
 from .process import WorkerProcess, WorkerSession
-from .ssh import PREFIX, PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, luggage, ssh_command
+from .ssh import PREFIX, PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, first_request, ssh_command
 
 
 class RemoteRuntime(Closing):
@@ -36,7 +37,7 @@ class RemoteRuntime(Closing):
 
     Args:
         address: where it runs, and what.
-        twin: the same runtime here, which is never started.
+        local: the same runtime here, which is never started.
         options: of that runtime's class, as JSON can carry them.
         python: an interpreter there that has what the engine needs, instead of uv; default: ONNX_SPDY_REMOTE_PYTHON.
         command: the whole command line that starts STARTER, instead of ssh's.
@@ -48,7 +49,7 @@ class RemoteRuntime(Closing):
     def __init__(
         self,
         address: Address,
-        twin: Runtime,
+        local: Runtime,
         options: Mapping[str, Any],
         *,
         python: str | None = None,
@@ -56,8 +57,8 @@ class RemoteRuntime(Closing):
         start_seconds: float = 900.0,
         request_seconds: float = 3600.0,
     ) -> None:
-        self.name = twin.name
-        self.patterns = twin.patterns
+        self.name = local.name
+        self.patterns = local.patterns
         self._address = address
         self._options = dict(options)
         self._python = python or os.environ.get(PYTHON_VARIABLE)
@@ -85,30 +86,24 @@ class RemoteRuntime(Closing):
     def open(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> RemoteSession:
         """See `Runtime.open`."""
         data, worker = _model_bytes(model), self.worker()
-        opened = self._ask_with(
-            worker, data, inputs, "open", batch=batch, threads=threads, zeros=dict(zeros or {}), seed=seed
-        )  # fmt: skip
+        opened = self._ask_with(worker, data, workload, "open", zeros=dict(zeros or {}), seed=seed)
         environment = Environment.from_json(opened["environment"])
         return RemoteSession(worker, self.ask, opened["session"], environment, opened["fallback"])
 
     def layer_seconds(
         self,
         model: Path,
+        workload: Workload,
         *,
-        batch: int,
-        threads: int | None = None,
         iterations: int,
         warmup: int,
-        inputs: Arrays | None = None,
         zeros: Mapping[str, float] | None = None,
         seed: int = 0,
         merged: bool = True,
@@ -116,7 +111,7 @@ class RemoteRuntime(Closing):
         """See `Runtime.layer_seconds`."""
         data, worker = _model_bytes(model), self.worker()
         answer = self._ask_with(
-            worker, data, inputs, "layers", batch=batch, threads=threads, iterations=iterations, warmup=warmup,
+            worker, data, workload, "layers", iterations=iterations, warmup=warmup,
             zeros=dict(zeros or {}), seed=seed, merged=merged,
         )  # fmt: skip
         return [LayerTime(**{**row, "outputs": tuple(row["outputs"])}) for row in answer["rows"]]
@@ -145,13 +140,16 @@ class RemoteRuntime(Closing):
             return worker.request(op, timeout_seconds=self._request_seconds, **fields)
 
     def _ask_with(
-        self, worker: WorkerProcess, model: bytes, inputs: Arrays | None, op: str, **fields: Any
+        self, worker: WorkerProcess, model: bytes, workload: Workload, op: str, **fields: Any
     ) -> dict[str, Any]:
         """A request about a model, which is sent unless it is there already."""
-        given = dict(inputs or {})
+        given = dict(workload.inputs or {})
         with self._telling_loss(worker, op):
             sha256, arrays = worker.supply(model, given.values(), timeout_seconds=self._request_seconds)
-        return self.ask(worker, op, model=sha256, inputs=dict(zip(given, arrays, strict=True)), **fields)
+        inputs = dict(zip(given, arrays, strict=True))
+        return self.ask(
+            worker, op, model=sha256, inputs=inputs, batch=workload.batch, threads=workload.threads, **fields
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _telling_loss(self, worker: WorkerProcess, op: str) -> Iterator[None]:
@@ -176,7 +174,7 @@ class RemoteRuntime(Closing):
                 timeout_seconds=self._start_seconds,
                 engine=self._address.engine,
                 options=self._options,
-                **luggage(self._options.get("reader")),
+                **first_request(self._options.get("reader")),
             )
         except (EngineCrashed, EngineHung) as exc:
             raise RuntimeUnavailable(self._not_started(worker, str(exc).rstrip("."))) from exc
@@ -189,7 +187,7 @@ class RemoteRuntime(Closing):
             port = f"-p {self._address.port} " if self._address.port else ""
             return f"{self._lost(worker)}; 'ssh {port}{self._address.target}' must work without a question"
         if self._python:
-            return f"{problem}. {self._python!r} needs Python 3.11 or later with onnx and what the engine needs"
+            return f"{problem}. {self._python!r} needs Python 3.11 or later with onnx, psutil and what the engine needs"
         return (
             f"{problem}. That machine needs uv (docs.astral.sh/uv), which gets what the engine needs; or name an "
             f"interpreter there that has it in {PYTHON_VARIABLE}"

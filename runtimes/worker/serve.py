@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Runtime, Session
 from ..registry import open_runtime
+from ..workload import Workload
 from .loop import PROTOCOL, Kept, answer_all, decode_array, encode_array
 from .process import ERROR_KINDS
 
@@ -77,8 +78,8 @@ class Server:
         return {"version": self._runtime.check()}
 
     def _open(self, request: Request) -> Request:
-        with self._model(request) as (path, arguments):
-            session = self._runtime.open(path, **arguments, zeros=request["zeros"], seed=request["seed"])
+        with self._model(request) as (path, workload):
+            session = self._runtime.open(path, workload, zeros=request["zeros"], seed=request["seed"])
         number = next(self._numbers)
         self._sessions[number] = session
         return {"session": number, "environment": session.environment.to_json(), "fallback": session.fallback}
@@ -93,8 +94,8 @@ class Server:
 
     def _layers(self, request: Request) -> Request:
         profile = {name: request[name] for name in ("iterations", "warmup", "zeros", "seed", "merged")}
-        with self._model(request) as (path, arguments):
-            rows = self._runtime.layer_seconds(path, **arguments, **profile)
+        with self._model(request) as (path, workload):
+            rows = self._runtime.layer_seconds(path, workload, **profile)
         return {"rows": [dataclasses.asdict(row) for row in rows]}
 
     def _foreign_cores(self, request: Request) -> Request:
@@ -105,13 +106,13 @@ class Server:
         return {}
 
     @contextlib.contextmanager
-    def _model(self, request: Request) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The request's model as a file, and the arguments that `open` and `layer_seconds` share."""
+    def _model(self, request: Request) -> Iterator[tuple[Path, Workload]]:
+        """The request's model as a file, and its workload."""
         inputs = {name: decode_array(array, self._kept) for name, array in request["inputs"].items()}
         path = self._folder / "model.onnx"
         path.write_bytes(self._kept[request["model"]])
         try:
-            yield path, {"batch": request["batch"], "threads": request["threads"], "inputs": inputs}
+            yield path, Workload(request["batch"], request["threads"], inputs)
         finally:
             path.unlink()
 

@@ -36,7 +36,7 @@ STARTER = (
     "import sys; sys.path.pop(0); import json; hello = json.loads(sys.stdin.buffer.readline()); "
     'exec(hello["bootstrap"]); start(hello)'
 )
-COMMON_PACKAGES = ("numpy", "onnx", "protobuf", "ml_dtypes")
+COMMON_PACKAGES = ("numpy", "onnx", "protobuf", "ml_dtypes", "psutil")
 ENGINE_PACKAGES: dict[str, tuple[str, ...]] = {
     "cusparselt": ("torch",),
     "deepsparse": (),  # its worker gets them itself
@@ -110,7 +110,7 @@ def requirements(engine: str) -> list[str]:
     return [_pinned(name) for name in (*COMMON_PACKAGES, *ENGINE_PACKAGES.get(engine, (engine,)))]
 
 
-def luggage(reader: str | None = None) -> dict[str, Any]:
+def first_request(reader: str | None = None) -> dict[str, Any]:
     """What the first request carries: this package's sources, and the function that unpacks them.
 
     Args:

@@ -18,9 +18,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from onnx_spdy.models import TorchGraph, differences, export_module, find_layers, load_model, prepare, write_module
-from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.models import (
+    Prepared,
+    TorchGraph,
+    differences,
+    export_module,
+    find_layers,
+    load_model,
+    prepare,
+    write_module,
+)
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.run import Target, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.runtimes import open_runtime
 from tests.models import corpus_transformers
 from tests.models.corpus import NETWORKS
@@ -101,7 +111,10 @@ def goes_all_the_way(module: torch.nn.Module, inputs: dict[str, torch.Tensor], m
     samples = Samples({name: np.concatenate([array] * 4) for name, array in arrays.items()})
     options = {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9}
     with open_runtime("fake", **options) as runtime:
-        run(prepare(model), samples, runtime, 1.2, out, batch=len(next(iter(arrays.values()))), time_limit_seconds=2)
+        run(
+            Prepared(prepare(model)), samples, runtime, workload_of(samples, len(next(iter(arrays.values())))),
+            Target(1.2, out), search=SearchSettings(time_limit_seconds=2),
+        )  # fmt: skip
     dense, pruned = load_model(out / "dense.onnx"), load_model(out / "model.onnx")
     assert differences(dense, pruned) == []
     assert_close(TorchGraph(pruned)(given).values(), outputs_of(pruned, arrays))

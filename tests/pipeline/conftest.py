@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_spdy.models import Prepared
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 
@@ -50,8 +51,18 @@ def model() -> onnx.ModelProto:
 
 
 @pytest.fixture
+def any_size(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network for images of any size."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for number, name in ((2, "height"), (3, "width")):
+        copy.graph.input[0].type.tensor_type.shape.dim[number].dim_param = name
+    return copy
+
+
+@pytest.fixture
 def network(model: onnx.ModelProto) -> Network:
-    return Network(model)
+    return Network(Prepared(model))
 
 
 @pytest.fixture

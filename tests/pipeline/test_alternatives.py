@@ -22,6 +22,7 @@ from onnx_spdy.runtimes import (
     Measurement,
     ModelRefused,
     RuntimeUnavailable,
+    Workload,
     open_runtime,
 )
 
@@ -64,7 +65,7 @@ class ScriptedRuntime:
         self._seconds = {DENSE: dense, PRUNED: pruned}
         self.sessions: list[ScriptedSession] = []
 
-    def open(self, model: Path, **arguments: object) -> ScriptedSession:
+    def open(self, model: Path, workload: Workload) -> ScriptedSession:
         if self.problem:
             raise self.problem
         self.sessions.append(ScriptedSession(self, self._seconds[model]))
@@ -90,7 +91,7 @@ def machine(monkeypatch):
 
 
 def found(machine, spec: str = "deepsparse") -> Alternatives:
-    return measure_alternatives(DENSE, PRUNED, machine[spec], batch=1)
+    return measure_alternatives(DENSE, PRUNED, machine[spec], Workload(1))
 
 
 def test_pruned_and_every_dense_choice_are_measured_once_each(machine):
@@ -152,7 +153,7 @@ def test_deepsparse_is_not_downloaded_for_a_comparison(machine, monkeypatch):
 def test_fake_is_compared_with_itself_only(model: onnx.ModelProto, tmp_path: Path):
     onnx.save(model, tmp_path / "net.onnx")
     with open_runtime("fake") as runtime:
-        result = measure_alternatives(tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=2)
+        result = measure_alternatives(tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, Workload(2))
     assert [(one.role, one.name) for one in result.measured] == [("pruned", "fake formula"), ("dense", "fake formula")]
     assert result.missing == {}
 
@@ -230,8 +231,8 @@ def test_real_engines_beside_each_other(model: onnx.ModelProto, tmp_path: Path):
     steps = []
     with open_runtime("onnxruntime") as runtime:
         result = measure_alternatives(
-            tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, batch=8, threads=1,
-            progress=lambda done, total: steps.append((done, total)),
+            tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, Workload(8, 1),
+            progress=lambda done, total, note: steps.append((done, total)),
         )  # fmt: skip
     names = [one.name for one in result.measured]
     assert names[:2] == ["onnxruntime fp32"] * 2

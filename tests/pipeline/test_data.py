@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.data import DataError, as_samples, read_npz
+from onnx_spdy.pipeline.data import DataError, as_samples, read_npz, workload_of
 
 SHAPES = {"input": (None, 3, 8, 8), "mask": (None, None)}
 DTYPES = {"input": np.dtype(np.float32), "mask": np.dtype(np.int64)}
@@ -68,3 +68,13 @@ def test_an_npz_of_objects_is_not_unpickled(tmp_path: Path) -> None:
         with pytest.raises(DataError):
             read_npz(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_workload_takes_the_first_samples_and_repeats_where_there_are_too_few() -> None:
+    samples = as_samples({**good(3), "mask": np.arange(15).reshape(3, 5)}, SHAPES, DTYPES)
+    assert workload_of(samples, 2, 1).threads == 1
+    inputs = workload_of(samples, 7).inputs
+    assert inputs is not None
+    np.testing.assert_array_equal(inputs["mask"][:, 0], [0, 5, 10, 0, 5, 10, 0])
+    assert inputs["input"].shape == (7, 3, 8, 8)
+    assert workload_of(None, 7).inputs is None

@@ -5,15 +5,17 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_spdy.models import load_model
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.models import Prepared, load_model
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
 from onnx_spdy.pipeline.front import FILE, Front, reach_all
 from onnx_spdy.pipeline.latency.table import NoSpeedup
-from onnx_spdy.pipeline.metric import top1
+from onnx_spdy.pipeline.metric import Evaluation, top1
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import Report
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.pipeline.run import Target, run
 from onnx_spdy.runtimes import open_runtime
 
 TARGETS = [1.3, 2.0, 1.6]
@@ -26,8 +28,9 @@ def reach_targets(model: onnx.ModelProto, out: Path, targets: list[float]) -> Fr
 
         def reach(speedup: float, folder: Path) -> Report:
             return run(
-                model, samples, runtime, speedup, folder, batch=8, evaluation=samples, metric=top1,
-                metric_name="top1", pruner="magnitude", shared=out,
+                Prepared(model), samples, runtime, workload_of(samples, 8), Target(speedup, folder, shared=out),
+                compression=Compression(pruner=pruner_named("magnitude")),
+                evaluation=Evaluation(samples, top1, "top1"),
             )  # fmt: skip
 
         return reach_all(targets, out, reach)[0]
@@ -50,17 +53,17 @@ def test_every_point_is_a_network_of_its_own_and_meets_its_target(finished: tupl
         assert point["measured_speedup"] == report["measured_speedup"]
         assert report["measured_speedup_lower"] >= point["target_speedup"] * 0.97
         levels = Profile.load(folder / "profile.json").levels
-        check_deployed(load_model(out / "dense.onnx"), load_model(folder / "model.onnx"), levels)
+        check_deployed(Prepared(load_model(out / "dense.onnx")), load_model(folder / "model.onnx"), levels)
     assert Front.load(out / FILE).content["points"] == points
 
 
 def test_table_database_and_scores_are_shared(finished: tuple[Path, Front]) -> None:
     out, front = finished
     assert {path.name for path in out.iterdir()} == {
-        "1.3x", "1.6x", "2x", "dense.onnx", "latency.json", "database", "search.json", FILE,
+        ".lock", "1.3x", "1.6x", "2x", "dense.onnx", "latency.json", "database", "search.json", FILE,
     }  # fmt: skip
-    images = [Profile.load(out / point["folder"] / "profile.json").images for point in front.content["points"]]
-    assert images[0] < images[-1]  # the highest target came first and paid for the probes of the layers
+    run = [Profile.load(out / point["folder"] / "profile.json").samples_run for point in front.content["points"]]
+    assert run[0] < run[-1]  # the highest target came first and paid for the probes of the layers
 
 
 def test_an_impossible_target_is_refused_before_the_long_work_for_the_others(

@@ -1,28 +1,38 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from onnx_spdy.models import load_model
-from onnx_spdy.pipeline.artifact import ArtifactError
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.models import Prepared, load_model
+from onnx_spdy.pipeline.artifact import ArtifactError, FolderInUse
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.deploy import check_deployed
+from onnx_spdy.pipeline.latency.load_or_measure import load_or_measure
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
-from onnx_spdy.pipeline.metric import MetricError, top1
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
+from onnx_spdy.pipeline.metric import Evaluation, MetricError, top1
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.pipeline.report import Report
+from onnx_spdy.pipeline.run import Target, keep_dense, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.runtimes import open_runtime
 
 OVERHEADLESS = {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9}
 
 
-def do(model: onnx.ModelProto, samples: Samples, out: Path, speedup: float = 1.5, **more):
+def do(
+    model: onnx.ModelProto, samples: Samples, out: Path, speedup: float = 1.5, pattern: str = DEFAULT_PATTERN, **more
+) -> Report:
     with open_runtime("fake", **OVERHEADLESS) as runtime:
         return run(
-            model, samples, runtime, speedup, out, batch=8, evaluation=samples, metric=top1, metric_name="top1", **more
-        )
+            Prepared(model), samples, runtime, workload_of(samples, 8), Target(speedup, out),
+            compression=Compression(levels_for(pattern)), evaluation=Evaluation(samples, top1, "top1"), **more,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,7 @@ def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_long_work(
     unlabelled = Samples({"input": np.zeros((8, 3, 12, 12), np.float32)})
     with pytest.raises(MetricError, match="needs labels"):
         do(model, unlabelled, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["dense.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "dense.onnx"]
 
 
 def test_the_report_agrees_with_the_written_file(finished: tuple[Path, Samples]) -> None:
@@ -63,9 +73,8 @@ def test_the_report_agrees_with_the_written_file(finished: tuple[Path, Samples])
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in load_model(out / "model.onnx").graph.initializer}
     for layer in report["layers"]:
         assert layer["sparsity"] == pytest.approx(float((arrays[layer["initializer"]] == 0).mean()))
-    check_deployed(
-        load_model(out / "dense.onnx"), load_model(out / "model.onnx"), Profile.load(out / "profile.json").levels
-    )
+    dense = Prepared(load_model(out / "dense.onnx"))
+    check_deployed(dense, load_model(out / "model.onnx"), Profile.load(out / "profile.json").levels)
 
 
 def test_a_second_call_keeps_the_work_of_the_first(model: onnx.ModelProto, finished: tuple[Path, Samples]) -> None:
@@ -85,7 +94,7 @@ def test_another_target_shares_the_table_and_the_database(
 ) -> None:
     out, samples = finished
     before = (out / "latency.json").read_bytes(), (out / "database" / "index.json").read_bytes()
-    report = do(model, samples, out, speedup=1.2, search="uniform").content
+    report = do(model, samples, out, speedup=1.2, search=SearchSettings("uniform")).content
     assert (report["search"], report["target_speedup"]) == ("uniform", 1.2)
     assert before == ((out / "latency.json").read_bytes(), (out / "database" / "index.json").read_bytes())
     do(model, samples, out)
@@ -120,7 +129,23 @@ def test_a_table_of_another_batch_is_refused(model: onnx.ModelProto, finished: t
         open_runtime("fake", **OVERHEADLESS) as runtime,
         pytest.raises(ArtifactError, match="its batch is 8, this run's is 4"),
     ):
-        run(model, samples, runtime, 1.5, out, batch=4)
+        run(Prepared(model), samples, runtime, workload_of(samples, 4), Target(1.5, out))
+
+
+def test_a_table_of_images_of_another_size_is_refused(any_size: onnx.ModelProto, tmp_path: Path) -> None:
+    dense = Prepared(any_size)
+    keep_dense(dense, tmp_path / "dense.onnx")
+    path, levels = tmp_path / "latency.json", levels_for("unstructured")
+
+    def table_for(size: int, samples: int) -> LatencyTable:
+        workload = workload_of(Samples({"input": np.zeros((samples, 3, size, size), np.float32)}), 4)
+        with open_runtime("fake") as runtime:
+            return load_or_measure(dense, runtime, levels, workload, path)
+
+    measured = table_for(12, 4)
+    assert table_for(12, 1).workload == measured.workload
+    with pytest.raises(ArtifactError, match=r"latency.json was measured with .*input float32\[4, 3, 16, 16\]"):
+        table_for(16, 4)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "block4"])
@@ -148,10 +173,23 @@ def test_repair_comes_after_the_measurement_and_keeps_its_zeros(
         assert ((plain[name] == 0) == (repaired[name] == 0)).all()
         assert not np.array_equal(plain[name], repaired[name])
     check_deployed(
-        load_model(tmp_path / "dense.onnx"), load_model(tmp_path / "model.onnx"),
+        Prepared(load_model(tmp_path / "dense.onnx")), load_model(tmp_path / "model.onnx"),
         Profile.load(tmp_path / "profile.json").levels,
     )  # fmt: skip
     content = (tmp_path / "model.onnx").read_bytes()
     again = do(model, samples, tmp_path, finetune="gap").content  # from the checkpoint, not trained again
     assert again["repair"] == report["repair"]
     assert (tmp_path / "model.onnx").read_bytes() == content
+
+
+def test_two_runs_in_one_folder_do_not_meet(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    code = "import sys, pathlib; from onnx_spdy.pipeline.artifact import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"locked\n"
+        with pytest.raises(FolderInUse, match="another command works in"):
+            do(model, samples, tmp_path)
+        other.kill()
+    do(model, samples, tmp_path, speedup=1.2)  # whoever was killed leaves no lock behind

@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import load_model
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.models import Prepared, load_model
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database
 from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
@@ -20,10 +21,11 @@ from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.report import _why
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.pipeline.report import Report, _why
+from onnx_spdy.pipeline.run import Target, run
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
-from onnx_spdy.runtimes import Environment, reason_in
+from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.runtimes import Environment, Workload, reason_in
 from onnx_spdy.runtimes.fake import FakeRuntime
 from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
 from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt
@@ -66,10 +68,17 @@ def samples() -> Samples:
     return Samples({"input": rng.normal(size=(96, 64)).astype(np.float32)}, rng.integers(0, 32, 96))
 
 
+def do(dense: onnx.ModelProto, samples: Samples, speedup: float, out: Path) -> Report:
+    return run(
+        Prepared(dense), samples, FakeRuntime(**GPU), workload_of(samples, 4), Target(speedup, out),
+        compression=Compression(levels_for("2:4")),
+    )  # fmt: skip
+
+
 def test_a_run_prunes_the_layers_that_gain_and_says_why_not_the_others(
     dense: onnx.ModelProto, samples: Samples, tmp_path: Path
 ) -> None:
-    report = run(dense, samples, FakeRuntime(**GPU), 1.3, tmp_path, batch=4, pattern="2:4").content
+    report = do(dense, samples, 1.3, tmp_path).content
     rows = {row["name"]: row for row in report["layers"]}
     assert {name: row["level"] for name, row in rows.items()} == {
         "layer0": "2:4", "layer1": "2:4", "layer2": "dense", "layer3": "dense", "layer4": "dense"
@@ -80,7 +89,7 @@ def test_a_run_prunes_the_layers_that_gain_and_says_why_not_the_others(
     assert rows["layer4"]["note"] == "2:4: not eligible: 20 input channels, no multiple of 16"
     assert rows["layer1"]["kernel"] == "fake_2:4"
     written = load_model(tmp_path / "model.onnx")
-    check_deployed(dense, written, Profile.load(tmp_path / "profile.json").levels)
+    check_deployed(Prepared(dense), written, Profile.load(tmp_path / "profile.json").levels)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in written.graph.initializer}
     assert has_pattern(arrays["w0"])  # (out, in): transB
     assert has_pattern(arrays["w1"].T) and not has_pattern(arrays["w1"])  # (in, out)
@@ -92,11 +101,11 @@ def test_more_than_all_layers_that_gain_can_give_is_refused(
     dense: onnx.ModelProto, samples: Samples, tmp_path: Path
 ) -> None:
     with pytest.raises(NoSpeedup, match=r"highest reachable is 1\.3"):
-        run(dense, samples, FakeRuntime(**GPU), 1.5, tmp_path, batch=4, pattern="2:4")
+        do(dense, samples, 1.5, tmp_path)
 
 
 def test_the_table_knows_which_layers_gain(dense: onnx.ModelProto) -> None:
-    table = measure_latency(dense, FakeRuntime(**GPU, noise=0.01), levels_for("2:4"), batch=4)
+    table = measure_latency(Prepared(dense), FakeRuntime(**GPU, noise=0.01), levels_for("2:4"), Workload(4))
     assert table.sparse[:, 1].tolist() == [True, True, False, False, False]
     assert (table.seconds[:2, 1] < 0.9 * table.seconds[:2, 0]).all()
     assert (table.seconds[2:, 1] == table.seconds[2:, 0]).all()
@@ -106,7 +115,7 @@ def test_the_table_knows_which_layers_gain(dense: onnx.ModelProto) -> None:
 
 
 def test_a_kernel_that_is_taken_although_it_is_slower_is_named(dense: onnx.ModelProto) -> None:
-    table = measure_latency(dense, FakeRuntime(**GPU), levels_for("2:4"), batch=4)
+    table = measure_latency(Prepared(dense), FakeRuntime(**GPU), levels_for("2:4"), Workload(4))
     seconds, sparse = table.seconds.copy(), table.sparse.copy()
     seconds[0, 1], sparse[0, 1] = 2 * seconds[0, 0], True
     slower = replace(table, seconds=seconds, sparse=sparse)
@@ -118,7 +127,7 @@ def test_a_kernel_that_is_taken_although_it_is_slower_is_named(dense: onnx.Model
 def test_the_gpu_runtime_gives_such_a_table_too(dense: onnx.ModelProto) -> None:
     """With the CPU for a GPU its times mean nothing; which layers are asked for 2:4 kernels, and why not, does."""
     runtime = CuSparseLt("bf16", reader="onnx_spdy.models:TorchGraph", device=CpuDevice())
-    table = measure_latency(dense, runtime, levels_for("2:4"), batch=16)
+    table = measure_latency(Prepared(dense), runtime, levels_for("2:4"), Workload(16))
     assert {kernels[0] for kernels in table.kernels} == {"cublas"}
     assert reason_in(table.kernels[3][1]) == "not eligible: 20 output channels, no multiple of 16"
     for row in range(3):  # picked, or measured and not picked
@@ -132,18 +141,20 @@ def test_a_table_from_another_machine_is_searched_here(
     """latency.json in the golden folder is written by hand: its machine doesn't exist, its seconds are invented."""
     table = LatencyTable.load(GOLDEN / "latency.json")
     assert "SYNTHETIC" in table.environment.cpu
-    network = Network(dense)
+    network = Network(Prepared(dense))
     table = replace(table, model_sha256=network.sha256)
     database = build_database(
-        network, samples, table.levels, pruner_named("magnitude"), "magnitude", tmp_path / "database"
+        network, samples, Compression(table.levels, pruner_named("magnitude")), tmp_path / "database"
     )
-    profile = ProfileSearch(network, table, database, samples, search="spdy", search_samples=32).find(1.4)
+    profile = ProfileSearch(network, table, database, samples, SearchSettings("spdy", samples=32)).find(1.4)
     assert profile.predicted_speedup >= 1.4
     # By hand: dense 1000 us. 2:4 in layer0 saves 100, in layer1 250, nothing elsewhere: 1.4x needs both.
     assert [str(profile.levels[name]) for name in table.layers] == ["2:4", "2:4", "dense", "dense", "dense"]
     assert profile.predicted_seconds == pytest.approx(650e-6)
     here = json.loads((GOLDEN / "latency.json").read_text())["environment"]
-    assert Environment.from_json(here).mismatch(FakeRuntime(**GPU).open(_saved(dense, tmp_path), batch=4).environment)
+    assert Environment.from_json(here).mismatch(
+        FakeRuntime(**GPU).open(_saved(dense, tmp_path), Workload(4)).environment
+    )
 
 
 def _saved(model: onnx.ModelProto, folder: Path) -> Path:

@@ -8,14 +8,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import find_layers, load_model
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.models import Prepared, find_layers, load_model
+from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.latency.fit import Row, together
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.pipeline.run import Target, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.runtimes import Workload
 from onnx_spdy.runtimes.fake import FakeRuntime
 
 OVERHEAD, PER_MAC = 1e-6, 1e-9
@@ -49,7 +51,7 @@ def samples() -> Samples:
 
 
 def test_its_hessian_is_the_mean_over_what_both_uses_see(model, samples):
-    network = Network(model)
+    network = Network(Prepared(model))
     stem, head = network.layers
     seen: list[torch.Tensor] = []
     hooks = [
@@ -68,7 +70,7 @@ def test_its_hessian_is_the_mean_over_what_both_uses_see(model, samples):
 
 def test_its_time_is_that_of_both_uses(model):
     runtime = FakeRuntime(layer_overhead_seconds=OVERHEAD, seconds_per_mac=PER_MAC, node_seconds=0.0)
-    table = measure_latency(model, runtime, levels_for("unstructured"), batch=2)
+    table = measure_latency(Prepared(model), runtime, levels_for("unstructured"), Workload(2))
     stem, head = table.seconds[:, 0]
     assert stem == pytest.approx(OVERHEAD + PER_MAC * 2 * 64 * 16 * 27, rel=0.05)
     assert head == pytest.approx(2 * OVERHEAD + PER_MAC * 2 * (64 + 16) * 24 * 16, rel=0.05)
@@ -82,7 +84,10 @@ def test_rows_of_one_layer_become_one():
 
 def test_it_is_pruned_once_and_both_uses_have_the_zeros(model, samples, tmp_path):
     runtime = FakeRuntime(layer_overhead_seconds=0.0, seconds_per_mac=PER_MAC, node_seconds=0.0)
-    report = run(model, samples, runtime, 2.0, tmp_path, batch=2, time_limit_seconds=2)
+    report = run(
+        Prepared(model), samples, runtime, workload_of(samples, 2), Target(2.0, tmp_path),
+        search=SearchSettings(time_limit_seconds=2),
+    )  # fmt: skip
     assert report.content["measured_speedup"] > 1.8
     pruned = load_model(tmp_path / "model.onnx")
     head = next(tensor for tensor in pruned.graph.initializer if tensor.name == "head")

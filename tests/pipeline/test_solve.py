@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs, InfeasibleTarget, error_bounds, solve
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
+from onnx_spdy.pipeline.solve import InfeasibleTarget, error_bounds, solve
 
 
 def random_instance(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -109,19 +110,21 @@ def test_layers_that_cost_nothing_stay_at_their_best() -> None:
 def random_costs(rng: np.random.Generator, layers: int, levels: int) -> Costs:
     """Whole numbers of seconds, with layers that others wait for, and levels that run dense."""
     seconds = rng.integers(2, 12, (layers, levels)).astype(float)
-    entry = rng.integers(-2, 6, (layers, levels)).astype(float)
-    before = np.array([rng.integers(NONE_BEFORE, layer) if layer else NONE_BEFORE for layer in range(layers)])
+    transition = rng.integers(-2, 6, (layers, levels)).astype(float)
+    predecessor = np.array(
+        [rng.integers(NO_PREDECESSOR, layer) if layer else NO_PREDECESSOR for layer in range(layers)]
+    )
     dense = rng.random((layers, levels)) < 0.4
-    return Costs(seconds, entry, before, dense)
+    return Costs(seconds, transition, predecessor, dense)
 
 
 def plain_total(costs: Costs, choice: tuple[int, ...]) -> float:
     """The definition, layer by layer."""
     spent = 0.0
     for layer, level in enumerate(choice):
-        source = int(costs.before[layer])
-        after_dense = source != NONE_BEFORE and costs.dense[source, choice[source]]
-        spent += costs.seconds[layer, level] + (costs.entry[layer, level] if after_dense else 0.0)
+        source = int(costs.predecessor[layer])
+        after_dense = source != NO_PREDECESSOR and costs.dense[source, choice[source]]
+        spent += costs.seconds[layer, level] + (costs.transition[layer, level] if after_dense else 0.0)
     return spent
 
 
@@ -153,7 +156,7 @@ def test_equals_brute_force_where_neighbours_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "before", "match"),
+    ("transition", "predecessor", "match"),
     [
         (np.zeros((2, 3)), np.array([-1, 0]), "don't fit"),
         (np.full((2, 2), -2.0), np.array([-1, 0]), "negative"),
@@ -161,6 +164,6 @@ def test_equals_brute_force_where_neighbours_cost() -> None:
         (np.zeros((2, 2)), np.array([-2, 0]), "earlier layer"),
     ],
 )
-def test_refuses_neighbours_that_make_no_sense(entry: np.ndarray, before: np.ndarray, match: str) -> None:
+def test_refuses_neighbours_that_make_no_sense(transition: np.ndarray, predecessor: np.ndarray, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        Costs(np.ones((2, 2)), entry, before)
+        Costs(np.ones((2, 2)), transition, predecessor)

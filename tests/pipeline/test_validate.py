@@ -9,6 +9,7 @@ import pytest
 from onnx_spdy.models import save_model
 from onnx_spdy.pipeline import validate as stage
 from onnx_spdy.pipeline.validate import VISITS, validate
+from onnx_spdy.runtimes import Workload
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 
 
@@ -20,9 +21,9 @@ class Moody(FakeRuntime):
         self.rng, self.luck, self.busy_visits = np.random.default_rng(0), luck, busy_visits
         self.opened = self.asked = 0
 
-    def open(self, model: Path, **arguments) -> FakeSession:
+    def open(self, model: Path, workload: Workload, **arguments) -> FakeSession:
         self.opened += 1
-        session = super().open(model, **arguments)
+        session = super().open(model, workload, **arguments)
         session._total_seconds *= float(np.exp(self.luck * self.rng.standard_normal()))
         return session
 
@@ -45,7 +46,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bounds_know_that_the_next_visit_may_have_other_luck(path: Path) -> None:
     runtime = Moody(luck=0.05)
-    found = validate(path, path, runtime, batch=2)
+    found = validate(path, path, runtime, Workload(2))
     assert runtime.opened == 2 * VISITS
     assert found.lower < 1 < found.upper  # the networks are the same, so 1 is the truth
     assert found.upper / found.lower > 1.03  # the rounds alone would say 1.0002
@@ -54,9 +55,12 @@ def test_bounds_know_that_the_next_visit_may_have_other_luck(path: Path) -> None
 
 def test_two_validations_together_have_narrower_bounds(path: Path) -> None:
     runtime = Moody(luck=0.05)
-    one, other = (validate(path, path, runtime, batch=2) for _ in range(2))
+    one, other = (validate(path, path, runtime, Workload(2)) for _ in range(2))
     both = one.with_more(other)
     assert len(both.visits) == 2 * VISITS
+    for kept in (both.dense, both.pruned):
+        assert len(kept.seconds) == 2 * VISITS * stage.ROUNDS
+        assert len(kept.warmup_seconds) == 2 * VISITS * stage.WARMUP
     assert both.lower > min(one.lower, other.lower)
     assert both.upper < max(one.upper, other.upper)
     assert len(both.dense.seconds) == 2 * len(one.dense.seconds)
@@ -64,17 +68,17 @@ def test_two_validations_together_have_narrower_bounds(path: Path) -> None:
 
 def test_a_disturbed_visit_is_repeated(path: Path) -> None:
     runtime = Moody(luck=0.0, busy_visits=(1,))
-    found = validate(path, path, runtime, batch=2)
+    found = validate(path, path, runtime, Workload(2))
     assert runtime.opened == 2 * (VISITS + 1)
     assert found.foreign_cores == 0.0
     assert len(found.visits) == VISITS
 
 
 def test_disturbance_that_does_not_end_is_told(path: Path) -> None:
-    found = validate(path, path, Moody(luck=0.0, busy_visits=tuple(range(99))), batch=2)
+    found = validate(path, path, Moody(luck=0.0, busy_visits=tuple(range(99))), Workload(2))
     assert found.foreign_cores == 5.0
 
 
 def test_too_few_visits_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="at least 6"):
-        validate(path, path, FakeRuntime(), batch=2, visits=3)
+        validate(path, path, FakeRuntime(), Workload(2), visits=3)

@@ -24,6 +24,7 @@ from onnx_spdy.runtimes import (
     RuntimeFailure,
     RuntimeUnavailable,
     UnknownRuntime,
+    Workload,
     measure_interleaved,
     open_runtime,
     runtime_spec,
@@ -74,7 +75,7 @@ def runtime(request):
 
 @pytest.fixture
 def session(runtime, conv_net):
-    with runtime.open(conv_net(), batch=BATCH, threads=1) as opened:
+    with runtime.open(conv_net(), Workload(BATCH, 1)) as opened:
         yield opened
 
 
@@ -96,7 +97,7 @@ def test_times_are_positive_and_as_many_as_asked(session):
 
 
 def test_rows_cover_every_layer_once_and_have_a_kernel(runtime, conv_net):
-    rows = runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=3, warmup=1)
+    rows = runtime.layer_seconds(conv_net(), Workload(BATCH, 1), iterations=3, warmup=1)
     covered = [name for row in rows for name in row.outputs]
     assert sorted(LAYER_OUTPUTS.intersection(covered)) == sorted(name for name in covered if name in LAYER_OUTPUTS)
     assert set(covered) >= LAYER_OUTPUTS
@@ -105,7 +106,7 @@ def test_rows_cover_every_layer_once_and_have_a_kernel(runtime, conv_net):
 
 
 def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_net):
-    rows = runtime.layer_seconds(conv_net(sparsity=0.95), batch=BATCH, threads=1, iterations=2, warmup=1)
+    rows = runtime.layer_seconds(conv_net(sparsity=0.95), Workload(BATCH, 1), iterations=2, warmup=1)
     if not runtime.patterns or ANY_ZEROS in runtime.patterns:  # else a few of these zeros may fit by chance
         assert any(row.sparse for row in rows) == bool(runtime.patterns)
     for row in rows:
@@ -116,7 +117,7 @@ def test_sparse_kernels_show_exactly_where_the_runtime_has_them(runtime, conv_ne
 def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
     zeros = {"w0": 0.95, "w1": 0.9}
     rows = runtime.layer_seconds(
-        conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, zeros=zeros, seed=1, merged=False
+        conv_net(), Workload(BATCH, 1), iterations=2, warmup=1, zeros=zeros, seed=1, merged=False
     )
     sparsity = {row.outputs[0]: row.kernel_sparsity for row in rows if row.sparse}
     if not runtime.patterns or ANY_ZEROS in runtime.patterns:
@@ -129,14 +130,14 @@ def test_zeros_are_imposed_before_the_profile(runtime, conv_net):
 def test_zeros_are_imposed_before_a_session_runs(runtime, conv_net):
     """With every weight of the last layer at 0 its output is its bias, whatever goes in."""
     x = np.random.default_rng(0).standard_normal((BATCH, 8, 12, 12)).astype(np.float32)
-    with runtime.open(conv_net(), batch=BATCH, threads=1, zeros={"w2": 1.0}, seed=3) as session:
+    with runtime.open(conv_net(), Workload(BATCH, 1), zeros={"w2": 1.0}, seed=3) as session:
         outputs = session.run({"x": x})["y"]
     np.testing.assert_allclose(outputs, outputs[:1].repeat(BATCH, axis=0), atol=1e-5)
 
 
 def test_merged_rows_and_single_ones_cover_the_same_layers(runtime, conv_net):
     profiles = [
-        runtime.layer_seconds(conv_net(), batch=BATCH, threads=1, iterations=2, warmup=1, merged=merged)
+        runtime.layer_seconds(conv_net(), Workload(BATCH, 1), iterations=2, warmup=1, merged=merged)
         for merged in (True, False)
     ]
     merged, single = [LAYER_OUTPUTS.intersection(name for row in rows for name in row.outputs) for rows in profiles]
@@ -153,9 +154,9 @@ def test_the_load_of_its_machine_is_told(runtime):
 @pytest.mark.parametrize("zeros", [{"w9": 0.5}, {"w0": 1.5}, {"w0": -0.1}])
 def test_impossible_zeros_are_an_error(runtime, conv_net, zeros):
     with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
-        runtime.layer_seconds(conv_net(), batch=1, iterations=1, warmup=0, zeros=zeros)
+        runtime.layer_seconds(conv_net(), Workload(1), iterations=1, warmup=0, zeros=zeros)
     with pytest.raises(ValueError, match=f"zeros in {next(iter(zeros))!r}"):
-        runtime.open(conv_net(), batch=1, zeros=zeros)
+        runtime.open(conv_net(), Workload(1), zeros=zeros)
 
 
 def test_environment_is_complete_and_survives_json(runtime, session):
@@ -177,14 +178,8 @@ def test_batch_is_fixed(session):
 
 def test_another_fixed_batch_is_refused(runtime, conv_net):
     with pytest.raises(ModelRefused, match="fixed batch of 2, not 3"):
-        runtime.open(conv_net(batch=2), batch=3)
-    runtime.open(conv_net(batch=2), batch=2).close()
-
-
-@pytest.mark.parametrize("threads", [0, -1])
-def test_impossible_threads_are_an_error(runtime, conv_net, threads):
-    with pytest.raises(ValueError, match=f"{threads} threads"):
-        runtime.open(conv_net(), batch=1, threads=threads)
+        runtime.open(conv_net(batch=2), Workload(3))
+    runtime.open(conv_net(batch=2), Workload(2)).close()
 
 
 def test_a_batch_written_into_the_graph_is_refused_in_one_line(runtime, tmp_path):
@@ -198,13 +193,13 @@ def test_a_batch_written_into_the_graph_is_refused_in_one_line(runtime, tmp_path
     )
     path = tmp_path / "frozen.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    with pytest.raises(RuntimeFailure) as caught, runtime.open(path, batch=3) as session:
+    with pytest.raises(RuntimeFailure) as caught, runtime.open(path, Workload(3)) as session:
         session.run({"x": np.zeros((3, 4, 4), np.float32)})
     assert "\n" not in str(caught.value)
 
 
 def test_a_closed_session_says_so_and_closes_again(runtime, conv_net):
-    session = runtime.open(conv_net(), batch=1)
+    session = runtime.open(conv_net(), Workload(1))
     session.close()
     session.close()
     with pytest.raises(ValueError, match="closed"):
@@ -217,13 +212,13 @@ def test_a_bad_file_is_refused_in_one_line(runtime, tmp_path: Path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ModelRefused) as caught:
-        runtime.open(path, batch=1)
+        runtime.open(path, Workload(1))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_two_sessions_are_timed_interleaved(runtime, conv_net):
-    with runtime.open(conv_net(), batch=1) as dense, runtime.open(conv_net(sparsity=0.9), batch=1) as pruned:
+    with runtime.open(conv_net(), Workload(1)) as dense, runtime.open(conv_net(sparsity=0.9), Workload(1)) as pruned:
         measured = measure_interleaved({"dense": dense, "pruned": pruned}, rounds=6, warmup=2)
     assert {name: len(value.seconds) for name, value in measured.items()} == {"dense": 6, "pruned": 6}
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import Workload, open_runtime
 
 CONSTANTS = {"layer_overhead_seconds": 1e-3, "seconds_per_mac": 1e-8, "node_seconds": 1e-4, "break_even": 0.4}
 # By hand, a sample: outputs 12 * 12 * 16 of columns 8 * 9; 10 * 10 * 24 of 16 * 9; 10 of 24.
@@ -11,7 +11,7 @@ MACS = {"a": 165_888, "c": 345_600, "y": 240}
 
 def rows(path, batch=1, **options):
     with open_runtime("fake", **{**CONSTANTS, **options}) as runtime:
-        return runtime.layer_seconds(path, batch=batch, iterations=1, warmup=0)
+        return runtime.layer_seconds(path, Workload(batch), iterations=1, warmup=0)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -36,7 +36,7 @@ def test_sparsity_above_the_break_even_skips_the_zeros(conv_net):
 
 def test_a_session_takes_the_sum_of_the_rows(conv_net):
     path = conv_net(sparsity=0.8)
-    with open_runtime("fake", **CONSTANTS) as runtime, runtime.open(path, batch=2) as session:
+    with open_runtime("fake", **CONSTANTS) as runtime, runtime.open(path, Workload(2)) as session:
         assert session.seconds(2) == pytest.approx([sum(row.seconds for row in rows(path, 2))] * 2)
         assert session.environment.precision == "formula"
 
@@ -45,7 +45,7 @@ def test_noise_is_seeded(conv_net):
     path = conv_net()
 
     def times(seed):
-        with open_runtime("fake", noise=0.1, seed=seed) as runtime, runtime.open(path, batch=1) as session:
+        with open_runtime("fake", noise=0.1, seed=seed) as runtime, runtime.open(path, Workload(1)) as session:
             return session.seconds(3, warmup=1) + [row.seconds for row in rows(path, noise=0.1, seed=seed)]
 
     assert times(1) == times(1)

@@ -41,10 +41,12 @@ def test_hyperthreads_count_once_and_forbidden_cores_not_at_all(tmp_path, monkey
         folder.mkdir(parents=True)
         (folder / "core_id").write_text(f"{core}\n")
         (folder / "physical_package_id").write_text("0\n")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 4}, raising=False)
+    monkeypatch.setattr(host, "allowed_cpus", lambda: [1, 3, 4])
     assert host.core_cpus(tmp_path) == [1, 3]
     assert host.core_cpus(tmp_path / "none") == [1, 3, 4]
 
 
-def test_this_process_has_a_core():
+def test_this_process_may_run_where_the_system_says():
+    if hasattr(os, "sched_getaffinity"):
+        assert allowed_cpus() == sorted(os.sched_getaffinity(0))
     assert 1 <= physical_cores() <= len(allowed_cpus())

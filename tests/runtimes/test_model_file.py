@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnx_spdy.runtimes import ModelRefused
+from onnx_spdy.runtimes import ModelRefused, Workload
 from onnx_spdy.runtimes.fused_layers import covered_outputs
 from onnx_spdy.runtimes.model_file import fix_model
 from onnx_spdy.runtimes.opset import lower_versions
@@ -33,18 +33,18 @@ def shape(value):
 def test_a_dynamic_batch_becomes_fixed_in_a_copy(conv_net):
     path = conv_net()
     before = path.read_bytes()
-    fixed = fix_model(path, 5)
+    fixed = fix_model(path, Workload(5))
     assert shape(fixed.proto.graph.input[0]) == [5, 8, 12, 12]
     assert shape(fixed.proto.graph.output[0]) == [5, 10]
     assert fixed.inputs["x"].shape == (5, 8, 12, 12)
     assert fixed.precision == "fp32"
     assert path.read_bytes() == before
-    np.testing.assert_array_equal(fixed.inputs["x"], fix_model(path, 5).inputs["x"])
+    np.testing.assert_array_equal(fixed.inputs["x"], fix_model(path, Workload(5)).inputs["x"])
 
 
 def test_samples_fill_the_batch_and_tell_the_other_axes(tokens):
     ids = np.arange(6).reshape(2, 3)
-    fixed = fix_model(tokens, 5, {"ids": ids})
+    fixed = fix_model(tokens, Workload(5, inputs={"ids": ids}))
     np.testing.assert_array_equal(fixed.inputs["ids"], ids[[0, 1, 0, 1, 0]])
     assert fixed.inputs["mask"].shape == (5, 3)
     assert set(np.unique(fixed.inputs["mask"])) <= {0, 1}
@@ -53,7 +53,7 @@ def test_samples_fill_the_batch_and_tell_the_other_axes(tokens):
 
 def test_a_dynamic_axis_without_an_example_is_refused(tokens):
     with pytest.raises(ModelRefused, match=r"axis 1 \('length'\) of input 'ids' is dynamic; give an example"):
-        fix_model(tokens, 1)
+        fix_model(tokens, Workload(1))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_dynamic_axis_without_an_example_is_refused(tokens):
 )
 def test_samples_that_do_not_fit_are_an_error(tokens, inputs, message):
     with pytest.raises(ValueError, match=message):
-        fix_model(tokens, 1, inputs)
+        fix_model(tokens, Workload(1, inputs=inputs))
 
 
 def test_an_operator_that_did_not_change_is_renumbered(conv_net):

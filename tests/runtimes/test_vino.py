@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.runtimes import RuntimeUnavailable, UnknownPrecision, open_runtime, runtime_spec
+from onnx_spdy.runtimes import RuntimeUnavailable, UnknownPrecision, Workload, open_runtime, runtime_spec
 from onnx_spdy.runtimes.vino import _after_warmup, _Executed, _rows
 
 
@@ -74,7 +74,7 @@ def residual_net(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, None])
 def test_every_layer_has_one_row_though_openvino_fuses_and_renames(runtime, residual_net, threads):
-    rows = runtime.layer_seconds(residual_net, batch=2, threads=threads, iterations=5, warmup=2)
+    rows = runtime.layer_seconds(residual_net, Workload(2, threads), iterations=5, warmup=2)
     of = {name: row for row in rows for name in row.outputs}
     assert len(of) == sum(len(row.outputs) for row in rows)
     assert of.keys() >= {"conv0", "conv1", "gemm", "matmul"}
@@ -115,10 +115,10 @@ def test_rows_are_attributed_as_openvino_names_them(residual_net):
 
 
 def test_rows_add_up_to_what_a_run_takes(runtime, residual_net):
-    arguments = {"batch": 8, "threads": 1}
-    with runtime.open(residual_net, **arguments) as session:
+    workload = Workload(8, 1)
+    with runtime.open(residual_net, workload) as session:
         seconds = np.median(session.seconds(40, warmup=10))
-    profiles = [runtime.layer_seconds(residual_net, **arguments, iterations=20, warmup=5) for _ in range(5)]
+    profiles = [runtime.layer_seconds(residual_net, workload, iterations=20, warmup=5) for _ in range(5)]
     totals = [sum(row.seconds for row in rows) for rows in profiles]
     assert np.median(totals) == pytest.approx(seconds, rel=0.5)
     assert all(rows[-1].outputs == () for rows in profiles)
@@ -133,7 +133,7 @@ def test_runs_before_the_profile_do_not_count():
 
 def test_bf16_is_bf16(bf16, runtime, conv_net):
     x = np.random.default_rng(0).standard_normal((4, 8, 12, 12)).astype(np.float32)
-    with bf16.open(conv_net(), batch=4, threads=1) as short, runtime.open(conv_net(), batch=4, threads=1) as full:
+    with bf16.open(conv_net(), Workload(4, 1)) as short, runtime.open(conv_net(), Workload(4, 1)) as full:
         assert (short.environment.precision, full.environment.precision) == ("bf16", "fp32")
         assert short.environment.mismatch(full.environment).keys() == {"precision"}
         difference = (
@@ -185,6 +185,6 @@ def test_the_calling_thread_may_run_everywhere_afterwards(runtime, conv_net):
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this system has no affinity")
     before = os.sched_getaffinity(0)
-    with runtime.open(conv_net(), batch=1) as session:
+    with runtime.open(conv_net(), Workload(1)) as session:
         session.seconds(3)
         assert os.sched_getaffinity(0) == before

@@ -113,7 +113,7 @@ def test_run_then_every_single_step_by_hand_gives_the_same_network(folder: Path,
         if step[0] == "measure":
             assert "break-even" in made.out
             assert "highest reachable speedup" in made.out
-            assert "the table foretold" in made.out
+            assert "the table predicted" in made.out
     assert (folder / "model.onnx").read_bytes() == (folder / "whole" / "model.onnx").read_bytes()
     assert json.loads((folder / "validation.json").read_text())["measured_speedup"] == report["measured_speedup"]
 

@@ -1,10 +1,7 @@
 """What the layer database costs, and how good its layers are on samples that it hasn't seen.
 
-    python -m onnx_spdy.tools.bench.database MODEL --data DATA --test OTHER_DATA --pruner obs --pruner obc
-    python -m onnx_spdy.tools.bench.database --widths 288,576,1152,2304 --samples 64,256,1024 --plot cost.png
-
 For each pruner: seconds and peak memory of each layer and in all, and the layers' relative squared output errors on
-the other samples at some sparsities, geometric means over the layers. `--layers` takes some of the layers,
+the samples of `--eval` at some sparsities, geometric means over the layers. `--layers` takes some of the layers,
 `--samples 128,512` collects the Hessians from fewer samples too. `--widths` makes layers of these widths, `--rows` of
 outputs each, instead of taking a network's. Exponents are fitted to time and memory against a layer's width d (time
 for each of its rows; memory beyond what was there before) and against the number of samples; `--plot` draws them.
@@ -16,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import typer
 
-from onnx_spdy.models import Layer, to_canonical
-from onnx_spdy.pipeline.artifact import write_json
+from onnx_spdy.models import Layer, Prepared, to_canonical
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians, squared_error
 from onnx_spdy.pipeline.database.layer_database import peak_bytes
@@ -31,66 +27,83 @@ from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, Pruner
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.tools.bench.synthetic_layers import synthetic_layers
-from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.options import Pattern, Threads, several
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.page import plain_axes
+from onnx_spdy.tools.results import Json, Plot, write_plot, write_results
 from onnx_spdy.tools.specs import SpecError, load_network, load_pruner, load_samples
+from onnx_spdy.tools.table import print_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GIB = 2**30
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="calibration samples")] = None,
-    test: Annotated[str | None, typer.Option(help="other samples, for the errors; default: the calibration's")] = None,
-    pruner: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
-    pattern: Annotated[str, typer.Option()] = "unstructured",
-    sparsities: Annotated[str, typer.Option(help="the nearest levels are shown")] = "0.5,0.7,0.8,0.9,0.95,0.98",
-    layers: Annotated[str | None, typer.Option(help="names or numbers, by commas; default: all")] = None,
-    outputs: Annotated[
-        int | None, typer.Option(min=1, help="only the first so many of each layer, to save time")
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DATA", help="calibration samples")] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="DATA", help="other samples, for the errors; default: those of --data"),
     ] = None,
-    samples: Annotated[str | None, typer.Option(help="numbers of samples to time Hessians with as well")] = None,
-    widths: Annotated[str | None, typer.Option(help="make layers of these widths, by commas, instead")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="outputs of each layer that --widths makes")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="all figures as JSON")] = None,
-    plot: Annotated[Path | None, typer.Option(help="time and memory against width and samples, as an image")] = None,
+    pruner: Annotated[str, typer.Option("--pruner", metavar="NAME[,NAME...]")] = DEFAULT_PRUNER,
+    pattern: Pattern = "unstructured",
+    sparsities: Annotated[
+        str, typer.Option("--sparsities", metavar="S[,S...]", help="the nearest levels are shown")
+    ] = ("0.5,0.7,0.8,0.9,0.95,0.98"),
+    layers: Annotated[str | None, typer.Option("--layers", help="names or numbers, by commas; default: all")] = None,
+    outputs: Annotated[
+        int | None, typer.Option("--outputs", min=1, help="only the first so many of each layer, to save time")
+    ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", metavar="N[,N...]", help="numbers of samples to time Hessians with as well"),
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="N[,N...]", help="make layers of these widths instead of MODEL's")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="outputs of each layer that --widths makes")] = 64,
+    threads: Threads = None,
+    json: Json = None,
+    plot: Plot = None,
 ) -> None:
-    """Build some layers of a database by each pruner; print times, memory and errors."""
+    """Build some layers of a database by each pruner; show times, memory and errors."""
     if threads:
         torch.set_num_threads(threads)
-    pruners = [load_pruner(spec) for spec in pruner or [DEFAULT_PRUNER]]
+    pruners = [load_pruner(spec) for spec in pruner.split(",")]
     levels = levels_for(pattern)[1:]
-    shown = nearest(levels, [float(text) for text in sparsities.split(",")])
-    numbers = {int(text) for text in samples.split(",")} if samples else set()
+    shown = nearest(levels, several(sparsities, float, "--sparsities"))
+    numbers = set(several(samples, int, "--samples")) if samples else set()
     if widths:
-        made, calibration = synthetic_layers([int(text) for text in widths.split(",")], rows, max(numbers or {1024}))
-        network = Network(made)
+        made, calibration = synthetic_layers(several(widths, int, "--widths"), rows, max(numbers or {1024}))
+        network = Network(Prepared(made))
     elif model and data:
         network = Network(load_network(model))
-        calibration = load_samples(data, network.model)
+        calibration = load_samples(data, network.prepared)
     else:
         raise SpecError("give MODEL and --data, or --widths")
     chosen = selected(network, layers)
     counts = sorted({*numbers, len(calibration)})
-    with ProgressBars() as watch:
+    with ProgressBars() as bars:
 
         def hessians_of(some: Samples, what: str) -> dict[str, torch.Tensor]:
-            return collect_hessians(network, chosen, some, lambda n, total: watch("hessians", n, total, what))
+            progress = bars.stage("hessians")
+            return collect_hessians(network, chosen, some, lambda done, total, note: progress(done, total, what))
 
         collected: list[dict[str, Any]] = []
         for count in counts:
             with measured(collected, samples=count):
                 hessians = hessians_of(calibration.take(slice(0, count)), f"{count} samples")
-        unseen = hessians_of(load_samples(test, network.model), "other samples") if test else hessians
+        unseen = hessians_of(load_samples(evaluation, network.prepared), "other samples") if evaluation else hessians
         pruned: list[dict[str, Any]] = []
         for number, layer in enumerate(chosen):
-            for name, prune in pruners:
-                watch("layers", number, len(chosen), f"{layer.name} by {name}")
+            for one in pruners:
+                bars.stage("layers")(number, len(chosen), f"{layer.name} by {one.name}")
                 pair = hessians[layer.name], unseen[layer.name]
-                pruned.append(bench_layer(network, layer, *pair, prune, levels, shown, outputs))
-                pruned[-1]["pruner"] = name
+                pruned.append(bench_layer(network, layer, *pair, one.prune, levels, shown, outputs))
+                pruned[-1]["pruner"] = one.name
     found = {
         "hessians": collected,
         "layers": pruned,
@@ -98,12 +111,8 @@ def bench(
         "exponents": exponents(collected, pruned),
     }
     show(found)
-    if out:
-        write_json(
-            out, "bench-database", 1, {**found, "peak_gib": peak_bytes() / GIB, "threads": torch.get_num_threads()}
-        )
-    if plot:
-        draw(found, plot)
+    write_results(json, "bench_database", {**found, "peak_gib": peak_bytes() / GIB, "threads": torch.get_num_threads()})
+    write_plot(plot, lambda figure: draw(found, figure), height=7, label="What a database costs")
 
 
 def nearest(levels: Sequence[Level], sparsities: Sequence[float]) -> list[Level]:
@@ -190,42 +199,30 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def show(found: dict[str, Any]) -> None:
-    for one in found["hessians"]:
-        print(
-            f"hessians of {one['samples']:5d} samples {one['seconds']:8.1f} s, peak {one['peak_gib']:.2f} GiB, "
-            f"{one['more_gib']:.2f} more than before"
-        )
-    print(
-        f"{'layer':24s} {'pruner':12s} {'out':>5s} {'width':>5s} {'seconds':>8s} {'GiB':>5s}  "
-        + "  ".join(found["levels"])
-    )
-    for row in found["layers"]:
-        errors = "  ".join(
-            f"{error:<{len(level)}.6f}" for error, level in zip(row["errors"], found["levels"], strict=True)
-        )
-        print(
-            f"{row['layer'][:24]:24s} {row['pruner'][:12]:12s} {row['out']:5d} {row['width']:5d} "
-            f"{row['seconds']:8.1f} {row['peak_gib']:5.2f}  {errors}"
-        )
+    """Print the tables."""
+    print_table(
+        "Hessians", ("samples", "seconds", "peak GiB", "more than before"),
+        [(one["samples"], f"{one['seconds']:.1f}", f"{one['peak_gib']:.2f}", f"{one['more_gib']:.2f}")
+         for one in found["hessians"]],
+    )  # fmt: skip
+    print_table(
+        "Errors of layers", ("layer", "pruner", "out", "width", "seconds", "peak GiB", *found["levels"]),
+        [(row["layer"], row["pruner"], row["out"], row["width"], f"{row['seconds']:.1f}", f"{row['peak_gib']:.2f}",
+          *(f"{error:.6f}" for error in row["errors"])) for row in found["layers"]],
+    )  # fmt: skip
+    together = []
     for name in dict.fromkeys(row["pruner"] for row in found["layers"]):
         mine = [row for row in found["layers"] if row["pruner"] == name]
         means = np.exp(np.mean(np.log(np.maximum([row["errors"] for row in mine], 1e-300)), axis=0))
         seconds, peak = sum(row["seconds"] for row in mine), max(row["peak_gib"] for row in mine)
-        print(
-            f"{name}: {seconds:.1f} s, peak {peak:.2f} GiB, geometric mean " + " ".join(f"{mean:.6f}" for mean in means)
-        )
-    for name, value in found["exponents"].items():
-        print(f"exponent {value:5.2f}: {name}")
+        together.append((name, f"{seconds:.1f}", f"{peak:.2f}", *(f"{mean:.6f}" for mean in means)))
+    print_table("All layers, errors as geometric means", ("pruner", "seconds", "peak GiB", *found["levels"]), together)
+    print_table("Exponents", ("of", "exponent"), [(name, f"{one:.2f}") for name, one in found["exponents"].items()])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], figure: Figure) -> None:
     """Seconds and memory against a layer's width and against samples."""
-    import matplotlib as mpl  # slow to import, and few calls draw
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     columns: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("seconds for each row", lambda row: row["seconds"] / row["out"]),
         ("more memory, GiB", lambda row: row["more_gib"]),
@@ -235,15 +232,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
             mine = [row for row in found["layers"] if row["pruner"] == name]
             axis.plot([row["width"] for row in mine], [value(row) for row in mine], "o", label=name)
         axis.set(xlabel="width d of the layer", ylabel=title, xscale="log")
-        axis.legend()
+        axis.legend(frameon=False)
     for axis, what in zip(axes[1], ("seconds", "more_gib"), strict=True):
         axis.plot([one["samples"] for one in found["hessians"]], [one[what] for one in found["hessians"]], "o-")
         axis.set(xlabel="calibration samples", ylabel=f"{what} of the Hessians", xscale="log")
     for axis in axes.flat:
+        plain_axes(axis)
         if all(min(line.get_ydata()) > 0 for line in axis.lines):  # memory that was there already isn't more
             axis.set_yscale("log")
-    figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    run_command(bench)

@@ -1,48 +1,46 @@
 """2:4 on a GPU, in one go: transformer encoders dense, all 2:4 and selective, by layer and as a whole.
 
-    python -m onnx_spdy.tools.bench.gpu --out tests/golden/gpu
+    python -m onnx_spdy.tools.bench gpu --json gpu.json
 
 For each encoder, sequence and batch: what every layer takes dense (cuBLAS) and 2:4 (cuSPARSELt), in the network and by
 itself with cold caches, also where 2:4 is slower; then the network with 2:4 everywhere, and with 2:4 only in the
 layers that it makes faster, whose time is predicted from the first two before it is measured. Weights are random: the
-times don't depend on them. A file of some kilobytes is written for each case as soon as it is measured; no case is
-begun after --minutes.
+times don't depend on them. The file, some kilobytes for each case, is written again as soon as a case is measured; no
+case is begun after --time-limit.
 
 It needs an NVIDIA GPU from compute capability 8.0 on, Python 3.11 or later, and there torch 2.8 or later for CUDA with
-cuSPARSELt, numpy, onnx and ml_dtypes; nothing else of what this project depends on. Where the project isn't installed,
-a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as the Makefile makes it for
-`make types`; where onnx is missing, its wheels unpacked into a folder on PYTHONPATH. --dry-run is for machines without
-a GPU: one tiny encoder on the CPU, whose times mean nothing. Not run on hardware yet.
+cuSPARSELt, numpy, onnx, ml_dtypes and typer; nothing else of what this project depends on. Where the project isn't
+installed, a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as the Makefile
+makes it for `make types`; where onnx or typer is missing, its wheels unpacked into a folder on PYTHONPATH. --dry-run is
+for machines without a GPU: one tiny encoder on the CPU, whose times mean nothing. Not run on hardware yet.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
 import torch
+import typer
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.models import Layer, find_layers, from_canonical, save_model, to_canonical
-from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.engine import READER
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import select_mask
-from onnx_spdy.runtimes import SEMI_STRUCTURED, LayerTime, Measurement, measure_interleaved, median_ratio
+from onnx_spdy.runtimes import SEMI_STRUCTURED, LayerTime, Measurement, Workload, measure_interleaved, median_ratio
 from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
 from onnx_spdy.runtimes.nvidia.cuda_device import Device
 from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt, CuSparseLtSession
-from onnx_spdy.tools.expected import one_line_errors
+from onnx_spdy.tools.results import Json, write_results
+from onnx_spdy.tools.table import print_table
 
-VERSION = 1
 PRECISION = "bf16"
 OPSET = 17
 ROUNDS, RUNS_A_ROUND, WARMUP = 30, 3, 10
@@ -62,9 +60,8 @@ class Case:
     sequence: int
     batch: int
 
-    @property
-    def file(self) -> str:
-        return f"{self.name}_sequence{self.sequence}_batch{self.batch}.json"
+    def __str__(self) -> str:
+        return f"{self.name} sequence {self.sequence} batch {self.batch}"
 
 
 CASES = (
@@ -74,28 +71,37 @@ CASES = (
 TINY = (Case("tiny", 2, 64, 4, 16, 2),)
 
 
-def bench(cases: Sequence[Case], out: Path, minutes: float, device: Device | None = None) -> list[Path]:
-    """Measure the cases and write a file for each.
-
-    Args:
-        minutes: after which no case is begun.
-        device: a stand-in for the GPU.
-    Returns:
-        The files.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    started, written = time.monotonic(), []
-    for case in cases:
-        if time.monotonic() - started > 60 * minutes:
-            print(f"{minutes:g} minutes are over: {case.file} and what follows isn't measured")
+def bench(
+    case: Annotated[str, typer.Option("--case", metavar="TEXT", help="only cases that have that in their name")] = "",
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="MINUTES", help="after which no case is begun")
+    ] = MINUTES,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="a tiny encoder on the CPU; its times mean nothing")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Measure the cases; show the layers and the networks of each."""
+    device = CpuDevice() if dry_run else None
+    started, found = time.monotonic(), []
+    for one in TINY if dry_run else CASES:
+        if case not in str(one):
+            continue
+        if time.monotonic() - started > 60 * time_limit:
+            print(f"{time_limit:g} minutes are over: {one} and what follows isn't measured")
             break
-        written.append(out / case.file)
-        write_json(written[-1], "bench_gpu", VERSION, measure(case, device))
-    return written
+        found.append(measure(one, device))
+        write_results(json, "bench_gpu", {"cases": found})
+        show_layers(one, found[-1])
+    show_networks(found)
 
 
 def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
-    """Everything about one case, as it goes into its file."""
+    """Everything about one case.
+
+    Args:
+        device: a stand-in for the GPU.
+    """
     model = encoder(case)
     layers = [layer for layer in find_layers(model) if layer.prunable]
     with (
@@ -106,7 +112,7 @@ def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
         def opened(name: str, sparse: Sequence[Layer]) -> CuSparseLtSession:
             path = Path(folder) / f"{name}.onnx"
             save_model(semi_structured(model, sparse), path)
-            return runtime.open(path, batch=case.batch)
+            return runtime.open(path, Workload(case.batch))
 
         dense, all_sparse = opened("dense", ()), opened("all", layers)
         rows = {name: profile(one) for name, one in (("dense", dense), ("2:4", all_sparse))}
@@ -116,7 +122,7 @@ def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
         share = 1 - sum(gain(rows, one) for one in faster) / sum(row.seconds for row in rows["dense"].values())
         content = {
             "case": asdict(case),
-            "environment": dense.environment.to_json(),
+            "engine": dense.environment.to_json(),
             "conditions": "layers: in the network's CUDA graph; cold: by itself, L2 overwritten; networks: in turns",
             "layers": [_row(one, rows, all_sparse, one in faster) for one in layers],
             "networks": {name: _network(times["dense"], one) for name, one in times.items()},
@@ -124,7 +130,6 @@ def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
         }
         for session in sessions.values():
             session.close()
-    _tell(case, content)
     return content
 
 
@@ -229,42 +234,25 @@ def _network(dense: Measurement, one: Measurement) -> dict[str, float]:
     return {"median_seconds": one.median, "spread": one.spread, "speedup": speedup, "speedup_error": error}
 
 
-def _tell(case: Case, content: Mapping[str, Any]) -> None:
-    networks, layers = content["networks"], content["layers"]
-    chosen = sum(layer["selective"] for layer in layers)
-    ratios = [layer["dense_seconds"] / layer["sparse_seconds"] for layer in layers]
-    predicted = content["selective_predicted_seconds"]
-    print(f"{case.name}, sequence {case.sequence}, batch {case.batch}: ", end="")
-    print(
-        ", ".join(
-            f"{name} {1e6 * one['median_seconds']:.1f} us ({one['speedup']:.3f}x)" for name, one in networks.items()
-        )
-    )
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
-    print(f"  2:4 gains in {chosen} of {len(layers)} layers (speedup of a layer {spread})")
-    off = predicted / networks["selective"]["median_seconds"] - 1
-    print(f"  selective: predicted {1e6 * predicted:.1f} us, {off:+.1%} off")
+def show_layers(case: Case, content: Mapping[str, Any]) -> None:
+    """Print what each layer takes."""
+    times = ("dense_seconds", "sparse_seconds", "cold_dense_seconds", "cold_sparse_seconds")
+    print_table(
+        str(case), ("layer", "dense us", "2:4 us", "cold dense us", "cold 2:4 us", "speedup", "in selective", "kernel"),
+        [(layer["name"], *(f"{1e6 * layer[key]:.1f}" for key in times),
+          f"{layer['dense_seconds'] / layer['sparse_seconds']:.2f}", "2:4" if layer["selective"] else "dense",
+          layer["kernel"]) for layer in content["layers"]],
+    )  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file for each case is written there")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no case is begun")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose file has that in its name")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny encoder on the CPU; its times mean nothing")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """The command."""
-    given = arguments()
-    device = CpuDevice() if given.dry_run else None
-    cases = [case for case in (TINY if given.dry_run else CASES) if given.case in case.file]
-    with one_line_errors():
-        for path in bench(cases, given.out, given.minutes, device):
-            print(path)
-
-
-if __name__ == "__main__":
-    main()
+def show_networks(cases: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the whole networks take, and how well the selective one was predicted."""
+    rows = []
+    for content in cases:
+        networks, predicted = content["networks"], content["selective_predicted_seconds"]
+        times = (f"{1e6 * one['median_seconds']:.1f} ({one['speedup']:.3f}x)" for one in networks.values())
+        chosen = f"{sum(layer['selective'] for layer in content['layers'])} of {len(content['layers'])}"
+        off = predicted / networks["selective"]["median_seconds"] - 1
+        rows.append((Case(**content["case"]), *times, chosen, f"{1e6 * predicted:.1f}", f"{off:+.1%}"))
+    columns = ("encoder", "dense us", "all 2:4 us", "selective us", "layers that gain", "predicted us", "off")
+    print_table("Networks", columns, rows)

@@ -1,8 +1,6 @@
 """How well the latency model predicts whole networks, in a real runtime, beside the plain sum of layer times.
 
-    python -m onnx_spdy.tools.bench.latency MODEL --runtime deepsparse --batch 16 --table latency.json
-
-The table is measured when the file isn't there yet; what the parts of its model buy is shown then, too: the same
+The table is measured when `--latency` isn't there yet; what the parts of its model buy is shown then, too: the same
 measurements are fitted without the terms of neighbouring layers, and without the networks' times as a whole. Then
 networks that the table has never seen are measured, some of them in turns with the dense one: random levels for each
 layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order,
@@ -13,9 +11,8 @@ prediction can be told from a better one.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,17 +20,20 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from onnx_spdy.models import Layer, find_layers, save_model
+from onnx_spdy.models import Layer, save_model
+from onnx_spdy.pipeline.artifact import ArtifactError
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.latency.fit import Fit, fit_latency
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level, levels_for
-from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
-from onnx_spdy.runtimes import Environment, Runtime, Session, measure_interleaved, median_ratio
-from onnx_spdy.tools.expected import run_command
+from onnx_spdy.runtimes import Environment, Runtime, Session, Workload, measure_interleaved, median_ratio
+from onnx_spdy.tools.options import Batch, ModelArgument, RuntimeName, Threads
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.results import Json, write_results
 from onnx_spdy.tools.specs import load_network
+from onnx_spdy.tools.table import print_table
 
 LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the highest level
 VISIT_SECONDS = 2.5
@@ -43,51 +43,54 @@ UNSEEN = 1e3  # relative noise of a measurement that is to count for nothing
 
 
 def bench(
-    model: Annotated[str, typer.Argument()],
-    runtime: Annotated[str, typer.Option()] = "deepsparse",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    table: Annotated[Path, typer.Option(help="latency.json; measured when it isn't there")] = Path("latency.json"),
-    networks: Annotated[int, typer.Option(min=1)] = 50,
-    visits: Annotated[int, typer.Option(min=2)] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="of the networks; the table has its own")] = 1,
-    out: Annotated[Path | None, typer.Option(help="all figures as JSON")] = None,
+    model: ModelArgument,
+    runtime: RuntimeName,
+    latency: Annotated[Path, typer.Option("--latency", metavar="F", help="the table; measured when it isn't there")],
+    batch: Batch = 1,
+    threads: Threads = None,
+    networks: Annotated[int, typer.Option("--networks", min=1, help="that the table has never seen")] = 50,
+    visits: Annotated[int, typer.Option("--visits", min=2, help="of each network")] = 2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the networks; the table has its own")] = 1,
+    json: Json = None,
 ) -> None:
-    """Measure random mixed networks and print the errors of the model and of the plain sum."""
+    """Measure random mixed networks; show the errors of the model and of the plain sum."""
     levels = levels_for("unstructured")
     dense = load_network(model)
-    parts = Parts()
-    with open_runtime(runtime) as engine, ProgressBars() as watch:
+    parts, workload = Parts(), Workload(batch, threads)
+    with open_runtime(runtime) as engine, ProgressBars() as bars:
         engine.check()
-        if not table.exists():
+        if not latency.exists():
             measure_latency(
-                dense, engine, levels, batch=batch, threads=threads, save=table, fit=parts.fit,
-                progress=lambda done, total, note: watch("table", done, total, note),
+                dense, engine, levels, workload, save=latency, fit=parts.fit,
+                progress=bars.stage("table"),
             )  # fmt: skip
-        found = LatencyTable.load(table)
-        layers = [layer for layer in find_layers(dense) if layer.prunable]
+        found = LatencyTable.load(latency)
+        layers = dense.prunable
         choices = random_choices(levels, len(layers), networks, np.random.default_rng(seed))
         with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
             path = Path(folder) / "dense.onnx"
-            save_model(dense, path)
-            plain = PlainSum(engine, path, layers, levels, batch, threads, watch)
+            save_model(dense.proto, path)
+            plain = PlainSum(engine, path, layers, levels, workload, bars)
             measured = np.zeros((networks, visits))
-            with engine.open(path, batch=batch, threads=threads) as reference:
+            with engine.open(path, workload) as reference:
                 if wrong := found.environment.mismatch(reference.environment):
-                    raise ValueError(f"{table} was measured in another environment: {[*wrong]} differ; remove it")
-                visit = Visit(engine, path, reference, layers, levels, batch, threads)
+                    raise ArtifactError(f"{latency} was measured in another environment: {[*wrong]} differ; remove it")
+                visit = Visit(engine, path, reference, layers, levels, workload)
                 for time in range(visits):
                     order = np.random.default_rng(seed + time).permutation(networks)
                     for start in range(0, networks, GROUP):
                         group = order[start : start + GROUP]
                         measured[group, time] = visit(choices[group], [seed + int(number) for number in group])
-                        watch("networks", time * networks + start + len(group), visits * networks, "")
+                        bars.stage("networks")(time * networks + start + len(group), visits * networks, "")
     relative = {
         "model": np.array([found.predict(choice) for choice in choices]) / found.dense_seconds,
         **parts.without(choices),
         "plain sum": np.array([plain(choice) for choice in choices]) / plain(np.zeros(len(layers), np.int64)),
     }
-    report(found.environment, choices, relative, measured, out)
+    show(found.environment, relative, measured)
+    content = {"engine": found.environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
+    predicted = {name: values.tolist() for name, values in relative.items()}
+    write_results(json, "bench_latency", {**content, "predicted": predicted}, seed)
 
 
 class Parts:
@@ -105,21 +108,21 @@ class Parts:
         """What is left out -> (networks,) seconds relative to the dense network; empty if nothing was fitted."""
         if self._arguments is None:
             return {}
-        trials, before, source_of, *rest = self._arguments
-        alone, sources = np.full(len(before), NONE_BEFORE), dict.fromkeys(source_of, NONE_BEFORE)
+        trials, predecessor, source_of, *rest = self._arguments
+        alone, sources = np.full(len(predecessor), NO_PREDECESSOR), dict.fromkeys(source_of, NO_PREDECESSOR)
         unseen = [replace(trial, noise=UNSEEN) for trial in trials]
         variants = {
             "without neighbours": (trials, alone, sources, *rest),
-            "without whole networks": (unseen, before, source_of, *rest),
+            "without whole networks": (unseen, predecessor, source_of, *rest),
             "without both": (unseen, alone, sources, *rest),
         }
         return {name: self._relative(arguments, choices) for name, arguments in variants.items()}
 
     @staticmethod
     def _relative(arguments: tuple[Any, ...], choices: np.ndarray) -> np.ndarray:
-        fit, (before, sparse) = fit_latency(*arguments), (arguments[1], arguments[4])
-        costs = Costs(fit.seconds, fit.entry, before, ~sparse)
-        totals = [fit.base_seconds + costs.total(choice) for choice in (np.zeros_like(choices[0]), *choices)]
+        fit, (predecessor, sparse) = fit_latency(*arguments), (arguments[1], arguments[4])
+        costs = Costs(fit.seconds, fit.transition, predecessor, ~sparse)
+        totals = [fit.rest_seconds + costs.total(choice) for choice in (np.zeros_like(choices[0]), *choices)]
         return np.array(totals[1:]) / totals[0]
 
 
@@ -140,11 +143,10 @@ class PlainSum:
         self,
         engine: Runtime,
         path: Path,
-        layers: list[Layer],
+        layers: Sequence[Layer],
         levels: tuple[Level, ...],
-        batch: int,
-        threads: int | None,
-        watch: ProgressBars,
+        workload: Workload,
+        bars: ProgressBars,
     ) -> None:
         self._seconds = np.zeros((len(layers), len(levels)))
         rest = []
@@ -153,12 +155,12 @@ class PlainSum:
             zeros = {layer.weight: level.sparsity for layer in layers} if level.sparsity else {}
             rest.append(0.0)
             for row in engine.layer_seconds(
-                path, batch=batch, threads=threads, iterations=8, warmup=2, zeros=zeros, seed=index, merged=False
+                path, workload, iterations=8, warmup=2, zeros=zeros, seed=index, merged=False
             ):
                 own = [row_of[name] for name in row.outputs if name in row_of]
                 rest[-1] += 0.0 if own else row.seconds
                 self._seconds[own, index] += row.seconds / max(1, len(own))
-            watch("plain sum", index + 1, len(levels), "")
+            bars.stage("plain sum")(index + 1, len(levels), "")
         self._rest = float(np.median(rest))
 
     def __call__(self, choice: np.ndarray) -> float:
@@ -173,13 +175,12 @@ class Visit:
         engine: Runtime,
         path: Path,
         reference: Session,
-        layers: list[Layer],
+        layers: Sequence[Layer],
         levels: tuple[Level, ...],
-        batch: int,
-        threads: int | None,
+        workload: Workload,
     ) -> None:
         self._engine, self._path, self._reference, self._layers, self._levels = engine, path, reference, layers, levels
-        self._arguments: dict[str, Any] = {"batch": batch, "threads": threads}
+        self._workload = workload
         dense = float(np.median(reference.seconds(5, warmup=3)))
         self._rounds = max(5, round(VISIT_SECONDS / (dense * (1 + RUNS_A_ROUND))))
 
@@ -190,51 +191,30 @@ class Visit:
             for number, (choice, seed) in enumerate(zip(choices, seeds, strict=True)):
                 chosen = zip(self._layers, choice, strict=True)
                 zeros = {layer.weight: self._levels[index].sparsity for layer, index in chosen if index}
-                session = self._engine.open(self._path, **self._arguments, zeros=zeros, seed=seed)
+                session = self._engine.open(self._path, self._workload, zeros=zeros, seed=seed)
                 sessions[str(number)] = opened.enter_context(session)
             times = measure_interleaved(sessions, rounds=self._rounds, iterations=RUNS_A_ROUND, warmup=2)
         dense = times.pop("dense").seconds
         return [median_ratio(one.seconds, dense)[0] for one in times.values()]
 
 
-def report(
-    environment: Environment,
-    choices: np.ndarray,
-    relative: Mapping[str, np.ndarray],
-    measured: np.ndarray,
-    out: Path | None,
-) -> None:
-    """Print errors of predicted speedups, and keep the figures.
+def show(environment: Environment, relative: Mapping[str, np.ndarray], measured: np.ndarray) -> None:
+    """Print the errors of predicted speedups.
 
     Args:
         environment: of all of it.
-        choices: (networks, layers) level indices.
         relative: model -> (networks,) seconds relative to the dense network, as predicted.
         measured: (networks, visits), the same as measured.
-        out: a file for all of it, or None.
     """
     truth = np.exp(np.log(measured).mean(axis=1))
     noise = np.abs(np.log(measured[:, 0] / measured[:, 1]))
-    print(f"{environment.runtime} {environment.version}, batch {environment.batch}, {environment.threads} threads")
-    print(f"{len(truth)} networks, measured speedups {1 / truth.max():.2f} to {1 / truth.min():.2f}")
-    print(f"two visits of one network differ by {np.median(noise):.1%} (median), {noise.max():.1%} (largest)")
+    rows = []
     for name, predicted in relative.items():
         error = truth / predicted - 1  # of the speedup: positive is promised too much
         size = np.abs(error)
-        print(
-            f"{name}: median {np.median(size):.1%}, 90 % within {np.quantile(size, 0.9):.1%}, "
-            f"largest {size.max():.1%}; bias {np.median(error):+.1%}"
-        )
-    if out:
-        figures = {name: values.tolist() for name, values in relative.items()}
-        content = {"environment": environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
-        out.write_text(json.dumps({**content, "predicted": figures}, indent=1), encoding="utf8")
-
-
-def main() -> None:
-    """The command line."""
-    run_command(bench)
-
-
-if __name__ == "__main__":
-    main()
+        rows.append((name, *(f"{one:.1%}" for one in (np.median(size), np.quantile(size, 0.9), size.max())),
+                     f"{np.median(error):+.1%}"))  # fmt: skip
+    print_table("Errors of predicted speedups", ("model", "median", "90 % within", "largest", "bias"), rows)
+    print(f"{environment.runtime} {environment.version}, batch {environment.batch}, {environment.threads} threads")
+    print(f"{len(truth)} networks, measured speedups {1 / truth.max():.2f} to {1 / truth.min():.2f}")
+    print(f"two visits of one network differ by {np.median(noise):.1%} (median), {noise.max():.1%} (largest)")

@@ -2,24 +2,22 @@
 
     trtexec --onnx=dense.onnx --dumpProfile > dense.log
     trtexec --onnx=model.onnx --sparsity=enable --dumpProfile > sparse.log
-    python -m onnx_spdy.tools.bench.read_trtexec sparse.log --dense dense.log
+    python -m onnx_spdy.tools.bench read-trtexec sparse.log --dense dense.log
 
 A profile may also be a file of --exportProfile. Layers of two builds are the same where they have the same name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from onnx_spdy.runtimes.nvidia.trt_log import ProfiledLayer, exported_profile, printed_profile, sparsity_lists
-from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.results import Json, write_results
+from onnx_spdy.tools.table import print_table
 
 
 @dataclass(frozen=True)
@@ -76,32 +74,24 @@ def read_profile(path: Path) -> list[ProfiledLayer]:
     return exported_profile(text) if path.suffix == ".json" else printed_profile(text)
 
 
-def read(
+def bench(
     log: Annotated[Path, typer.Argument(metavar="LOG", help="of a build with --sparsity=enable")],
-    profile: Annotated[Path | None, typer.Option(help="its --exportProfile; default: what it printed")] = None,
-    dense: Annotated[Path | None, typer.Option(help="log or exported profile of the dense network")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="FILE", help="its --exportProfile; default: what it printed")
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option("--dense", metavar="FILE", help="log or exported profile of the dense network")
+    ] = None,
+    json: Json = None,
 ) -> None:
-    """Print a line for each layer."""
+    """Show a line for each layer."""
     text = log.read_text(encoding="utf-8", errors="replace")
     found = layer_sparsities(text, read_profile(profile or log), read_profile(dense) if dense else [])
-    table = Table()
-    for name in ("layer", "eligible", "picked", "dense ms", "sparse ms", "why not"):
-        table.add_column(name, overflow="fold")
-    for one in found:
-        times = (
-            f"{1e3 * value:.4f}" if value is not None else "-" for value in (one.dense_seconds, one.sparse_seconds)
-        )
-        flags = ("yes" if flag else "no" for flag in (one.eligible, one.picked))
-        table.add_row(escape(one.name), *flags, *times, one.why_not)
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    print_table(
+        "Layers", ("layer", "eligible", "picked", "dense ms", "sparse ms", "why not"),
+        [(one.name, *("yes" if flag else "no" for flag in (one.eligible, one.picked)),
+          *("-" if seconds is None else f"{1e3 * seconds:.4f}" for seconds in (one.dense_seconds, one.sparse_seconds)),
+          one.why_not) for one in found],
+    )  # fmt: skip
     print(f"{sum(one.picked for one in found)} of {sum(one.eligible for one in found)} eligible layers were picked")
-
-
-def main() -> None:
-    """The command line."""
-    run_command(read)
-
-
-if __name__ == "__main__":
-    main()
+    write_results(json, "bench_read_trtexec", {"layers": [asdict(one) for one in found]})

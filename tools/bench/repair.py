@@ -1,8 +1,5 @@
 """Very little data: the metric dense, pruned layer by layer, statistics corrected, and repaired.
 
-    python -m onnx_spdy.tools.bench.repair MODEL --data DATA --eval DATA --level 2:4 --samples 64,256,1024
-    python -m onnx_spdy.tools.bench.repair MODEL --data DATA --eval DATA --profile 2x.json --profile 3x.json
-
 All prunable layers but the first and the last go to one level, or every layer to its level in each of the profiles;
 magnitude pruning stands beside the default pruner. The metric is computed in PyTorch, in bfloat16 where the CPU has it:
 the dense network too, so differences count.
@@ -10,11 +7,11 @@ the dense network too, so differences count.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,67 +25,70 @@ from onnx_spdy.pipeline.database.layer_database import LayerDatabase, open_datab
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, Pruner, pruner_named
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metric
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, PrunedNetwork, Weights
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.training.repair import RATE, repair
-from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.options import Data, Evaluation, MetricName, ModelArgument, Seed, several
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.results import Json, write_results
 from onnx_spdy.tools.specs import load_metric, load_network, load_samples
+from onnx_spdy.tools.table import print_table
 
 
 def bench(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
-    data: Annotated[str, typer.Option(metavar="DATA", help="calibration samples")],
-    evaluation: Annotated[str, typer.Option("--eval", metavar="DATA")],
-    metric: Annotated[str, typer.Option(metavar="M")] = "top1",
-    level: Annotated[str, typer.Option(metavar="LEVEL", help="2:4, unstructured@0.8000, ...")] = "2:4",
+    model: ModelArgument,
+    data: Data,
+    evaluation: Evaluation,
+    metric: MetricName = "top1",
+    level: Annotated[str, typer.Option("--level", metavar="LEVEL", help="2:4, unstructured@0.8000, ...")] = "2:4",
     profile: Annotated[
-        list[Path] | None, typer.Option(metavar="F", help="instead of --level; may be given several times")
+        list[Path] | None, typer.Option("--profile", metavar="F", help="instead of --level; once for each profile")
     ] = None,
-    samples: Annotated[str, typer.Option(metavar="N[,N...]")] = "64,256,1024",
-    pruners: Annotated[str, typer.Option(metavar="NAME[,NAME]")] = f"magnitude,{DEFAULT_PRUNER}",
-    database: Annotated[Path | None, typer.Option(metavar="DIR", help="saves pruning again by its pruner")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    rate: Annotated[float, typer.Option()] = RATE,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="F", help="all figures as JSON")] = None,
+    samples: Annotated[str, typer.Option("--samples", metavar="N[,N...]")] = "64,256,1024",
+    pruner: Annotated[str, typer.Option("--pruner", metavar="NAME[,NAME...]")] = f"magnitude,{DEFAULT_PRUNER}",
+    database: Annotated[
+        Path | None, typer.Option("--database", metavar="DIR", help="saves pruning again by its pruner")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="of repair")] = None,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="of repair")] = RATE,
+    seed: Seed = 0,
+    json: Json = None,
 ) -> None:
-    """Prune, correct and repair with so many samples, and print the metric after each step."""
+    """Prune, correct and repair with so many samples; show the metric after each step."""
     network, measure = Network(load_network(model)), load_metric(metric)
     inner = [layer.name for layer in network.layers[1:-1]]
     tasks = {str(path): Profile.load(path).levels for path in profile or []} or {
         level: dict.fromkeys(inner, Level.parse(level))
     }
-    whole, held = load_samples(data, network.model), load_samples(evaluation, network.model)
+    whole, held = load_samples(data, network.prepared), load_samples(evaluation, network.prepared)
     weights = open_database(database) if database else None
     known = weights.made_from["pruner"] if weights else None
-    names = pruners.split(",")
+    names = pruner.split(",")
     # Only what is pruned here, and by a pruner whose weights aren't there already, needs a Hessian.
-    changed = {name for levels in tasks.values() for name, one in levels.items() if one != DENSE}
+    changed = {name for levels in tasks.values() for name, chosen in levels.items() if chosen != DENSE}
     to_prune = [layer for layer in network.layers if layer.name in changed] if set(names) != {known} else []
-    rows = []
-    print(f"dense {evaluated(network, held, measure):.4f}, {len(held)} evaluation samples", flush=True)
-    for count in map(int, samples.split(",")):
+    rows: list[dict[str, Any]] = []
+    reference = evaluated(network, DENSE_WEIGHTS, held, measure)
+    for count in several(samples, int, "--samples"):
         some = whole.take(slice(0, count))
         hessians = collect_hessians(network, to_prune, some) if to_prune else {}
         correction = StatisticsCorrection(network, some)
         for name, levels in tasks.items():
-            for pruner in names:
-                network.reset()
+            for one in names:
                 start = time.monotonic()
-                stored = weights if pruner == known else None
-                stitch(network, levels, pruner_named(pruner), hessians, stored)
+                stored = weights if one == known else None
+                pruned = stitch(network, levels, pruner_named(one).prune, hessians, stored)
                 row = {"prune_seconds": time.monotonic() - start} | steps(
-                    network, some, correction, levels,
-                    lambda: evaluated(network, held, measure), epochs, rate, seed,
+                    network, pruned, some, correction,
+                    lambda weights: evaluated(network, weights, held, measure), epochs, learning_rate, seed,
                 )  # fmt: skip
-                rows.append({"samples": count, "levels": name, "pruner": pruner, **row})
-                print(
-                    "  ".join(f"{key} {value:.4g}" if key in row else f"{value}" for key, value in rows[-1].items()),
-                    flush=True,
-                )
-    if out:
-        out.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf8")
+                rows.append({"samples": count, "levels": name, "pruner": one, **row})
+                content = {"metric": metric, "dense": reference, "evaluation_samples": len(held), "rows": rows}
+                write_results(json, "bench_repair", content, seed)
+    print_table(
+        f"{metric} on {len(held)} samples; dense {reference:.4f}", [name.replace("_", " ") for name in rows[0]],
+        [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows],
+    )  # fmt: skip
 
 
 def stitch(
@@ -97,54 +97,44 @@ def stitch(
     prune: Pruner,
     hessians: Mapping[str, torch.Tensor],
     stored: LayerDatabase | None,
-) -> None:
-    """Prune each layer of a dense network to its level, or take it from the database."""
-    for layer in network.layers:
-        level = levels.get(layer.name, DENSE)
+) -> PrunedNetwork:
+    """Each layer pruned to its level, or taken from the database."""
+    weights = {}
+    for layer in PrunedNetwork({}, levels).pruned_layers(network):
+        level = levels[layer.name]
         if stored:
-            network.set(layer.weight, stored.weight(network, layer, level))
-        elif level != DENSE:
+            weights[layer.weight] = stored.weight(network, layer, level)
+        else:
             dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
             (pruned,) = prune(dense, hessians[layer.name], [level])
-            network.set(layer.weight, from_canonical(layer, pruned))
+            weights[layer.weight] = from_canonical(layer, pruned)
+    return PrunedNetwork(weights, levels)
 
 
 def steps(
     network: Network,
+    pruned: PrunedNetwork,
     samples: Samples,
     correction: StatisticsCorrection,
-    levels: Mapping[str, Level],
-    score: Callable[[], float],
+    score: Callable[[Weights], float],
     epochs: int | None,
     rate: float,
     seed: int,
 ) -> dict[str, float]:
     """The metric of the pruned network and after each step, and the seconds of repair."""
-    layers = [layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE]
-    found = {"pruned": score()}
-    correction.apply(layers)
-    found["corrected"] = score()
+    corrected = replace(pruned, weights=correction.apply(pruned.weights, pruned.pruned_layers(network)))
+    found = {"pruned": score(pruned.weights), "corrected": score(corrected.weights)}
     start = time.monotonic()
-    with ProgressBars() as watch:
-        training = repair(
-            network, layers, samples, epochs=epochs, rate=rate, seed=seed,
-            progress=lambda done, total, note: watch("repair", done, total, note),
-        )  # fmt: skip
-    found |= {"repair_seconds": time.monotonic() - start, "repaired": score()}
-    return found | {"error_before": training.loss_before, "error_after": training.loss_after}
+    with ProgressBars() as bars:
+        repaired, training = repair(
+            network, corrected, samples, epochs=epochs, rate=rate, seed=seed, progress=bars.stage("repair")
+        )
+    found |= {"repair_seconds": time.monotonic() - start, "repaired": score(repaired.weights)}
+    return found | ({"error_before": training.loss_before, "error_after": training.loss_after} if training else {})
 
 
-def evaluated(network: Network, samples: Samples, metric: Metric) -> float:
-    """The metric of the network with the weights that it has now."""
-    parts = [outputs for _, outputs in network.outputs(samples, bfloat16=network.bfloat16)]
+def evaluated(network: Network, weights: Weights, samples: Samples, metric: Metric) -> float:
+    """The metric of the network with these weights."""
+    parts = [outputs for _, outputs in network.outputs(samples, weights, bfloat16=network.bfloat16)]
     outputs = {name: np.concatenate([part[name].float().numpy() for part in parts]) for name in parts[0]}
     return metric(outputs, samples.target)
-
-
-def main() -> None:
-    """The command line."""
-    run_command(bench)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What searches find and what they cost: `python -m onnx_spdy.tools.bench.search MODEL --latency F --database DIR ...`.
+"""What searches find and what they cost.
 
 Each search, target and seed starts from nothing. The network forwards count samples, whether the whole network ran or
 only its later layers. With `--eval` the networks are stitched and corrected as they would be deployed, and judged on
@@ -16,10 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase, open_database
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
@@ -27,13 +24,19 @@ from onnx_spdy.pipeline.loss import LOSSES, default_loss
 from onnx_spdy.pipeline.metric import top1
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
-from onnx_spdy.pipeline.search.profile_search import SEARCH_SAMPLES, ProfileSearch
+from onnx_spdy.pipeline.search.profile_search import ProfileSearch
+from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
 from onnx_spdy.pipeline.solve import InfeasibleTarget
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
-from onnx_spdy.tools.expected import run_command
+from onnx_spdy.tools.options import Data, LossName, ModelArgument, SearchImages, SearchSamples, several
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.results import Json, read_results, write_results
 from onnx_spdy.tools.specs import load_loss, load_network, load_samples
+from onnx_spdy.tools.table import print_table
 
+KIND = "bench_search"
 YARDSTICK = "spdy"
+COMPARED = (YARDSTICK, "thompson", "dp", "random", "uniform", "global-magnitude", "erk")
 ROUNDING = 1e-6  # of a loss that was computed twice
 
 
@@ -72,52 +75,60 @@ class Row:
 
 
 def bench(
-    model: Annotated[str, typer.Argument()],
-    latency: Annotated[Path, typer.Option("--latency")],
-    database: Annotated[Path, typer.Option("--database")],
-    data: Annotated[str, typer.Option("--data")],
-    speedup: Annotated[str, typer.Option("--speedup")] = "1.5,2,3",
-    search: Annotated[str, typer.Option("--search")] = "spdy,thompson,dp,random,uniform,global-magnitude,erk",
-    seeds: Annotated[str, typer.Option("--seeds")] = "0,1,2",
-    search_samples: Annotated[int, typer.Option("--search-samples")] = SEARCH_SAMPLES,
-    images: Annotated[int | None, typer.Option("--images", help="image forwards that a search may use")] = None,
+    model: ModelArgument,
+    latency: Annotated[Path, typer.Option("--latency", metavar="F")],
+    database: Annotated[Path, typer.Option("--database", metavar="DIR")],
+    data: Data,
+    speedup: Annotated[str, typer.Option("--speedup", metavar="X[,X...]")] = "1.5,2,3",
+    search: Annotated[str, typer.Option("--search", metavar="NAME[,NAME...]")] = ",".join(COMPARED),
+    seeds: Annotated[str, typer.Option("--seed", metavar="N[,N...]")] = "0,1,2",
+    search_samples: SearchSamples = SEARCH_SAMPLES,
+    search_images: SearchImages = None,
     share: Annotated[
-        float | None, typer.Option("--share", help="image forwards of the others, as a share of what spdy used")
+        float | None, typer.Option("--share", help="--search-images of the others, as a share of what spdy used")
     ] = None,
-    loss: Annotated[str | None, typer.Option("--loss")] = None,
-    evaluation: Annotated[str | None, typer.Option("--eval", help="samples with labels to judge by")] = None,
-    json: Annotated[Path | None, typer.Option("--json")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="begin no search after so long")] = None,
+    loss: LossName = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", metavar="DATA", help="samples to judge the deployed networks by")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", metavar="MINUTES", help="after which no search is begun")
+    ] = None,
+    json: Json = None,
 ) -> None:
-    """Run searches x targets x seeds and print a table."""
+    """Run searches x targets x seeds."""
     began = time.monotonic()
     table, weights, score = LatencyTable.load(latency), open_database(database), load_loss(loss)
     network = Network(load_network(model))
-    samples = load_samples(data, network.model)
-    judge = Judge(network, weights, samples, load_samples(evaluation, network.model)) if evaluation else None
+    samples = load_samples(data, network.prepared)
+    judge = Judge(network, weights, samples, load_samples(evaluation, network.prepared)) if evaluation else None
     rows = _known(json, network.sha256)
-    for seed in map(int, seeds.split(",")):
-        for target in map(float, speedup.split(",")):
-            for name in search.split(","):
-                limit = images if share is None or name == YARDSTICK else _share(rows, share, target, seed)
-                if (name, target, seed, search_samples, limit) in {row.key for row in rows}:
-                    continue
-                if minutes is not None and time.monotonic() - began > 60 * minutes:
-                    break
-                trace = Trace()
-                finder = ProfileSearch(
-                    network, table, weights, samples, loss=score, search=name, search_samples=search_samples,
-                    seed=seed, image_limit=limit, progress=trace,
-                )  # fmt: skip
-                row, profile = _timed(finder, Row(name, target, seed, search_samples, limit, 0, 0, 0.0), trace)
-                if judge is not None and profile is not None:
-                    deployed, accuracy = judge(profile)
-                    row = replace(row, deployed_loss=deployed, top1=accuracy)
-                rows.append(row)
-                print(row, flush=True)
-                if json:
-                    content = {"model_sha256": network.sha256, "rows": [asdict(one) for one in rows]}
-                    write_json(json, "search_bench", 2, content)
+    wanted = [
+        (name, target, seed)
+        for seed in several(seeds, int, "--seed")
+        for target in several(speedup, float, "--speedup")
+        for name in search.split(",")
+    ]
+    with ProgressBars() as bars:
+        for number, (name, target, seed) in enumerate(wanted, 1):
+            limit = search_images if share is None or name == YARDSTICK else _share(rows, share, target, seed)
+            if (name, target, seed, search_samples, limit) in {row.key for row in rows}:
+                continue
+            if time_limit is not None and time.monotonic() - began > 60 * time_limit:
+                print(f"{time_limit:g} minutes are over: {name} {target:g}x, seed {seed} and what follows isn't run")
+                break
+            trace = Trace()
+            finder = ProfileSearch(
+                network, table, weights, samples,
+                SearchSettings(name, score, search_samples, sample_limit=limit, seed=seed), progress=trace,
+            )  # fmt: skip
+            row, profile = _timed(finder, Row(name, target, seed, search_samples, limit, 0, 0, 0.0), trace)
+            if judge is not None and profile is not None:
+                deployed, accuracy = judge(profile)
+                row = replace(row, deployed_loss=deployed, top1=accuracy)
+            rows.append(row)
+            bars.stage("searches")(number, len(wanted), f"{name} {target:g}x seed {seed}")
+            write_results(json, KIND, {"model_sha256": network.sha256, "rows": [asdict(one) for one in rows]})
     _show(rows)
     _show_cost(rows)
 
@@ -126,7 +137,7 @@ def _known(path: Path | None, model_sha256: str) -> list[Row]:
     """The rows that an earlier call wrote for the same network."""
     if path is None or not path.exists():
         return []
-    content = read_json(path, "search_bench", 2)
+    content = read_results(path, KIND)
     return [Row(**row) for row in content["rows"]] if content["model_sha256"] == model_sha256 else []
 
 
@@ -154,18 +165,17 @@ class Judge:
 
     def __init__(self, network: Network, weights: LayerDatabase, samples: Samples, unseen: Samples) -> None:
         self._network, self._unseen = network, unseen
-        self._stitching = CorrectedStitcher(network, weights, samples)
-        network.reset()
+        self._stitcher = CorrectedStitcher(network, weights, samples)
         self._dense = [outputs for _, outputs in network.outputs(unseen)]
         self._loss = LOSSES[default_loss(self._dense[0])]
 
     def __call__(self, profile: Profile) -> tuple[float, float | None]:
         """Loss, and top-1 where there are labels."""
-        self._stitching.stitch(profile)
+        pruned = self._stitcher.stitch(profile).weights
         losses: list[float] = []
         values: list[float] = []
         sizes: list[int] = []
-        for (batch, outputs), dense in zip(self._network.outputs(self._unseen), self._dense, strict=True):
+        for (batch, outputs), dense in zip(self._network.outputs(self._unseen, pruned), self._dense, strict=True):
             losses.append(float(self._loss(outputs, dense, None)))
             sizes.append(len(batch))
             if batch.target is not None:
@@ -182,13 +192,14 @@ class Trace:
         self._finder: ProfileSearch | None = None
 
     def begin(self, finder: ProfileSearch) -> None:
-        self._finder, self._images, self._start = finder, finder.images, time.perf_counter()
+        self._finder, self._samples_run, self._start = finder, finder.samples_run, time.perf_counter()
         self.points = []
 
-    def __call__(self, loss: float, done: int, left: int) -> None:
-        if self._finder and np.isfinite(loss) and (not self.points or loss < self.points[-1][2]):
+    def __call__(self, done: int, total: int, note: str) -> None:
+        loss = self._finder.best_loss if self._finder else math.inf
+        if self._finder and math.isfinite(loss) and (not self.points or loss < self.points[-1][2]):
             seconds = time.perf_counter() - self._start
-            self.points.append((self._finder.images - self._images, round(seconds, 2), loss))
+            self.points.append((self._finder.samples_run - self._samples_run, round(seconds, 2), loss))
 
 
 def _timed(finder: ProfileSearch, row: Row, trace: Trace) -> tuple[Row, Profile | None]:
@@ -199,36 +210,21 @@ def _timed(finder: ProfileSearch, row: Row, trace: Trace) -> tuple[Row, Profile 
     except (InfeasibleTarget, NoSpeedup) as exc:
         return replace(row, seconds=time.perf_counter() - start, problem=str(exc)), None
     return replace(
-        row, images=found.images, evaluations=found.evaluations, seconds=time.perf_counter() - start,
+        row, images=found.samples_run, evaluations=found.evaluations, seconds=time.perf_counter() - start,
         loss=found.loss, held_out_loss=found.held_out_loss, trace=trace.points,
     ), found  # fmt: skip
 
 
 def _show(rows: Sequence[Row]) -> None:
-    grid = Table(title="searches", title_justify="left")
-    columns = (
-        "search",
-        "target",
-        "seed",
-        "samples",
-        "images",
-        "profiles",
-        "seconds",
-        "loss",
-        "held out",
-        "deployed",
-        "top-1",
-    )
-    for column in columns:
-        grid.add_column(column, justify="left" if column == "search" else "right")
+    columns = ("search", "target", "seed", "samples", "images", "profiles", "seconds", "loss", "held out", "deployed",
+               "top-1", "note")  # fmt: skip
+    cells = []
     for row in rows:
-        losses = [f"{x:.4g}" if x is not None else "-" for x in (row.loss, row.held_out_loss, row.deployed_loss)]
-        grid.add_row(
-            row.search, f"{row.speedup:g}x", str(row.seed), str(row.samples), str(row.images), str(row.evaluations),
-            f"{row.seconds:.1f}",
-            *([row.problem, "", "", ""] if row.problem else [*losses, f"{row.top1:.2%}" if row.top1 else "-"]),
-        )  # fmt: skip
-    Console(width=140).print(grid)
+        losses = ["-" if x is None else f"{x:.4g}" for x in (row.loss, row.held_out_loss, row.deployed_loss)]
+        accuracy = "-" if row.top1 is None else f"{row.top1:.2%}"
+        cells.append((row.search, f"{row.speedup:g}x", row.seed, row.samples, row.images, row.evaluations,
+                      f"{row.seconds:.1f}", *losses, accuracy, row.problem))  # fmt: skip
+    print_table("Searches", columns, cells)
 
 
 def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
@@ -243,10 +239,8 @@ def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
 
 def _show_cost(rows: Sequence[Row]) -> None:
     """When each search came to the loss that the yardstick ended with."""
-    grid = Table(title=f"cost of {YARDSTICK}'s final loss, as a share of its cost", title_justify="left")
-    for column in ("search", "target", "seed", "samples", "images", "seconds"):
-        grid.add_column(column, justify="left" if column == "search" else "right")
     yardsticks = {(row.speedup, row.seed, row.samples): row for row in rows if row.search == YARDSTICK}
+    cells = []
     for row in rows:
         whole = yardsticks.get((row.speedup, row.seed, row.samples))
         if whole is None or whole is row or whole.loss is None or not row.trace:
@@ -255,9 +249,6 @@ def _show_cost(rows: Sequence[Row]) -> None:
         shares = ["not reached", ""] if reached is None else [
             f"{reached[0] / whole.images:.1%}", f"{reached[1] / whole.seconds:.1%}"
         ]  # fmt: skip
-        grid.add_row(row.search, f"{row.speedup:g}x", str(row.seed), str(row.samples), *shares)
-    Console(width=140).print(grid)
-
-
-if __name__ == "__main__":
-    run_command(bench)
+        cells.append((row.search, f"{row.speedup:g}x", row.seed, row.samples, *shares))
+    title = f"Cost of {YARDSTICK}'s final loss, as a share of its cost"
+    print_table(title, ("search", "target", "seed", "samples", "images", "seconds"), cells)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.search.methods import SearchProblem
-from onnx_spdy.pipeline.solve import NONE_BEFORE, Costs
 
 LEVELS = levels_for("unstructured")
 STAGES = (32, 64, 128)
@@ -34,7 +34,7 @@ class SyntheticNetwork:
     def __init__(self, layers: int, seed: int = 0, coupling: float = 1.0) -> None:
         rng = np.random.default_rng(seed)
         sparsity = np.array([level.sparsity for level in LEVELS])
-        self.layers, self.images = layers, 0
+        self.layers, self.samples_run = layers, 0
         self._coupling = coupling
         self._weights = np.exp(rng.normal(0, 1, layers))  # of the layers' times
         density = np.maximum(1 - sparsity, 0.02)
@@ -47,10 +47,11 @@ class SyntheticNetwork:
         self._seen: dict[tuple[int, ...], int] = {}
         kernel = 0.15 + 1.1 * density  # a sparse kernel's time, of the dense one's
         seconds = self._weights[:, None] * np.where(sparsity == 0, 1.0, kernel) * 1e-3
-        entry = seconds * np.where(sparsity == 0, 0.0, 0.05)
-        before = np.arange(layers) - 1
-        before[3::4] = np.maximum(before[3::4] - 2, NONE_BEFORE)  # a shortcut that reads what two others read
-        self.costs = Costs(seconds, entry, before)
+        transition = seconds * np.where(sparsity == 0, 0.0, 0.05)
+        predecessor = np.arange(layers) - 1
+        # A shortcut that reads what two others read.
+        predecessor[3::4] = np.maximum(predecessor[3::4] - 2, NO_PREDECESSOR)
+        self.costs = Costs(seconds, transition, predecessor)
 
     @property
     def profiles(self) -> int:
@@ -61,7 +62,7 @@ class SyntheticNetwork:
         batches = len(self._tilt) if samples is None else -(-samples // BATCH)
         key = tuple(np.asarray(choice).tolist())
         known = self._seen.get(key, 0)
-        self.images += max(0, batches - known) * BATCH
+        self.samples_run += max(0, batches - known) * BATCH
         self._seen[key] = max(known, batches)
         return float(np.mean([self._of(choice, tilt) for tilt in self._tilt[:batches]]))
 
@@ -69,7 +70,7 @@ class SyntheticNetwork:
         """What the loss would be on endless samples."""
         return self._of(choice, np.zeros(self.layers))
 
-    def problem(self, speedup: float, seed: int = 0, image_limit: int | None = None) -> SearchProblem:
+    def problem(self, speedup: float, seed: int = 0, sample_limit: int | None = None) -> SearchProblem:
         """The search for a speedup of these layers."""
         return SearchProblem(
             levels=LEVELS,
@@ -80,8 +81,8 @@ class SyntheticNetwork:
             magnitudes=lambda layer: np.full((8, 8), 1 / self._weights[layer]),
             rng=np.random.default_rng(seed),
             stages=STAGES,
-            images=lambda: self.images,
-            image_limit=image_limit,
+            samples_run=lambda: self.samples_run,
+            sample_limit=sample_limit,
         )
 
     def _of(self, choice: np.ndarray, tilt: np.ndarray) -> float:

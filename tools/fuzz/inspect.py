@@ -1,10 +1,4 @@
-"""Damaged ONNX files through `onnx-spdy inspect`: each ends in a list of layers or in one line, soon, in little memory.
-
-    python -m onnx_spdy.tools.fuzz.inspect --count 2000 --seed 0 [MODEL.onnx ...]
-
-`fuzz_graphs.py` holds the networks, `fuzz_damage.py` the damage. A file that makes trouble is kept in --keep, and
-`inspect` shows the trouble again.
-"""
+"""One damaged file through `onnx-spdy inspect`, in a process of its own, and what became of it."""
 
 from __future__ import annotations
 
@@ -16,19 +10,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import onnx
-import typer
 
 from onnx_spdy.tools.fuzz.damage import DATA_FILE, Files, damaged
-from onnx_spdy.tools.fuzz.graphs import examples
 
 MEMORY_BYTES = 2 << 30
 SECONDS = 10.0
@@ -158,28 +148,3 @@ def fuzz(
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(one, range(first, first + count))
-
-
-def main(
-    models: Annotated[list[Path] | None, typer.Argument(metavar="MODEL.onnx")] = None,
-    count: int = 2000,
-    seed: int = 0,
-    first: int = 0,
-    workers: int = 1,
-    keep: Path | None = None,
-) -> None:
-    """Print every file that makes trouble, and the counts."""
-    found, slowest, largest = Counter[str](), 0.0, 0
-    chosen = [onnx.load(path) for path in models] if models else examples()
-    for number, outcome in fuzz(chosen, count, seed, first, workers, keep):
-        found[outcome.trouble or ("accepted" if outcome.accepted else "refused in one line")] += 1
-        slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.memory_bytes)
-        if outcome.trouble:
-            print(f"{number}: {outcome.trouble}: {' '.join(outcome.text.split())[-300:]}", flush=True)
-    print(f"{count} files from {first} on, seed {seed}: " + ", ".join(f"{n} {what}" for what, n in found.most_common()))
-    print(f"slowest {slowest:.1f} s of CPU time, largest {largest / 2**20:.0f} MiB")
-    raise SystemExit(any(what not in ("accepted", "refused in one line") for what in found))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_spdy.pipeline.artifact import replacing
+from onnx_spdy.runtimes import Environment
 from onnx_spdy.tools.report.page import COLOURS, colour, plain_axes, svg_plot
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def render(front: Mapping[str, Any]) -> str:
     return template.render(
         front=front,
         environment=front["environment"],
-        is_formula="formula" in front["environment"]["precision"],
+        is_formula=Environment.from_json(front["environment"]).is_formula,
         colours=COLOURS,
         plot=Markup(plot(front)),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_spdy.pipeline.artifact import replacing
-from onnx_spdy.runtimes import Measurement
+from onnx_spdy.runtimes import Environment, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def render(report: Mapping[str, Any]) -> str:
     return template.render(
         report=report,
         environment=report["environment"],
-        is_formula="formula" in report["environment"]["precision"] or report["runtime"].rpartition("/")[2] == "fake",
+        is_formula=Environment.from_json(report["environment"]).is_formula,
         verdict=_verdict(report),
         metric_change=_metric_change(report),
         measurements={name: Measurement.from_json(report[name]) for name in ("dense", "pruned")},

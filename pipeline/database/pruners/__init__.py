@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from onnx_spdy.pipeline.database.pruners.obc import obc
 from onnx_spdy.pipeline.database.pruners.obs import obs
 from onnx_spdy.pipeline.database.pruners.sparsegpt import sparsegpt
 from onnx_spdy.pipeline.level import Level
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 
 class Pruner(Protocol):
@@ -42,11 +44,19 @@ PRUNERS: dict[str, Pruner] = {
 DEFAULT_PRUNER = "obs"
 
 
-class UnknownPruner(ValueError):
+class UnknownPruner(OnnxSpdyError, ValueError):
     """No pruner of that name."""
 
 
-def pruner_named(name: str) -> Pruner:
+@dataclass(frozen=True)
+class NamedPruner:
+    """A pruner, and what a database calls it."""
+
+    name: str
+    prune: Pruner
+
+
+def pruner_named(name: str) -> NamedPruner:
     """The pruner of that name.
 
     Raises:
@@ -54,7 +64,7 @@ def pruner_named(name: str) -> Pruner:
     """
     if name not in PRUNERS:
         raise UnknownPruner(f"unknown pruner {name!r}; known: {', '.join(PRUNERS)}")
-    return PRUNERS[name]
+    return NamedPruner(name, PRUNERS[name])
 
 
 def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]) -> Pruner:

@@ -12,6 +12,7 @@ from onnx_spdy.pipeline.search.methods.random_profiles import random
 from onnx_spdy.pipeline.search.methods.spdy import spdy
 from onnx_spdy.pipeline.search.methods.thompson import thompson
 from onnx_spdy.pipeline.search.methods.uniform import uniform
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 Search = Callable[[SearchProblem], SearchResult]
 
@@ -29,7 +30,7 @@ DEFAULT_SEARCH = "thompson"
 CONTINUING = frozenset({"thompson"})  # learn from profiles that were scored before, for whatever budget
 
 
-class UnknownSearch(ValueError):
+class UnknownSearch(OnnxSpdyError, ValueError):
     """No search of that name."""
 
 

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 
 
 class NetworkLoss(Protocol):
@@ -53,9 +54,9 @@ class SearchProblem:
         stages: numbers of samples that `loss` can be asked for, growing; the last is all of them.
         seen: profiles that were scored before the search began.
         learned: (layers, levels) additive errors that led to the best profiles for other budgets.
-        images: how many samples were run through the network so far.
-        image_limit: how many this search may run, or None for as many as it finds worthwhile.
-        progress: called with (best loss so far, evaluations so far, evaluations at least to come).
+        samples_run: how many samples were run through the network so far.
+        sample_limit: how many this search may run, or None for as many as it finds worthwhile.
+        tell: called with (best loss so far, evaluations so far, evaluations at least to come).
         is_over: whether the time limit has passed or the user asked to stop; a search then returns the best it has.
     """
 
@@ -69,9 +70,9 @@ class SearchProblem:
     stages: tuple[int, ...] = (1,)
     seen: Sequence[Seen] = ()
     learned: Sequence[np.ndarray] = ()
-    images: Callable[[], int] = lambda: 0
-    image_limit: int | None = None
-    progress: Callable[[float, int, int], None] = lambda loss, done, left: None
+    samples_run: Callable[[], int] = lambda: 0
+    sample_limit: int | None = None
+    tell: Callable[[float, int, int], None] = lambda loss, done, left: None
     is_over: Callable[[], bool] = lambda: False
 
     @cached_property

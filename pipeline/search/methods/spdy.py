@@ -36,7 +36,7 @@ def spdy(problem: SearchProblem) -> SearchResult:
         better = loss < best_loss
         if better:
             best_loss, best_sensitivity, best_choice = loss, sensitivity, choice
-        problem.progress(best_loss, evaluations, left)
+        problem.tell(best_loss, evaluations, left)
         return better
 
     widest = _widest(problem.layer_count)

@@ -31,7 +31,7 @@ REDRAWN = (0.05, 0.15, 0.4)  # of the layers in one candidate
 WIDTHS = (0.25, 0.5, 1.0)  # of the posterior's spread
 LEAST_LOSS = 1e-9  # above the dense network's: less counts as nothing
 LEAST_FACTOR = 1e-2  # of the median layer's loss for its error: what one scored alone costs at least
-LARGEST_STAGE = 1 / 16  # of the image limit: to know few profiles well is worth less than to know many
+LARGEST_STAGE = 1 / 16  # of the sample limit: to know few profiles well is worth less than to know many
 LEARNT_FROM = 1000  # profiles at most, the last ones: they are nearest to what is looked for
 DRAWS = 8  # for one candidate, as long as it repeats an earlier one,
 WIDER = 1.5  # each so many times wider than the one before
@@ -43,11 +43,11 @@ Candidates = Mapping[tuple[int, ...], np.ndarray]  # choice -> the (layers, leve
 def thompson(problem: SearchProblem) -> SearchResult:
     """The best profile found; see the top of the file.
 
-    Without an image limit it ends when `PATIENCE` generations in a row gained nothing worth their cost; with one, when
-    the images are used up. In both cases it ends when there is nothing new to propose.
+    Without an sample limit it ends when `PATIENCE` generations in a row gained nothing worth their cost; with one, when
+    the samples are used up. In both cases it ends when there is nothing new to propose.
     """
-    if problem.image_limit is not None:
-        affordable = LARGEST_STAGE * problem.image_limit
+    if problem.sample_limit is not None:
+        affordable = LARGEST_STAGE * problem.sample_limit
         problem = replace(problem, stages=tuple(n for n in problem.stages if n <= affordable) or problem.stages[:1])
     race = _Race(problem)
     probed = probed_errors(problem, race)
@@ -58,7 +58,7 @@ def thompson(problem: SearchProblem) -> SearchResult:
     seeds = [additive, probed, quadratic, *problem.learned]
     race.run({_key(problem.solve(errors)): errors for errors in seeds})
     pivot, idle = probed_levels(levels)[-1], 0
-    while not race.is_over() and (idle < PATIENCE or problem.image_limit is not None):
+    while not race.is_over() and (idle < PATIENCE or problem.sample_limit is not None):
         before = race.best_loss
         candidates = _proposals(problem, race, additive, fit(additive, race.scored(), pivot))
         if not candidates:
@@ -139,7 +139,7 @@ class _Race:
 
     def __init__(self, problem: SearchProblem) -> None:
         self._problem = problem
-        self._first_images, self._told = problem.images(), 0
+        self._first_samples_run, self._told = problem.samples_run(), 0
         errors = problem.learned[-1] if problem.learned else problem.errors
         self.best = SearchResult(problem.solve(errors), errors)
         self.best_loss = np.inf
@@ -154,8 +154,8 @@ class _Race:
         return least if abs(least) <= LEAST_LOSS else self._problem.loss(dense, samples)
 
     def is_over(self) -> bool:
-        """Whether time, images or the user's patience are used up."""
-        limit, spent = self._problem.image_limit, self._problem.images() - self._first_images
+        """Whether time, samples or the user's patience are used up."""
+        limit, spent = self._problem.sample_limit, self._problem.samples_run() - self._first_samples_run
         return self._problem.is_over() or (limit is not None and spent >= limit)
 
     def run(self, candidates: Candidates) -> None:
@@ -187,7 +187,7 @@ class _Race:
     def tell(self) -> None:
         """Report progress."""
         self._told += 1
-        self._problem.progress(self.best_loss, self._told, CANDIDATES)
+        self._problem.tell(self.best_loss, self._told, CANDIDATES)
 
     def _score(self, choice: tuple[int, ...], samples: int) -> float:
         loss = self._problem.loss(np.array(choice), samples)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,9 @@ import torch
 
 from onnx_spdy.models import to_canonical
 from onnx_spdy.pipeline.artifact import ArtifactError
+from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.layer_database import (
     MemoryTooSmall,
@@ -15,20 +18,26 @@ from onnx_spdy.pipeline.database.layer_database import (
     open_database,
     work_bytes,
 )
+from onnx_spdy.pipeline.database.pruners import NamedPruner, Pruner
 from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.database.pruners.obs import obs
-from onnx_spdy.pipeline.deploy import level_violation
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.mask import level_violation
+from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.stitch import Stitcher
+from onnx_spdy.runtimes.atomic import UNFINISHED
 
 LEVELS = (DENSE, *levels_for("unstructured")[1::8])
 
 
+def compression(prune: Pruner, name: str, levels: tuple[Level, ...] = LEVELS) -> Compression:
+    return Compression(levels, NamedPruner(name, prune))
+
+
 def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samples, tmp_path: Path) -> None:
-    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
     database = open_database(tmp_path)
     database.verify()
     hessians = collect_hessians(network, network.layers, samples)
@@ -46,7 +55,7 @@ def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samp
 
 def test_sparse_levels_take_the_room_of_what_they_hold(network: Network, samples: Samples, tmp_path: Path) -> None:
     levels = levels_for("unstructured")
-    build_database(network, samples, levels, magnitude, "magnitude", tmp_path)
+    build_database(network, samples, compression(magnitude, "magnitude", levels), tmp_path)
     dense_bytes = 4 * sum(network.dense(layer.weight).numel() for layer in network.layers)
     headers = 200 * len(levels) * len(network.layers)
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 8 * dense_bytes + headers
@@ -68,37 +77,37 @@ def test_work_that_was_stopped_continues_with_the_next_layer(
         yield from obs(weight, hessian, levels)
 
     with pytest.raises(KeyboardInterrupt):
-        build_database(network, samples, LEVELS, stops_at_third, "obs", tmp_path)
+        build_database(network, samples, compression(stops_at_third, "obs"), tmp_path)
     assert len(open_database(tmp_path).layers) == 2
     calls.clear()
-    continued = build_database(network, samples, LEVELS, counts, "obs", tmp_path)
+    continued = build_database(network, samples, compression(counts, "obs"), tmp_path)
     assert len(calls) == len(network.layers) - 2
-    whole = build_database(network, samples, LEVELS, obs, "obs", tmp_path / "whole")
+    whole = build_database(network, samples, compression(obs, "obs"), tmp_path / "whole")
     for layer in network.layers:
         assert continued.layers[layer.name]["sha256"] == whole.layers[layer.name]["sha256"]
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert not [*tmp_path.rglob(f"*{UNFINISHED}")]
 
 
 def test_a_database_of_something_else_is_refused(network: Network, samples: Samples, tmp_path: Path) -> None:
-    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
     with pytest.raises(ArtifactError, match="its pruner is magnitude, this run's is obs"):
-        build_database(network, samples, LEVELS, obs, "obs", tmp_path)
+        build_database(network, samples, compression(obs, "obs"), tmp_path)
     with pytest.raises(ArtifactError, match="data_sha256"):
-        build_database(network, samples.take(slice(0, 9)), LEVELS, magnitude, "magnitude", tmp_path)
+        build_database(network, samples.take(slice(0, 9)), compression(magnitude, "magnitude"), tmp_path)
     with pytest.raises(ArtifactError, match="levels"):
-        build_database(network, samples, LEVELS[:-1], magnitude, "magnitude", tmp_path)
+        build_database(network, samples, compression(magnitude, "magnitude", LEVELS[:-1]), tmp_path)
 
 
 def test_damage_is_noticed(network: Network, samples: Samples, tmp_path: Path) -> None:
-    build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+    build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
     victim = tmp_path / "0001.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"0001\.safetensors is missing or damaged"):
-        build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
+        build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
     victim.unlink()
-    with pytest.raises(ArtifactError, match="can't be read"):
+    with pytest.raises(ArtifactError, match="is missing or damaged"):
         open_database(tmp_path).weight(network, network.layers[1], LEVELS[1])
 
 
@@ -108,13 +117,13 @@ def test_a_pruner_that_breaks_its_promise_is_an_error(network: Network, samples:
             yield weight.clone()
 
     with pytest.raises(PrunerFailed, match="it promises 173"):
-        build_database(network, samples, LEVELS, does_nothing, "nothing", tmp_path)
+        build_database(network, samples, compression(does_nothing, "nothing"), tmp_path)
 
 
 def test_stitching_loads_only_what_changes_and_repeats_cost_nothing(
     network: Network, samples: Samples, tmp_path: Path
 ) -> None:
-    database = build_database(network, samples, LEVELS, obs, "obs", tmp_path)
+    database = build_database(network, samples, compression(obs, "obs"), tmp_path)
     loaded = []
 
     class Spy:
@@ -139,17 +148,20 @@ def test_stitching_loads_only_what_changes_and_repeats_cost_nothing(
     assert len(loaded) == 2
 
 
-def test_a_stitcher_notices_that_somebody_else_changed_the_network(
+def test_what_others_run_changes_nothing_of_a_pruned_network(
     network: Network, samples: Samples, tmp_path: Path
 ) -> None:
-    database = build_database(network, samples, LEVELS, magnitude, "magnitude", tmp_path)
-    stitcher = Stitcher(network, database)
-    levels = [LEVELS[1]] * len(network.layers)
-    stitcher.stitch(levels)
-    expected = network.changed()
-    network.set(network.layers[0].weight, torch.zeros_like(network.get(network.layers[0].weight)))
-    stitcher.stitch(levels)
-    assert all(np.array_equal(network.changed()[name], values) for name, values in expected.items())
+    """A pruned network is a value: no dense pass, no other profile, no training in between can turn it dense again."""
+    database = build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
+    weights = Stitcher(network, database).weights([LEVELS[3]] * len(network.layers))
+    objective = Objective(network, samples)
+    alone = objective(weights)
+    StatisticsCorrection(network, samples)
+    collect_hessians(network, network.layers, samples)
+    with network.trainable([network.layers[0].weight], weights) as parameters, torch.no_grad():
+        parameters[network.layers[0].weight].zero_()
+    assert objective(weights) == alone
+    assert objective(DENSE_WEIGHTS) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "block4"])
@@ -160,12 +172,12 @@ def test_a_pruner_that_misses_its_pattern_is_an_error(
         yield from magnitude(weight, hessian, [Level("unstructured", level.sparsity) for level in levels])
 
     with pytest.raises(PrunerFailed, match="non-zeros in a group of 4" if pattern == "2:4" else "blocks are zero"):
-        build_database(network, samples, (DENSE, levels_for(pattern)[-1]), anywhere, "anywhere", tmp_path)
+        build_database(network, samples, compression(anywhere, "anywhere", (DENSE, levels_for(pattern)[-1])), tmp_path)
 
 
 def test_levels_of_several_patterns_live_in_one_database(network: Network, samples: Samples, tmp_path: Path) -> None:
     levels = (DENSE, *levels_for("unstructured,2:4,block4")[1::10], Level.parse("2:4"))
-    database = build_database(network, samples, levels, obs, "obs", tmp_path)
+    database = build_database(network, samples, compression(obs, "obs", levels), tmp_path)
     for layer in network.layers:
         for level in database.levels:
             weight = to_canonical(layer, database.weight(network, layer, level))
@@ -175,16 +187,16 @@ def test_levels_of_several_patterns_live_in_one_database(network: Network, sampl
 def test_little_memory_takes_several_passes_and_gives_the_same(
     network: Network, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = build_database(network, samples, LEVELS, obs, "obs", tmp_path / "whole")
+    whole = build_database(network, samples, compression(obs, "obs"), tmp_path / "whole")
     monkeypatch.setattr("onnx_spdy.pipeline.database.layer_database.peak_bytes", lambda: 0)
     widest = max(hessian_bytes(layer) for layer in network.layers)
     work = max(work_bytes(layer, len(LEVELS)) for layer in network.layers)
     seen = []
     parts = build_database(
-        network, samples, LEVELS, obs, "obs", tmp_path / "parts", lambda what, done, total: seen.append(what),
-        widest + work,
+        network, samples, replace(compression(obs, "obs"), memory_bytes=widest + work), tmp_path / "parts",
+        lambda done, total, what: seen.append(what),
     )  # fmt: skip
     assert "hessians, pass 3 of 3" in seen
     assert parts.layers == whole.layers
     with pytest.raises(MemoryTooSmall, match=r"--memory gives 0\.0; give more"):
-        build_database(network, samples, LEVELS, obs, "obs", tmp_path / "none", None, 1000)
+        build_database(network, samples, replace(compression(obs, "obs"), memory_bytes=1000), tmp_path / "none")

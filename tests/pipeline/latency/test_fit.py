@@ -8,39 +8,39 @@ SPARSITIES = np.array([0.0, *np.linspace(0.4, 0.98, 20)])
 def scene(rng: np.random.Generator, noise: float, merged: bool) -> tuple[list[Trial], np.ndarray, np.ndarray]:
     """Trials of three layers in a row whose times are known; the last two may share a row."""
     seconds = np.stack([np.r_[dense, 8 * (1 - SPARSITIES[1:]) + 0.3] for dense in (5.0, 3.0, 4.0)]) * 1e-3
-    entry = np.array([[0.0, 0.0], [-0.5, 0.7], [-0.4, 0.9]]) * 1e-3
+    transition = np.array([[0.0, 0.0], [-0.5, 0.7], [-0.4, 0.9]]) * 1e-3
     trials = []
     for number in range(30):
         choice = np.zeros(3, int) if number % 8 == 0 else np.where(rng.random(3) < 0.3, 0, rng.integers(1, 21, 3))
         times = [seconds[0, choice[0]]]
         for layer in (1, 2):
-            more = entry[layer, int(choice[layer] > 0)] if choice[layer - 1] == 0 else 0.0
+            more = transition[layer, int(choice[layer] > 0)] if choice[layer - 1] == 0 else 0.0
             times.append(seconds[layer, choice[layer]] + more)
         total = sum(times) + 1e-3
         drift = np.exp(0.2 * rng.standard_normal())
         noisy = [drift * value * np.exp(noise * rng.standard_normal()) for value in times]
         rows = [Row((0,), (), noisy[0]), Row((), ("pool",), 1e-3 * drift)]
         rows += [Row((1, 2), (), noisy[1] + noisy[2])] if merged else [Row((1,), (), noisy[1]), Row((2,), (), noisy[2])]
-        dense = seconds[:, 0].sum() + entry[1:, 0].sum() + 1e-3
+        dense = seconds[:, 0].sum() + transition[1:, 0].sum() + 1e-3
         trials.append(
             Trial(tuple(choice), tuple(rows), 0.0, total / dense * np.exp(noise / 5 * rng.standard_normal()), 0.01)
         )
-    return trials, seconds, entry
+    return trials, seconds, transition
 
 
-def errors_of(trials: list[Trial], seconds: np.ndarray, entry: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def errors_of(trials: list[Trial], seconds: np.ndarray, transition: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Relative errors of the fit for whole networks that it hasn't seen."""
-    dense = seconds[:, 0].sum() + entry[1:, 0].sum() + 1e-3
+    dense = seconds[:, 0].sum() + transition[1:, 0].sum() + 1e-3
     sparse = np.tile(np.arange(21) > 0, (3, 1))
     fit = fit_latency(trials, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, dense)
     found = []
     for _ in range(50):
         choice = np.where(rng.random(3) < 0.3, 0, rng.integers(1, 21, 3))
-        truth, guess = 1e-3 + seconds[0, choice[0]], fit.base_seconds + fit.seconds[0, choice[0]]
+        truth, guess = 1e-3 + seconds[0, choice[0]], fit.rest_seconds + fit.seconds[0, choice[0]]
         for layer in (1, 2):
             after_dense = choice[layer - 1] == 0
-            truth += seconds[layer, choice[layer]] + after_dense * entry[layer, int(choice[layer] > 0)]
-            guess += fit.seconds[layer, choice[layer]] + after_dense * fit.entry[layer, choice[layer]]
+            truth += seconds[layer, choice[layer]] + after_dense * transition[layer, int(choice[layer] > 0)]
+            guess += fit.seconds[layer, choice[layer]] + after_dense * fit.transition[layer, choice[layer]]
         found.append(guess / truth - 1)
     return np.abs(found)
 
@@ -61,11 +61,11 @@ def test_merged_rows_are_taken_apart() -> None:
 
 def test_noise_and_disturbed_runs_do_little_harm() -> None:
     rng = np.random.default_rng(2)
-    trials, seconds, entry = scene(rng, 0.05, merged=False)
+    trials, seconds, transition = scene(rng, 0.05, merged=False)
     rows = trials[5].rows
     spoilt = (Row(rows[0].layers, (), 20 * rows[0].seconds), *rows[1:])
     trials[5] = Trial(trials[5].choice, spoilt, 0.0, 3 * trials[5].relative, 0.01)
-    errors = errors_of(trials, seconds, entry, rng)
+    errors = errors_of(trials, seconds, transition, rng)
     assert np.median(errors) < 0.04
     assert errors.max() < 0.15
 
@@ -77,7 +77,7 @@ def test_more_zeros_are_never_slower_in_the_same_kind_of_kernel() -> None:
     fit = fit_latency(trials, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, 13e-3)
     assert (np.diff(fit.seconds[:, 1:], axis=1) <= 1e-15).all()
     assert (fit.seconds >= 0).all()
-    assert (fit.seconds + fit.entry >= 0).all()
+    assert (fit.seconds + fit.transition >= 0).all()
     assert (fit.spread >= 0).all()
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_spdy.models import find_layers
+from onnx_spdy.models import Prepared, find_layers
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency import measure
 from onnx_spdy.pipeline.latency.measure import MachineBusy, measure_latency
 from onnx_spdy.pipeline.latency.sampling import NETWORKS, imposed
 from onnx_spdy.pipeline.latency.table import NoSpeedup
 from onnx_spdy.pipeline.level import LevelError, levels_for
-from onnx_spdy.runtimes import EngineCrashed, LayerTime, open_runtime
+from onnx_spdy.runtimes import EngineCrashed, LayerTime, Workload, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
 from onnx_spdy.runtimes.worker.ssh import STARTER, Address
@@ -29,7 +29,7 @@ def relative(model: onnx.ModelProto, runtime: FakeRuntime, choice: np.ndarray, f
     )
     onnx.save(model, folder / "d.onnx")
     onnx.save(mixed, folder / "m.onnx")
-    with runtime.open(folder / "m.onnx", batch=8) as one, runtime.open(folder / "d.onnx", batch=8) as dense:
+    with runtime.open(folder / "m.onnx", Workload(8)) as one, runtime.open(folder / "d.onnx", Workload(8)) as dense:
         return one.seconds(1)[0] / dense.seconds(1)[0]
 
 
@@ -55,7 +55,7 @@ class Converting(FakeRuntime):
 @pytest.mark.parametrize("make", [FakeRuntime, Converting])
 def test_mixed_networks_are_predicted(make: type[FakeRuntime], model: onnx.ModelProto, tmp_path: Path) -> None:
     runtime = make()
-    table = measure_latency(model, runtime, LEVELS, batch=8)
+    table = measure_latency(Prepared(model), runtime, LEVELS, Workload(8))
     rng = np.random.default_rng(1)
     errors = []
     for _ in range(12):
@@ -69,7 +69,7 @@ def test_mixed_networks_are_predicted(make: type[FakeRuntime], model: onnx.Model
 
 
 def test_noise_is_averaged_out(model: onnx.ModelProto, tmp_path: Path) -> None:
-    table = measure_latency(model, FakeRuntime(noise=0.05), LEVELS, batch=8)
+    table = measure_latency(Prepared(model), FakeRuntime(noise=0.05), LEVELS, Workload(8))
     exact = FakeRuntime()
     rng = np.random.default_rng(1)
     choices = [rng.integers(0, 42, 4) for _ in range(12)]
@@ -81,7 +81,7 @@ def test_noise_is_averaged_out(model: onnx.ModelProto, tmp_path: Path) -> None:
 
 def test_levels_below_the_kernel_change_cost_what_dense_costs(model: onnx.ModelProto) -> None:
     """An engine that takes its dense kernel up to 80 % sparsity: nothing may be gained below."""
-    table = measure_latency(model, FakeRuntime(break_even=0.8), LEVELS, batch=8)
+    table = measure_latency(Prepared(model), FakeRuntime(break_even=0.8), LEVELS, Workload(8))
     below = np.array([level.sparsity < 0.78 for level in LEVELS])
     above = np.array([level.sparsity > 0.82 for level in LEVELS])
     for row in range(1, len(table.layers)):  # random zeros of a small layer scatter
@@ -94,7 +94,7 @@ def test_levels_below_the_kernel_change_cost_what_dense_costs(model: onnx.ModelP
 
 def test_a_runtime_without_sparse_kernels_promises_nothing(model: onnx.ModelProto) -> None:
     with open_runtime("onnxruntime") as runtime:
-        table = measure_latency(model, runtime, LEVELS[:4], batch=2, allow_busy=True)
+        table = measure_latency(Prepared(model), runtime, LEVELS[:4], Workload(2), allow_busy=True)
     assert not table.sparse.any()
     assert table.highest_speedup == pytest.approx(1.0)
     assert table.prediction is None
@@ -105,14 +105,14 @@ def test_a_runtime_without_sparse_kernels_promises_nothing(model: onnx.ModelProt
 class Recorder(FakeRuntime):
     """Keeps what it is asked to open."""
 
-    def open(self, model: Path, **options: Any) -> FakeSession:  # type: ignore[override]
+    def open(self, model: Path, workload: Workload, **options: Any) -> FakeSession:  # type: ignore[override]
         self.asked = [*getattr(self, "asked", []), (model.read_bytes(), options.get("zeros"), options.get("seed"))]
-        return super().open(model, **options)
+        return super().open(model, workload, **options)
 
 
 def test_unstructured_levels_are_zeros_in_one_file(model: onnx.ModelProto) -> None:
     runtime = Recorder()
-    measure_latency(model, runtime, LEVELS, batch=1)
+    measure_latency(Prepared(model), runtime, LEVELS, Workload(1))
     assert len({file for file, _, _ in runtime.asked}) == 1
     networks = runtime.asked[1:]
     assert len(networks) >= NETWORKS + measure.CHOSEN_NETWORKS
@@ -125,14 +125,14 @@ def test_a_table_that_is_measured_elsewhere_is_the_same(model: onnx.ModelProto) 
     tables = []
     for runtime in (here, there):
         with runtime:
-            tables.append(measure_latency(model, runtime, LEVELS[:6], batch=2))
+            tables.append(measure_latency(Prepared(model), runtime, LEVELS[:6], Workload(2)))
     np.testing.assert_array_equal(tables[0].seconds, tables[1].seconds)
     assert tables[0].environment == tables[1].environment
 
 
 def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:
     runtime = Recorder()
-    table = measure_latency(model, runtime, levels_for("2:4"), batch=1)
+    table = measure_latency(Prepared(model), runtime, levels_for("2:4"), Workload(1))
     assert len({file for file, _, _ in runtime.asked}) > 2
     assert not any(zeros for _, zeros, _ in runtime.asked)
     assert (table.seconds[1:, 1] < table.seconds[1:, 0]).all()  # the first layer has only 3 input channels
@@ -140,7 +140,7 @@ def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:
 
 def test_levels_of_several_patterns_are_refused(model: onnx.ModelProto) -> None:
     with pytest.raises(LevelError, match=r"several patterns \(2:4, unstructured\)"):
-        measure_latency(model, FakeRuntime(), levels_for("unstructured,2:4"), batch=1)
+        measure_latency(Prepared(model), FakeRuntime(), levels_for("unstructured,2:4"), Workload(1))
 
 
 class Busy(FakeRuntime):
@@ -160,16 +160,16 @@ def test_a_busy_machine_is_noticed_and_what_was_measured_is_kept(
 ) -> None:
     monkeypatch.setattr(measure, "BUSY_WAITS_SECONDS", (0.001, 0.001))
     save, keep = tmp_path / "latency.json", tmp_path / "latency.partial.json"
-    arguments: dict[str, Any] = {"batch": 2, "save": save}
+    workload = Workload(2)
     with pytest.raises(MachineBusy, match=r"1\.0 of the \d+ cores.*networks are kept"):
-        measure_latency(model, Busy(range(10, 10_000)), LEVELS, **arguments)
+        measure_latency(Prepared(model), Busy(range(10, 10_000)), LEVELS, workload, save=save)
     kept = keep.read_text()
     assert '"observations"' in kept
     again = Recorder()
-    table = measure_latency(model, again, LEVELS, **arguments)
+    table = measure_latency(Prepared(model), again, LEVELS, workload, save=save)
     assert not keep.exists()
     assert save.exists()
-    expected = measure_latency(model, FakeRuntime(), LEVELS, batch=2)
+    expected = measure_latency(Prepared(model), FakeRuntime(), LEVELS, Workload(2))
     np.testing.assert_allclose(table.seconds, expected.seconds)
     assert len(again.asked) < NETWORKS + measure.CHOSEN_NETWORKS  # those that were kept weren't repeated
 
@@ -180,14 +180,14 @@ def test_a_passing_disturbance_is_measured_again(
     monkeypatch.setattr(measure, "BUSY_WAITS_SECONDS", (0.001, 0.001))
     notes = []
     table = measure_latency(
-        model, Busy(range(10, 12)), LEVELS, batch=2, progress=lambda done, total, note: notes.append(note)
+        Prepared(model), Busy(range(10, 12)), LEVELS, Workload(2), progress=lambda done, total, note: notes.append(note)
     )
     assert any("other programs keep 1.0 cores busy" in note for note in notes)
     assert table.foreign_cores == 0.0
 
 
 def test_a_busy_machine_may_be_allowed_and_is_told(model: onnx.ModelProto) -> None:
-    table = measure_latency(model, Busy(range(1, 10_000)), LEVELS, batch=2, allow_busy=True)
+    table = measure_latency(Prepared(model), Busy(range(1, 10_000)), LEVELS, Workload(2), allow_busy=True)
     assert table.foreign_cores == 1.0
 
 
@@ -196,27 +196,53 @@ class Dying(FakeRuntime):
 
     left = 20
 
-    def layer_seconds(self, model: Path, **options: Any) -> list[LayerTime]:  # type: ignore[override]
+    def layer_seconds(self, model: Path, workload: Workload, **options: Any) -> list[LayerTime]:  # type: ignore[override]
         self.left -= 1
         if self.left < 0:
             raise EngineCrashed("fake died during 'layers': killed by SIGKILL")
-        return super().layer_seconds(model, **options)
+        return super().layer_seconds(model, workload, **options)
 
 
 def test_what_was_measured_before_the_engine_died_is_used(model: onnx.ModelProto, tmp_path: Path) -> None:
     save = tmp_path / "latency.json"
     with pytest.raises(EngineCrashed, match=r"SIGKILL; \d measured networks are kept in .*start again") as caught:
-        measure_latency(model, Dying(), LEVELS, batch=2, save=save)
+        measure_latency(Prepared(model), Dying(), LEVELS, Workload(2), save=save)
     assert "\n" not in str(caught.value)
-    table = measure_latency(model, FakeRuntime(), LEVELS, batch=2, save=save)
-    np.testing.assert_allclose(table.seconds, measure_latency(model, FakeRuntime(), LEVELS, batch=2).seconds)
+    table = measure_latency(Prepared(model), FakeRuntime(), LEVELS, Workload(2), save=save)
+    np.testing.assert_allclose(
+        table.seconds, measure_latency(Prepared(model), FakeRuntime(), LEVELS, Workload(2)).seconds
+    )
     assert list(tmp_path.iterdir()) == [save]
 
 
 def test_what_was_kept_for_another_question_is_refused(model: onnx.ModelProto, tmp_path: Path) -> None:
     save, keep = tmp_path / "latency.json", tmp_path / "latency.partial.json"
     with pytest.raises(EngineCrashed):
-        measure_latency(model, Dying(), LEVELS, batch=2, save=save)
+        measure_latency(Prepared(model), Dying(), LEVELS, Workload(2), save=save)
     with pytest.raises(ArtifactError, match="batch"):
-        measure_latency(model, FakeRuntime(), LEVELS, batch=3, save=save)
+        measure_latency(Prepared(model), FakeRuntime(), LEVELS, Workload(3), save=save)
     assert keep.exists()
+
+
+def test_what_was_kept_damaged_is_refused(model: onnx.ModelProto, tmp_path: Path) -> None:
+    save, keep = tmp_path / "latency.json", tmp_path / "latency.partial.json"
+    with pytest.raises(EngineCrashed):
+        measure_latency(Prepared(model), Dying(), LEVELS, Workload(2), save=save)
+    keep.write_text(keep.read_text().replace('"choice"', '"chosen"'))
+    with pytest.raises(ArtifactError, match=r"partial\.json is not as it was written: its checksum differs; delete it"):
+        measure_latency(Prepared(model), FakeRuntime(), LEVELS, Workload(2), save=save)
+
+
+def images(samples: int, size: int) -> dict[str, np.ndarray]:
+    return {"input": np.zeros((samples, 3, size, size), np.float32)}
+
+
+def test_what_was_kept_for_inputs_of_another_size_is_refused(any_size: onnx.ModelProto, tmp_path: Path) -> None:
+    save = tmp_path / "latency.json"
+    with pytest.raises(EngineCrashed):
+        measure_latency(Prepared(any_size), Dying(), LEVELS, Workload(2, inputs=images(2, 12)), save=save)
+    with pytest.raises(ArtifactError, match=r"partial.json was measured with .*input float32\[2, 3, 16, 16\]"):
+        measure_latency(Prepared(any_size), FakeRuntime(), LEVELS, Workload(2, inputs=images(2, 16)), save=save)
+    # One sample, repeated to the batch, is the same work as two.
+    measure_latency(Prepared(any_size), FakeRuntime(), LEVELS, Workload(2, inputs=images(1, 12)), save=save)
+    assert save.exists()

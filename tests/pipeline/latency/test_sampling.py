@@ -3,7 +3,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.models import Layer, find_layers
-from onnx_spdy.pipeline.latency.sampling import DENSE_EVERY, MOST_AWAITED, NETWORKS, layers_before, plan_networks
+from onnx_spdy.pipeline.latency.sampling import DENSE_EVERY, MOST_AWAITED, NETWORKS, plan_networks, predecessors
 from onnx_spdy.pipeline.level import levels_for
 
 LEVELS = levels_for("unstructured")
@@ -22,8 +22,8 @@ def test_the_plan_shows_every_layer_dense_and_at_all_heights() -> None:
 
 def test_the_layer_before_is_found_through_everything_between(model: onnx.ModelProto) -> None:
     layers = [layer for layer in find_layers(model) if layer.prunable]
-    before, source = layers_before(model.graph, layers)
-    assert before.tolist() == [-1, 0, 1, 2]
+    predecessor, source = predecessors(model.graph, layers)
+    assert predecessor.tolist() == [-1, 0, 1, 2]
     assert source["flat"] == 1
     assert source["output"] == 3
 
@@ -42,8 +42,8 @@ def test_many_skip_connections_are_cut_down() -> None:
         [weight],
     )
     layers = [Layer(node.name, "MatMul", "w", None, node.output[0], (16, 16), True, None) for node in graph.node]
-    before, _ = layers_before(graph, layers)
-    assert before.tolist()[:6] == [-1] * 6
-    assert set(before.tolist()[6:]) == {-1, 2, 3, 4, 5}
-    awaited = [len({int(one) for one in before[n + 1 :] if 0 <= one <= n}) for n in range(len(before))]
+    predecessor, _ = predecessors(graph, layers)
+    assert predecessor.tolist()[:6] == [-1] * 6
+    assert set(predecessor.tolist()[6:]) == {-1, 2, 3, 4, 5}
+    awaited = [len({int(one) for one in predecessor[n + 1 :] if 0 <= one <= n}) for n in range(len(predecessor))]
     assert max(awaited) == MOST_AWAITED

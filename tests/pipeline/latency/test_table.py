@@ -4,11 +4,12 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_spdy.models import Prepared
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import ARRAYS, LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.level import levels_for
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import Workload, open_runtime
 
 LEVELS = levels_for("unstructured")
 
@@ -16,7 +17,7 @@ LEVELS = levels_for("unstructured")
 @pytest.fixture(scope="module")
 def table(model: onnx.ModelProto) -> LatencyTable:
     with open_runtime("fake") as runtime:
-        return measure_latency(model, runtime, LEVELS, batch=8)
+        return measure_latency(Prepared(model), runtime, LEVELS, Workload(8))
 
 
 def test_dense_and_highest_speedup_are_consistent(table: LatencyTable) -> None:
@@ -43,7 +44,9 @@ def test_break_even_is_where_a_layer_becomes_faster_for_good(table: LatencyTable
 
 
 def test_a_layer_that_is_faster_only_in_between_has_no_break_even(table: LatencyTable) -> None:
-    changed = LatencyTable(**{**vars_of(table), "seconds": table.seconds.copy(), "entry": np.zeros_like(table.entry)})
+    changed = LatencyTable(
+        **{**vars_of(table), "seconds": table.seconds.copy(), "transition": np.zeros_like(table.transition)}
+    )
     changed.seconds[0] = 1.0
     changed.seconds[0, 3] = 0.5
     assert changed.break_even(0) is None
@@ -75,3 +78,9 @@ def test_a_damaged_table_is_refused(table: LatencyTable, tmp_path: Path) -> None
     path.write_text("{}")
     with pytest.raises(ArtifactError, match=r"not onnx_spdy\.latency"):
         LatencyTable.load(path)
+    table.save(path)
+    whole = path.read_text()
+    for name in ("workload", "sparse", "options"):
+        path.write_text(whole.replace(f'"{name}"', '"nothing"'))
+        with pytest.raises(ArtifactError, match=r"latency\.json is not as it was written"):
+            LatencyTable.load(path)

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, SEARCHES, SearchProblem, Seen, UnknownSearch, search_named
 from onnx_spdy.pipeline.search.methods.loss_model import fit
-from onnx_spdy.pipeline.solve import Costs, InfeasibleTarget
+from onnx_spdy.pipeline.solve import InfeasibleTarget
 
 LEVELS = levels_for("unstructured")
 LAYERS = 12
@@ -20,7 +21,7 @@ class Scripted:
         self.sensitivity = rng.random(LAYERS) ** 3
         self.asked: list[tuple[int, ...]] = []
         self.known: dict[tuple[int, ...], int] = {}
-        self.images = 0
+        self.samples_run = 0
 
     def loss(self, choice: np.ndarray, samples: int | None = None) -> float:
         """Layers hurt each other; few samples tell less than all of them."""
@@ -28,7 +29,7 @@ class Scripted:
         known = self.known.get(tuple(choice), 0)
         if samples > known:
             self.asked.append(tuple(choice))
-            self.images += samples - known
+            self.samples_run += samples - known
             self.known[tuple(choice)] = samples
         noise = np.random.default_rng([*choice.tolist(), samples]).normal() * 0.1 * (1 - samples / STAGES[-1])
         return float((self.sensitivity * (choice / 41) ** 2).sum() ** 1.3 * np.exp(noise))
@@ -45,7 +46,7 @@ class Scripted:
             magnitudes=lambda layer: np.abs(self.weights[layer]),
             rng=np.random.default_rng(seed),
             stages=STAGES,
-            images=lambda: self.images,
+            samples_run=lambda: self.samples_run,
             **more,
         )
 
@@ -82,16 +83,16 @@ def test_searches_that_ask_the_network_beat_those_that_do_not_where_layers_diffe
 def test_the_default_finds_what_spdy_finds_with_a_tenth_of_its_images() -> None:
     slow, fast = Scripted(), Scripted()
     best = slow.loss(SEARCHES["spdy"](slow.problem(0.4)).choice)
-    choice = SEARCHES[DEFAULT_SEARCH](fast.problem(0.4, image_limit=slow.images // 10)).choice
+    choice = SEARCHES[DEFAULT_SEARCH](fast.problem(0.4, sample_limit=slow.samples_run // 10)).choice
     assert fast.loss(choice) <= 1.02 * best
 
 
-def test_an_image_limit_is_kept_and_more_images_find_no_less() -> None:
+def test_an_sample_limit_is_kept_and_more_images_find_no_less() -> None:
     losses = []
     for limit in (700, 2000, 8000):
         network = Scripted()
-        choice = SEARCHES["thompson"](network.problem(0.4, image_limit=limit)).choice
-        assert network.images <= limit + STAGES[-1]
+        choice = SEARCHES["thompson"](network.problem(0.4, sample_limit=limit)).choice
+        assert network.samples_run <= limit + STAGES[-1]
         losses.append(network.loss(choice))
     assert losses == sorted(losses, reverse=True)
 
@@ -105,7 +106,7 @@ def test_a_dense_loss_that_differs_between_sample_sets_does_not_mislead() -> Non
 
     plain, labelled = Scripted(), Labelled()
     losses = [
-        Scripted().loss(SEARCHES["thompson"](network.problem(0.4, image_limit=2000)).choice)
+        Scripted().loss(SEARCHES["thompson"](network.problem(0.4, sample_limit=2000)).choice)
         for network in (plain, labelled)
     ]
     assert losses[1] < 1.1 * losses[0]
@@ -115,11 +116,11 @@ def test_profiles_that_were_scored_for_another_target_help() -> None:
     network = Scripted()
     SEARCHES["thompson"](network.problem(0.5))
     seen = [Seen(choice, samples, network.loss(np.array(choice), samples)) for choice, samples in network.known.items()]
-    before = network.images
-    warm = network.loss(SEARCHES["thompson"](network.problem(0.4, seen=seen, image_limit=400)).choice)
-    assert network.images - before <= 400 + STAGES[-1]
+    before = network.samples_run
+    warm = network.loss(SEARCHES["thompson"](network.problem(0.4, seen=seen, sample_limit=400)).choice)
+    assert network.samples_run - before <= 400 + STAGES[-1]
     fresh = Scripted()
-    assert warm < fresh.loss(SEARCHES["thompson"](fresh.problem(0.4, image_limit=400)).choice)
+    assert warm < fresh.loss(SEARCHES["thompson"](fresh.problem(0.4, sample_limit=400)).choice)
 
 
 @pytest.mark.parametrize("bent", [False, True])

@@ -9,8 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_spdy.models import Prepared
+from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.correct import LEAST_SAMPLES
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase, build_database
 from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.latency.measure import measure_latency
@@ -19,12 +22,14 @@ from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective, growing_batches
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.progress import ignore, never
 from onnx_spdy.pipeline.search.methods.thompson import probed_levels
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
-from onnx_spdy.pipeline.search.profile_search import AIM_SHARE, ProfileSearch, split
+from onnx_spdy.pipeline.search.profile_search import ADJUSTING_SHARE, ProfileSearch, split
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.solve import solve
 from onnx_spdy.pipeline.stitch import CORRECTED, JUDGED_SAMPLES, CorrectedStitcher, Stitcher
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import Workload, open_runtime
 
 LEVELS = levels_for("unstructured")
 PROBED = probed_levels(len(LEVELS))[0]
@@ -40,19 +45,22 @@ def data() -> Samples:
 @pytest.fixture(scope="module")
 def table(model: onnx.ModelProto) -> LatencyTable:
     with open_runtime("fake", layer_overhead_seconds=0.0, node_seconds=1e-9) as runtime:
-        return measure_latency(model, runtime, LEVELS, batch=8)
+        return measure_latency(Prepared(model), runtime, LEVELS, Workload(8))
 
 
 @pytest.fixture(scope="module")
 def database(model: onnx.ModelProto, data: Samples, tmp_path_factory: pytest.TempPathFactory) -> LayerDatabase:
     folder = tmp_path_factory.mktemp("database")
-    return build_database(Network(model), data, LEVELS, pruner_named("magnitude"), "magnitude", folder)
+    return build_database(Network(Prepared(model)), data, Compression(LEVELS, pruner_named("magnitude")), folder)
 
 
 @pytest.fixture
 def finder(model: onnx.ModelProto, table: LatencyTable, database: LayerDatabase, data: Samples) -> Finder:
-    def make(**more) -> ProfileSearch:
-        return ProfileSearch(Network(model), more.pop("table", table), database, data, **more)
+    def make(*, table=table, state=None, progress=ignore, listen=never, **settings) -> ProfileSearch:
+        network = Network(Prepared(model))
+        return ProfileSearch(
+            network, table, database, data, SearchSettings(**settings), state=state, progress=progress, listen=listen
+        )
 
     return make
 
@@ -67,7 +75,7 @@ class Stopping:
     def __call__(self) -> Iterator[Callable[[], bool]]:
         yield lambda: self.count >= self.after
 
-    def progress(self, loss: float, done: int, left: int) -> None:
+    def progress(self, done: int, total: int, note: str) -> None:
         self.count += 1
 
 
@@ -77,12 +85,14 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_profile(finder: Finder, t
     state, path, user = tmp_path / "search.json", tmp_path / "profile.json", Stopping(11)
     stopped = finder(state=state, listen=user, progress=user.progress).find_or_load(2.0, path)
     assert stopped.ended == "interrupted"
-    assert stopped.images < whole.images
+    assert stopped.samples_run < whole.samples_run
     again = finder(state=state)
     ran = counted(again)
     continued = again.find_or_load(2.0, path)
     assert continued == whole
-    assert ran() <= whole.images - stopped.images + 32  # one batch is the loss of the profile that it stopped with
+    assert (
+        ran() <= whole.samples_run - stopped.samples_run + 32
+    )  # one batch is the loss of the profile that it stopped with
     assert finder(state=state).find_or_load(2.0, path) == whole
 
 
@@ -102,22 +112,28 @@ def counted(finder: ProfileSearch) -> Callable[[], int]:
 
 def test_a_finished_profile_is_not_searched_again_but_another_question_is(finder: Finder, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    first = finder(search="dp").find_or_load(2.0, path)
-    assert finder(search="dp").find_or_load(2.0, path) == first
-    assert finder(search="dp", seed=1).find_or_load(2.0, path).seed == 1
-    assert finder(search="uniform").find_or_load(2.0, path).search == "uniform"
+    first = finder(method="dp").find_or_load(2.0, path)
+    assert finder(method="dp").find_or_load(2.0, path) == first
+    assert finder(method="dp", seed=1).find_or_load(2.0, path).seed == 1
+    assert finder(method="uniform").find_or_load(2.0, path).search == "uniform"
 
 
-@pytest.mark.parametrize("field", ["entry", "before", "sparse", "seconds"])
+@pytest.mark.parametrize("field", ["transition", "predecessor", "sparse", "seconds"])
 def test_tables_that_differ_anywhere_are_other_tables(finder: Finder, table: LatencyTable, field: str) -> None:
     changed = getattr(table, field).copy()
-    changed[-1] = ~changed[-1] if field == "sparse" else (-1 if field == "before" else changed[-1] + 1e-9)
+    changed[-1] = ~changed[-1] if field == "sparse" else (-1 if field == "predecessor" else changed[-1] + 1e-9)
     other = dataclasses.replace(table, **{field: changed})
     hashes = {
-        finder(table=one, search="dp").find(1.5).made_from["table_sha256"]
+        finder(table=one, method="dp").find(1.5).made_from["table_sha256"]
         for one in (table, dataclasses.replace(table), other)
     }
     assert len(hashes) == 2
+
+
+def test_a_table_of_inputs_of_other_shapes_is_refused(finder: Finder, table: LatencyTable) -> None:
+    finder()  # the table was measured with random inputs of the shapes that the data has
+    with pytest.raises(ArtifactError, match=r"latency table was measured with .* \(input float32\[8, 3, 12, 12\]\)"):
+        finder(table=dataclasses.replace(table, workload=Workload(8, inputs={"input": np.zeros(8)}).digest))
 
 
 def test_targets_of_one_search_share_what_it_scored(finder: Finder) -> None:
@@ -138,15 +154,14 @@ def test_targets_of_one_search_share_what_it_scored(finder: Finder) -> None:
 def test_the_loss_is_that_of_the_stitched_network_also_on_held_out_samples(
     finder: Finder, model: onnx.ModelProto, database: LayerDatabase, data: Samples
 ) -> None:
-    profile = finder(seed=3, search_samples=100).find(2.0)
+    profile = finder(seed=3, samples=100).find(2.0)
     selected, held_out = split(data, 100, 3)
     assert held_out is not None
     assert len(selected) == len(held_out) == 100
-    network = Network(model)
+    network = Network(Prepared(model))
+    weights = Stitcher(network, database).weights(list(profile.levels.values()))
     for samples, expected in ((selected, profile.loss), (held_out, profile.held_out_loss)):
-        objective = Objective(network, samples)
-        Stitcher(network, database).stitch(list(profile.levels.values()))
-        assert objective() == pytest.approx(expected, rel=1e-6)
+        assert Objective(network, samples)(weights) == pytest.approx(expected, rel=1e-6)
 
 
 def test_selection_and_held_out_samples_are_disjoint_and_all_of_few_are_used() -> None:
@@ -161,20 +176,20 @@ def test_selection_and_held_out_samples_are_disjoint_and_all_of_few_are_used() -
 def test_the_errors_of_a_profile_lead_to_faster_and_slower_ones(finder: Finder) -> None:
     search = finder()
     profile = search.find(2.0)
-    faster, slower = search.aim(profile, 2.2), search.aim(profile, 1.8)
+    faster, slower = search.adjusted(profile, 2.2), search.adjusted(profile, 1.8)
     assert faster.predicted_speedup >= 2.2 > profile.predicted_speedup >= 2.0
     assert profile.predicted_speedup >= slower.predicted_speedup >= 1.8
     assert slower.loss <= profile.loss < faster.loss
 
 
-def test_aiming_anew_takes_few_images_and_finds_no_less_than_the_known_errors_do(
+def test_adjusting_a_profile_runs_few_samples_and_finds_no_less_than_the_known_errors_do(
     finder: Finder, table: LatencyTable
 ) -> None:
     search = finder()
     profile, score = search.find(2.0), search._score
-    before = search.images
-    faster = search.aim(profile, 2.3)
-    assert search.images - before <= (AIM_SHARE + 1) * score.objective.stages[-1]
+    before = search.samples_run
+    faster = search.adjusted(profile, 2.3)
+    assert search.samples_run - before <= (ADJUSTING_SHARE + 1) * score.objective.stages[-1]
     assert faster.loss <= score(solve(np.array(profile.errors), table.costs, table.budget(2.3)))
 
 
@@ -187,22 +202,22 @@ def test_a_time_limit_ends_a_search_with_a_profile_that_says_so(finder: Finder) 
 def test_statistics_are_corrected_only_where_that_lowers_the_loss(
     finder: Finder, model: onnx.ModelProto, database: LayerDatabase, data: Samples
 ) -> None:
-    profile = finder(search="uniform").find(2.0)
+    profile = finder(method="uniform").find(2.0)
     other = np.concatenate([10 + 5 * data.inputs["input"], data.inputs["input"][:JUDGED_SAMPLES]])
     for samples, better in ((data, True), (Samples({"input": other}), False)):
-        network = Network(model)
-        stitching = CorrectedStitcher(network, database, samples)
+        network = Network(Prepared(model))
+        stitcher = CorrectedStitcher(network, database, samples)
         for _ in range(2):
-            stitching.stitch(profile)
-            assert (stitching.corrected == CORRECTED) is better
-            assert bool(set(network.changed()) - {layer.weight for layer in network.layers}) is better  # biases
+            pruned = stitcher.stitch(profile)
+            assert (pruned.corrected == CORRECTED) is better
+            assert bool(set(pruned.weights) - {layer.weight for layer in network.layers}) is better  # biases
 
 
 def test_scores_are_the_same_whether_the_network_ran_whole_or_from_a_later_layer(
     model: onnx.ModelProto, database: LayerDatabase, data: Samples
 ) -> None:
     def score() -> ProfileLoss:
-        network = Network(model)
+        network = Network(Prepared(model))
         return ProfileLoss(Stitcher(network, database), Objective(network, data))
 
     rng = np.random.default_rng(0)
@@ -220,9 +235,9 @@ def test_more_samples_of_a_profile_only_run_the_new_ones(
     score = ProfileLoss(Stitcher(network, database), Objective(network, data))
     choice = np.full(4, 20)
     assert score.objective.stages == (32, 64, 128, 256, 300)
-    for samples, images in ((32, 32), (20, 32), (128, 128), (None, 300), (64, 300)):
+    for samples, run in ((32, 32), (20, 32), (128, 128), (None, 300), (64, 300)):
         score(choice, samples)
-        assert score.images == images
+        assert score.samples_run == run
 
 
 def test_batches_grow_and_hold_every_sample() -> None:
@@ -234,6 +249,6 @@ def test_batches_grow_and_hold_every_sample() -> None:
 
 
 def test_a_profile_is_the_same_after_saving(finder: Finder, tmp_path: Path) -> None:
-    profile = finder(search="dp").find(2.0)
+    profile = finder(method="dp").find(2.0)
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from onnx_spdy.models import export_module, find_layers, load_model, prepare, save_model, to_canonical
+from onnx_spdy.models import Prepared, export_module, find_layers, load_model, prepare, save_model, to_canonical
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.deploy import level_violation
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.loss import distillation_loss
+from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.training.gradual import GradualPruning, KeptZeros, level_at
 from onnx_spdy.pipeline.training.match import ParameterMismatch, match_weights
@@ -112,14 +112,14 @@ def test_a_module_pruned_in_its_own_loop_exports_to_the_profile(
     train(module, pruning, torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=0.1), 30, 0)
     exported = prepare(export_module(module.eval(), torch.randn(2, 3, 8, 8)))
     assert [node.name for node in exported.graph.node] == [node.name for node in model.graph.node]
-    network = Network(exported)
+    network = Network(Prepared(exported))
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(
             network.run(Samples({"input": images.numpy()}))["output"], module(images), rtol=1e-3, atol=1e-4
         )
     for layer in network.layers:
-        weight = to_canonical(layer, network.get(layer.weight)).numpy()
+        weight = to_canonical(layer, network.dense(layer.weight)).numpy()
         if layer.name in names:
             assert level_violation(weight, level) is None
             assert (weight == 0).mean() == pytest.approx(level.sparsity, abs=0.03)
@@ -190,9 +190,9 @@ def test_transposed_weights_are_found_by_their_values(sequences: tuple[nn.Module
     module = copied(module)
     GradualPruning(module, model, dict.fromkeys(prunable(model), level), steps=0)
     assert all(level_violation(part.weight.detach().numpy(), level) is None for part in module.children())
-    network = Network(prepare(export_module(module, torch.randn(2, 5, 32))))
+    network = Network(Prepared(prepare(export_module(module, torch.randn(2, 5, 32)))))
     for layer in network.layers:
-        assert level_violation(to_canonical(layer, network.get(layer.weight)).numpy(), level) is None
+        assert level_violation(to_canonical(layer, network.dense(layer.weight)).numpy(), level) is None
 
 
 def test_a_wrapped_module_is_found_after_it_was_trained(convolutions: tuple[nn.Module, onnx.ModelProto]) -> None:

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.runtimes.deepsparse.graph import say_in_older_words
+from onnx_spdy.runtimes.deepsparse.graph import decompose_unsupported
 
 X = np.random.default_rng(0).normal(1, 3, (2, 5, 8)).astype(np.float32)
 
@@ -44,7 +44,7 @@ def test_a_layer_norm_is_written_as_its_formula(opset: int, bias: bool) -> None:
         [helper.make_node("LayerNormalization", ["x", *arrays], ["output"], "n", epsilon=0.1)], arrays, opset
     )
     expected = results(network)
-    say_in_older_words(network)
+    decompose_unsupported(network)
     onnx.checker.check_model(network)
     assert operators(network)["LayerNormalization"] == 0
     np.testing.assert_allclose(results(network), expected, atol=1e-5)
@@ -54,7 +54,7 @@ def test_a_norm_over_several_axes_stays() -> None:
     arrays = {"scale": np.ones((5, 8), np.float32)}
     network = model([helper.make_node("LayerNormalization", ["x", "scale"], ["output"], "n", axis=1)], arrays, 17)
     before = network.SerializeToString()
-    say_in_older_words(network)
+    decompose_unsupported(network)
     assert network.SerializeToString() == before
 
 
@@ -73,7 +73,7 @@ def gelu(*, read_twice: bool = False) -> onnx.ModelProto:
 def test_the_half_of_gelu_is_multiplied_last_and_nothing_changes() -> None:
     network = gelu()
     expected = results(network)
-    say_in_older_words(network)
+    decompose_unsupported(network)
     assert [list(node.input) for node in network.graph.node[3:5]] == [["x", "sum"], ["share", "half"]]
     np.testing.assert_allclose(results(network), expected, rtol=1e-6)  # ONNX Runtime has a kernel of its own for it
 
@@ -81,5 +81,5 @@ def test_the_half_of_gelu_is_multiplied_last_and_nothing_changes() -> None:
 def test_a_half_that_another_node_reads_stays() -> None:
     network = gelu(read_twice=True)
     before = network.SerializeToString()
-    say_in_older_words(network)
+    decompose_unsupported(network)
     assert network.SerializeToString() == before

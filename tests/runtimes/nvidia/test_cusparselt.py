@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.pipeline.engine import READER, open_runtime
-from onnx_spdy.runtimes import ModelRefused, RuntimeUnavailable, UnknownPrecision
+from onnx_spdy.runtimes import ModelRefused, RuntimeUnavailable, UnknownPrecision, Workload
 from onnx_spdy.runtimes import open_runtime as open_by_name
 from onnx_spdy.runtimes.base import reason_in
 from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
@@ -23,7 +23,7 @@ from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt
 from onnx_spdy.runtimes.nvidia.semi_structured import has_pattern, layer_weight
 from onnx_spdy.runtimes.nvidia.sparse_nodes import patches
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
-from onnx_spdy.runtimes.worker.ssh import STARTER, Address, luggage, requirements
+from onnx_spdy.runtimes.worker.ssh import STARTER, Address, first_request, requirements
 
 BATCH = 2
 
@@ -103,7 +103,7 @@ def every_kind(tmp_path: Path) -> Path:
 
 def kernels(path: Path, device: CpuDevice, **options: Any) -> dict[str, str]:
     with CuSparseLt(reader=READER, device=device) as runtime:
-        rows = runtime.layer_seconds(path, batch=BATCH, iterations=2, warmup=1, **options)
+        rows = runtime.layer_seconds(path, Workload(BATCH), iterations=2, warmup=1, **options)
     return {row.outputs[0]: row.kernel for row in rows if row.outputs}
 
 
@@ -112,7 +112,7 @@ def test_the_network_computes_the_same_with_all_of_its_layers_in_the_sparse_kern
     device = Clock(sparse_seconds=0.5)
     x = np.random.default_rng(3).standard_normal((BATCH, 3, 12, 12)).astype(np.float32)
     runtime = CuSparseLt(precision, reader=READER, device=device)
-    with runtime, runtime.open(every_kind, batch=BATCH) as session:
+    with runtime, runtime.open(every_kind, Workload(BATCH)) as session:
         before = device.runs
         found = session.run({"x": x})["y"]
     assert device.runs == before + 6  # all layers but the stem and the last one
@@ -140,7 +140,7 @@ def test_where_the_sparse_kernel_is_slower_the_dense_one_stays(every_kind):
 
 def test_rows_tell_what_is_sparse_and_add_up_to_the_network(every_kind):
     with CuSparseLt(reader=READER, device=Clock(0.5)) as runtime:
-        rows = runtime.layer_seconds(every_kind, batch=BATCH, iterations=3, warmup=1)
+        rows = runtime.layer_seconds(every_kind, Workload(BATCH), iterations=3, warmup=1)
     sparse = {row.outputs[0]: row.kernel_sparsity for row in rows if row.sparse}
     assert set(sparse) == {"c1", "c2", "c3", "g", "h", "m"}
     assert set(sparse.values()) == {0.5}
@@ -152,7 +152,7 @@ def test_rows_tell_what_is_sparse_and_add_up_to_the_network(every_kind):
 def test_a_kernel_that_computes_something_else_is_refused(every_kind):
     runtime = CuSparseLt(reader=READER, device=Clock(0.5, wrong=True))
     with runtime, pytest.raises(ModelRefused, match=r"stand-in_2:4 computes 'c1' .*% .*away from the dense kernel"):
-        runtime.open(every_kind, batch=BATCH)
+        runtime.open(every_kind, Workload(BATCH))
 
 
 def test_a_bias_that_is_computed_is_never_frozen(tmp_path):
@@ -175,7 +175,7 @@ def test_a_bias_that_is_computed_is_never_frozen(tmp_path):
     path = tmp_path / "biases.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     x = rng.standard_normal((BATCH, 16)).astype(np.float32)
-    with CuSparseLt(reader=READER, device=Clock(0.5)).open(path, batch=BATCH) as session:
+    with CuSparseLt(reader=READER, device=Clock(0.5)).open(path, Workload(BATCH)) as session:
         found = session.run({"x": x})
         kernel_of = {name: choice.kernel for name, choice in session.choices.items()}
     assert kernel_of["y"] == "stand-in_2:4"
@@ -244,7 +244,7 @@ def test_another_machine_gets_the_reader_and_says_what_is_missing_there():
         else:
             with pytest.raises(RuntimeUnavailable, match="cusparselt needs"):
                 far.check()
-    assert len(luggage(READER)["package"]) > len(luggage()["package"])
+    assert len(first_request(READER)["package"]) > len(first_request()["package"])
     assert any(one.startswith("torch==") and "+" not in one for one in requirements("cusparselt"))
     with open_runtime("ssh://board/cusparselt:bf16") as remote:
         assert (remote.name, remote.precision, remote.patterns) == ("cusparselt", "bf16", {"2:4"})

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnx_spdy.runtimes import ModelRefused
+from onnx_spdy.runtimes import ModelRefused, Workload
 from onnx_spdy.runtimes.model_file import fix_model
 from onnx_spdy.runtimes.nvidia.half_precision import PRECISIONS, check_same_results, in_half_precision
 
@@ -150,6 +150,6 @@ def test_subgraphs_are_refused_in_one_line():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the development networks are not at hand")
 @pytest.mark.parametrize("name", ["resnet20_cifar10.onnx", "dscnn_kws.onnx"])
 def test_real_networks_agree_in_fp16(name):
-    fixed = fix_model(SHARED / name, 4)
+    fixed = fix_model(SHARED / name, Workload(4))
     assert check_same_results(fixed.proto, in_half_precision(fixed.proto, "fp16"), "fp16", fixed.inputs)
     in_half_precision(fixed.proto, "bf16")

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnx_spdy.runtimes import ModelRefused, RuntimeUnavailable, reason_in
+from onnx_spdy.runtimes import ModelRefused, RuntimeUnavailable, Workload, reason_in
 from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
 from onnx_spdy.runtimes.nvidia.trt import TensorRt
 from onnx_spdy.runtimes.nvidia.trt_engine import TrtPackage
@@ -149,7 +149,7 @@ def runtime(request, tensorrt_stand_in) -> TensorRt:
 
 
 def test_rows_say_what_was_eligible_and_picked(runtime, semi_structured_net):
-    rows = runtime.layer_seconds(semi_structured_net, batch=BATCH, iterations=2, warmup=1)
+    rows = runtime.layer_seconds(semi_structured_net, Workload(BATCH), iterations=2, warmup=1)
     by_output = {row.outputs[0]: row for row in rows if row.outputs}
     assert by_output["a"].outputs == ("a", "b")  # with its Relu
     assert (by_output["a"].sparse, by_output["a"].kernel_sparsity) == (True, 0.5)
@@ -162,7 +162,7 @@ def test_rows_say_what_was_eligible_and_picked(runtime, semi_structured_net):
 
 def test_outputs_times_and_environment(runtime, semi_structured_net):
     x = np.random.default_rng(0).standard_normal((BATCH, 8, 12, 12)).astype(np.float32)
-    with runtime.open(semi_structured_net, batch=BATCH) as session:
+    with runtime.open(semi_structured_net, Workload(BATCH)) as session:
         outputs = session.run({"x": x})
         seconds = session.seconds(3, warmup=2)
     expected = onnxruntime.InferenceSession(semi_structured_net, providers=["CPUExecutionProvider"]).run(None, {"x": x})
@@ -172,7 +172,7 @@ def test_outputs_times_and_environment(runtime, semi_structured_net):
 
 
 def test_trtexec_runs_exactly_what_is_asked_and_the_warm_up_is_left_out(trtexec, semi_structured_net):
-    with TensorRt(trtexec=trtexec).open(semi_structured_net, batch=BATCH) as session:
+    with TensorRt(trtexec=trtexec).open(semi_structured_net, Workload(BATCH)) as session:
         assert session.seconds(2, warmup=3) == pytest.approx([3.5e-3, 4.5e-3])
         assert (session.environment.cpu, session.environment.instruction_set) == ("A stand-in", "sm_90")
 
@@ -188,7 +188,7 @@ def test_the_network_is_strongly_typed_sparse_and_its_timings_are_kept(
     cache.parent.mkdir()
     cache.write_bytes(b"of another GPU")
     for _ in range(2):
-        runtime.open(semi_structured_net, batch=BATCH).close()
+        runtime.open(semi_structured_net, Workload(BATCH)).close()
     assert package.made.flags == (2 if version.startswith("10") else 0)
     assert package.config.flags == {package.BuilderFlag.SPARSE_WEIGHTS}
     assert cache.read_bytes() == b"timings;timings;"
@@ -213,7 +213,7 @@ def test_what_tensorrt_refuses_is_told_in_its_words(runtime, tmp_path):
     if isinstance(runtime._backend, TrtPackage):
         runtime._backend._package.OnnxParser.parse = lambda self, model: False
     with pytest.raises(ModelRefused, match="no importer") as caught:
-        runtime.open(tmp_path / "selu.onnx", batch=BATCH)
+        runtime.open(tmp_path / "selu.onnx", Workload(BATCH))
     assert "\n" not in str(caught.value)
 
 

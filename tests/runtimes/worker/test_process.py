@@ -20,6 +20,7 @@ from onnx_spdy.runtimes import (
     EngineHung,
     ModelRefused,
     RuntimeUnavailable,
+    Workload,
     open_runtime,
     zero_randomly,
 )
@@ -48,7 +49,7 @@ def test_the_engine_is_imported_without_analytics_and_its_noise_is_no_reply(stub
 
 
 def test_a_session_runs_in_the_worker(stub_runtime, conv_net):
-    with stub_runtime().open(conv_net(), batch=2) as session:
+    with stub_runtime().open(conv_net(), Workload(2)) as session:
         x = np.arange(2 * 8 * 12 * 12, dtype=np.float32).reshape(2, 8, 12, 12)
         np.testing.assert_allclose(session.run({"x": x})["y"], x.sum(axis=(1, 2, 3)))
         assert session.environment.instruction_set == "avx512_vnni"
@@ -58,13 +59,13 @@ def test_a_session_runs_in_the_worker(stub_runtime, conv_net):
 def test_a_refusal_is_one_line_without_source_locations(stub_runtime, conv_net):
     runtime = stub_runtime()
     with pytest.raises(ModelRefused) as caught:
-        runtime.open(conv_net(note="refuse me"), batch=1)
+        runtime.open(conv_net(note="refuse me"), Workload(1))
     assert str(caught.value) == "deepsparse: Failed: Unsupported thing 7"
-    runtime.open(conv_net(), batch=1).close()  # the worker lives on
+    runtime.open(conv_net(), Workload(1)).close()  # the worker lives on
 
 
 def test_a_fallback_is_told_with_its_reason(stub_runtime, conv_net):
-    with stub_runtime().open(conv_net(note="fall back"), batch=1) as session:
+    with stub_runtime().open(conv_net(note="fall back"), Workload(1)) as session:
         assert session.fallback == (
             "only 25% of the operators run optimised, ONNX Runtime runs the rest: Pad is not constant"
         )
@@ -72,7 +73,7 @@ def test_a_fallback_is_told_with_its_reason(stub_runtime, conv_net):
 
 def test_a_worker_killed_while_busy_is_a_crash_and_the_next_one_works(stub_runtime, conv_net):
     runtime = stub_runtime()
-    session = runtime.open(conv_net(note="be slow"), batch=1)
+    session = runtime.open(conv_net(note="be slow"), Workload(1))
     killer = threading.Timer(0.5, os.kill, (runtime.worker().pid, signal.SIGKILL))
     killer.start()
     with pytest.raises(EngineCrashed, match=r"died during 'seconds': killed by SIGKILL; its last words: last words"):
@@ -81,13 +82,13 @@ def test_a_worker_killed_while_busy_is_a_crash_and_the_next_one_works(stub_runti
     with pytest.raises(EngineCrashed, match="open the model again"):
         session.seconds(1)
     session.close()
-    with runtime.open(conv_net(), batch=1) as again:
+    with runtime.open(conv_net(), Workload(1)) as again:
         assert len(again.seconds(2)) == 2
 
 
 def test_a_hang_is_killed(stub_runtime, conv_net):
     runtime = stub_runtime(request_seconds=0.5)
-    session = runtime.open(conv_net(note="be slow"), batch=1)
+    session = runtime.open(conv_net(note="be slow"), Workload(1))
     pid = runtime.worker().pid
     with pytest.raises(EngineHung, match=r"no answer to 'seconds' within 0.5 s"):
         session.seconds(1)
@@ -124,21 +125,21 @@ def test_a_worker_of_another_version_is_not_used(tmp_path):
 
 def test_a_model_and_its_samples_cross_once(stub_runtime, conv_net):
     runtime, path = stub_runtime(), conv_net()
-    profile = {"batch": 4, "iterations": 1, "warmup": 0}
+    profile = {"workload": Workload(4), "iterations": 1, "warmup": 0}
     runtime.layer_seconds(path, **profile)
     sent = runtime.worker().sent_bytes
     assert sent > path.stat().st_size
     for seed in range(5):
         runtime.layer_seconds(path, **profile, zeros={"w0": 0.5}, seed=seed)
-    with runtime.open(path, batch=4) as session:
+    with runtime.open(path, Workload(4)) as session:
         session.seconds(2)
     assert runtime.worker().sent_bytes - sent < 10_000
 
 
 def test_the_worker_draws_the_zeros_that_are_drawn_here(stub_runtime, conv_net):
     zeros = {"w0": 0.9, "w2": 0.4}
-    rows = stub_runtime().layer_seconds(conv_net(opset=19), batch=2, iterations=1, warmup=0, zeros=zeros, seed=7)
-    fixed = fix_model(conv_net(opset=19), 2)
+    rows = stub_runtime().layer_seconds(conv_net(opset=19), Workload(2), iterations=1, warmup=0, zeros=zeros, seed=7)
+    fixed = fix_model(conv_net(opset=19), Workload(2))
     fixed.proto.ir_version = 9
     zero_randomly(fixed.proto.graph, zeros, 7)
     assert rows[0].kernel == hashlib.sha256(fixed.to_bytes()).hexdigest()
@@ -186,9 +187,10 @@ def test_a_worker_ends_with_its_parent_even_when_busy(stub_runtime, conv_net, tm
     parent = f"""
 import os, sys, threading, time
 from pathlib import Path
+from onnx_spdy.runtimes import Workload
 from onnx_spdy.runtimes.deepsparse.client import DeepSparse
 runtime = DeepSparse(command={runtime._command!r})
-session = runtime.open(Path({str(conv_net(note="be slow"))!r}), batch=1)
+session = runtime.open(Path({str(conv_net(note="be slow"))!r}), Workload(1))
 threading.Thread(target=session.seconds, args=(1,), daemon=True).start()
 time.sleep(0.5)
 print(runtime.worker().pid, flush=True)
@@ -274,7 +276,7 @@ def test_the_real_engine_killed_while_busy_is_a_crash(conv_net):
             runtime.check()
         except RuntimeUnavailable as exc:
             pytest.skip(str(exc))
-        session = runtime.open(conv_net(), batch=1)
+        session = runtime.open(conv_net(), Workload(1))
         engine_pid = runtime._hello["pid"]  # not the launcher's: uv reports the death as 128 + 9
         killer = threading.Timer(0.5, os.kill, (engine_pid, signal.SIGKILL))
         killer.start()

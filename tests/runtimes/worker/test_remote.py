@@ -29,6 +29,7 @@ from onnx_spdy.runtimes import (
     RuntimeFailure,
     RuntimeUnavailable,
     UnknownRuntime,
+    Workload,
     location,
     open_runtime,
     runtime_spec,
@@ -37,9 +38,9 @@ from onnx_spdy.runtimes.worker import bootstrap
 from onnx_spdy.runtimes.worker.process import ERROR_KINDS
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
 from onnx_spdy.runtimes.worker.serve import error_kind
-from onnx_spdy.runtimes.worker.ssh import STARTER, Address, far_command, luggage, requirements
+from onnx_spdy.runtimes.worker.ssh import STARTER, Address, far_command, first_request, requirements
 
-PROFILE = {"batch": 2, "threads": 1, "iterations": 1, "warmup": 0}
+PROFILE = {"workload": Workload(2, 1), "iterations": 1, "warmup": 0}
 ZEROS = {"w0": 0.9, "w1": 0.8}
 NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTPS_PROXY", "UV_DEFAULT_INDEX")  # what uv may need to reach a registry
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "csh", "tcsh")
@@ -134,7 +135,7 @@ def test_the_other_end_computes_what_is_computed_here(remote, conv_net):
         for zeros in ({}, ZEROS):
             expected = here.layer_seconds(conv_net(), **PROFILE, zeros=zeros, seed=5)
             assert there.layer_seconds(conv_net(), **PROFILE, zeros=zeros, seed=5) == expected
-        with here.open(conv_net(), batch=2) as one, there.open(conv_net(), batch=2) as other:
+        with here.open(conv_net(), Workload(2)) as one, there.open(conv_net(), Workload(2)) as other:
             assert other.environment == one.environment
             assert other.seconds(3) == one.seconds(3)
 
@@ -142,25 +143,27 @@ def test_the_other_end_computes_what_is_computed_here(remote, conv_net):
 def test_samples_to_time_with_are_used_there(remote, conv_net):
     samples = {"x": np.zeros((1, 8, 12, 13), np.float32)}
     with pytest.raises(ValueError, match=r"fake on nowhere: .*\[1, 8, 12, 13\]"):
-        remote().open(conv_net(), batch=2, inputs=samples)
+        remote().open(conv_net(), Workload(2, inputs=samples))
 
 
 def test_a_model_and_its_samples_travel_once(remote, conv_net):
     runtime, path, inputs = remote(), conv_net(), {"x": np.ones((2, 8, 12, 12), np.float32)}
+    workload = Workload(2, 1, inputs)
+    profile = {**PROFILE, "workload": workload}
     runtime.check()
     before = runtime.worker().sent_bytes
-    runtime.layer_seconds(path, **PROFILE, inputs=inputs)
+    runtime.layer_seconds(path, **profile)
     once = runtime.worker().sent_bytes
     assert once - before > path.stat().st_size + inputs["x"].nbytes
     for seed in range(10):
-        runtime.layer_seconds(path, **PROFILE, inputs=inputs, zeros=ZEROS, seed=seed)
-    with runtime.open(path, batch=2, inputs=inputs) as session:
+        runtime.layer_seconds(path, **profile, zeros=ZEROS, seed=seed)
+    with runtime.open(path, workload) as session:
         session.seconds(1)
     assert runtime.worker().sent_bytes - once < 20_000
 
 
 def test_the_other_end_runs_the_sources_that_it_was_sent(tmp_path):
-    carried = luggage()
+    carried = first_request()
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(carried["package"]))) as package:
         package.extractall(tmp_path)
     code = (
@@ -190,7 +193,7 @@ def test_other_errors_arrive_as_failures():
 def test_nothing_is_left_behind(remote, conv_net, temporary):
     runtime = remote("onnxruntime")
     runtime.layer_seconds(conv_net(), **PROFILE)
-    session = runtime.open(conv_net(), batch=1)
+    session = runtime.open(conv_net(), Workload(1))
     pid = runtime._hello["pid"]
     assert list(temporary.iterdir())
     runtime.close()
@@ -199,13 +202,13 @@ def test_nothing_is_left_behind(remote, conv_net, temporary):
     with pytest.raises(EngineCrashed, match="open the model again"):
         session.seconds(1)
     session.close()
-    with runtime.open(conv_net(), batch=1) as again:
+    with runtime.open(conv_net(), Workload(1)) as again:
         assert len(again.seconds(2)) == 2
 
 
 def test_the_other_end_ends_even_when_busy(remote, conv_net, temporary):
     runtime = remote("onnxruntime")
-    session = runtime.open(conv_net(), batch=1)
+    session = runtime.open(conv_net(), Workload(1))
     pid = runtime._hello["pid"]
     hang_up = threading.Timer(0.5, runtime.worker()._process.stdin.close)
     hang_up.start()
@@ -218,7 +221,7 @@ def test_the_other_end_ends_even_when_busy(remote, conv_net, temporary):
 def test_an_engines_process_there_ends_with_it(remote, stub_command, conv_net, temporary):
     runtime = remote("deepsparse", command=stub_command)
     assert runtime.check().startswith("stub")
-    session = runtime.open(conv_net(note="be slow"), batch=1)
+    session = runtime.open(conv_net(note="be slow"), Workload(1))
     (engine,) = children(runtime._hello["pid"])
     hang_up = threading.Timer(0.5, runtime.worker()._process.stdin.close)
     hang_up.start()
@@ -230,7 +233,7 @@ def test_an_engines_process_there_ends_with_it(remote, stub_command, conv_net, t
 
 def test_an_engine_that_dies_there_is_a_crash_and_the_next_one_works(remote, stub_command, conv_net):
     runtime = remote("deepsparse", command=stub_command)
-    session = runtime.open(conv_net(note="be slow"), batch=1)
+    session = runtime.open(conv_net(note="be slow"), Workload(1))
     killer = threading.Timer(0.5, os.kill, (children(runtime._hello["pid"])[0], signal.SIGKILL))
     killer.start()
     with pytest.raises(
@@ -238,18 +241,18 @@ def test_an_engine_that_dies_there_is_a_crash_and_the_next_one_works(remote, stu
     ):
         session.seconds(1)
     killer.join()
-    with runtime.open(conv_net(), batch=1) as again:
+    with runtime.open(conv_net(), Workload(1)) as again:
         assert len(again.seconds(2)) == 2
 
 
 def test_a_refusal_there_is_one_line_with_the_machine(remote, stub_command, conv_net):
     with pytest.raises(ModelRefused) as caught:
-        remote("deepsparse", command=stub_command).open(conv_net(note="refuse me"), batch=1)
+        remote("deepsparse", command=stub_command).open(conv_net(note="refuse me"), Workload(1))
     assert str(caught.value) == "deepsparse on nowhere: deepsparse: Failed: Unsupported thing 7"
 
 
 def test_a_fallback_there_is_told(remote, stub_command, conv_net):
-    with remote("deepsparse", command=stub_command).open(conv_net(note="fall back"), batch=1) as session:
+    with remote("deepsparse", command=stub_command).open(conv_net(note="fall back"), Workload(1)) as session:
         assert session.fallback == (
             "only 25% of the operators run optimised, ONNX Runtime runs the rest: Pad is not constant"
         )
@@ -324,7 +327,7 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path, monkeypatch):
 def test_an_ssh_that_is_none_is_unavailable(monkeypatch, conv_net, ssh, message):
     monkeypatch.setenv("ONNX_SPDY_SSH", ssh)
     with open_runtime("ssh://board/fake") as runtime, pytest.raises(RuntimeUnavailable, match=message):
-        runtime.open(conv_net(), batch=1)
+        runtime.open(conv_net(), Workload(1))
 
 
 class Sshd:
@@ -419,22 +422,22 @@ def test_over_ssh_the_fake_gives_what_it_gives_here(over_ssh, conv_net):
     with open_runtime("fake") as here:
         expected = here.layer_seconds(conv_net(), **PROFILE, zeros=ZEROS)
         assert runtime.layer_seconds(conv_net(), **PROFILE, zeros=ZEROS) == expected
-        with here.open(conv_net(), batch=2) as one, runtime.open(conv_net(), batch=2) as other:
+        with here.open(conv_net(), Workload(2)) as one, runtime.open(conv_net(), Workload(2)) as other:
             assert other.environment == one.environment
 
 
 def test_over_ssh_onnx_runtime_computes_and_times(over_ssh, conv_net):
     x = np.random.default_rng(0).standard_normal((2, 8, 12, 12)).astype(np.float32)
-    with over_ssh("onnxruntime").open(conv_net(), batch=2, threads=1) as there:
+    with over_ssh("onnxruntime").open(conv_net(), Workload(2, 1)) as there:
         assert there.environment.host == platform.node()
         assert min(there.seconds(3, warmup=1)) > 0
-        with open_runtime("onnxruntime") as runtime, runtime.open(conv_net(), batch=2, threads=1) as here:
+        with open_runtime("onnxruntime") as runtime, runtime.open(conv_net(), Workload(2, 1)) as here:
             np.testing.assert_array_equal(there.run({"x": x})["y"], here.run({"x": x})["y"])
 
 
 def test_a_machine_that_goes_away_is_one_line_and_the_next_connection_works(sshd, over_ssh, conv_net):
     runtime = over_ssh("onnxruntime")
-    session = runtime.open(conv_net(), batch=1)
+    session = runtime.open(conv_net(), Workload(1))
     pid = runtime._hello["pid"]
     killer = threading.Timer(0.5, sshd.disconnect)
     killer.start()
@@ -447,14 +450,14 @@ def test_a_machine_that_goes_away_is_one_line_and_the_next_connection_works(sshd
     assert "\n" not in text
     assert eventually(lambda: gone(pid))
     session.close()
-    with runtime.open(conv_net(), batch=1) as again:
+    with runtime.open(conv_net(), Workload(1)) as again:
         assert len(again.seconds(2)) == 2
 
 
 def test_a_machine_that_no_longer_answers_is_noticed(sshd, conv_net, monkeypatch):
     monkeypatch.setenv("ONNX_SPDY_SSH", f"{sshd.ssh} -o ServerAliveInterval=1 -o ServerAliveCountMax=1")
     with open_runtime(f"{sshd.address}/onnxruntime", python=sys.executable) as runtime:
-        session = runtime.open(conv_net(), batch=1)
+        session = runtime.open(conv_net(), Workload(1))
         freezer = threading.Timer(0.5, sshd.disconnect, [signal.SIGSTOP])
         freezer.start()
         with pytest.raises(EngineCrashed, match=r"no connection \(Timeout, server .* during 'seconds'"):

@@ -1,6 +1,5 @@
 """The GPU benchmark, dry: on the CPU its times mean nothing, but everything else is what it will be."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,20 @@ import pytest
 from onnx_spdy.models import find_layers, to_canonical
 from onnx_spdy.runtimes.nvidia.semi_structured import has_pattern
 from onnx_spdy.tools.bench.gpu import CASES, TINY, encoder, semi_structured
+from onnx_spdy.tools.results import read_results
 
 
 def test_a_dry_run_writes_a_small_file_that_adds_up(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "onnx_spdy.tools.bench.gpu", "--dry-run", "--out", str(tmp_path)]
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "onnx_spdy.tools.bench", "gpu", "--dry-run", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    assert "Networks" in done.stdout
     assert path.stat().st_size < 20_000
-    content = json.loads(path.read_text())
-    assert dict(content["environment"]["options"])["device"] == "stand-in for a GPU"
+    found = read_results(path, "bench_gpu")
+    assert found["environment"]["command"].endswith(f"-m onnx_spdy.tools.bench gpu --dry-run --json {path}")
+    (content,) = found["cases"]
+    assert dict(content["engine"]["options"])["device"] == "stand-in for a GPU"
     assert len(content["layers"]) == 6 * TINY[0].layers
     for layer in content["layers"]:
         assert min(layer[f"{kind}_seconds"] for kind in ("dense", "sparse", "cold_dense", "cold_sparse")) > 0
@@ -57,4 +60,4 @@ def test_the_cases_are_those_of_bert_base_and_a_larger_one() -> None:
     assert {(case.layers, case.heads) for case in base} == {(12, 12)}
     assert {(case.sequence, case.batch) for case in base} == {(s, b) for s in (128, 512) for b in (1, 8, 64)}
     assert any(case.hidden == 4096 for case in CASES)
-    assert len({case.file for case in CASES}) == len(CASES)
+    assert len({str(case) for case in CASES}) == len(CASES)

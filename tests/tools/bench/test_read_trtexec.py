@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from onnx_spdy.tools.bench import read_trtexec
+from onnx_spdy.tools.bench.__main__ import main
+from onnx_spdy.tools.results import read_results
 
 LOG = """
 [03/23/2026-00:14:05] [I] [TRT] (Sparsity) Layers eligible for sparse math: conv1 + relu1, conv2, conv3, lost
@@ -42,18 +44,20 @@ def test_each_layer_says_whether_it_was_picked_and_what_that_brought(tmp_path: P
 
 
 def test_the_table_is_printed_and_a_log_without_one_is_an_error(
-    tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = tmp_path / "sparse.log"
+    log, command = tmp_path / "sparse.log", ["read-trtexec", str(tmp_path / "sparse.log"), "--dense", str(dense)]
     log.write_text(LOG)
-    monkeypatch.setattr("sys.argv", ["read", str(log), "--dense", str(dense)])
     with pytest.raises(SystemExit):
-        read_trtexec.main()
+        main([*command, "--json", str(tmp_path / "found.json")])
     printed = capsys.readouterr().out
     assert "2 of 4 eligible layers were picked" in printed
     assert any(("conv2" in line and "0.0350" in line and "0.0200" in line) for line in printed.splitlines())
+    assert [one["picked"] for one in read_results(tmp_path / "found.json", "bench_read_trtexec")["layers"]] == [
+        False, True, True, False, False
+    ]  # fmt: skip
     log.write_text("Engine built")
     with pytest.raises(SystemExit) as caught:
-        read_trtexec.main()
+        main(command)
     assert caught.value.code == 1
     assert "dumpProfile" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The benchmark of pruning with very little data, on a small network."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from onnx_spdy.pipeline.level import DENSE
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.tools.bench.repair import bench
 from onnx_spdy.tools.cli import main
+from onnx_spdy.tools.results import read_results
 
 DATA = """
 import numpy as np
@@ -44,15 +44,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_step_is_scored_for_every_pruner_and_number_of_samples(folder: Path) -> None:
-    bench("model.onnx", "user.py:data", "user.py:data", samples="16,32", epochs=1, out=folder / "found.json")
-    rows = json.loads((folder / "found.json").read_text())["rows"]
+    bench("model.onnx", "user.py:data", "user.py:data", samples="16,32", epochs=1, json=folder / "found.json")
+    rows = read_results(folder / "found.json", "bench_repair")["rows"]
     assert [(row["samples"], row["levels"], row["pruner"]) for row in rows] == [
         (count, "2:4", pruner) for count in (16, 32) for pruner in ("magnitude", "obs")
     ]
     assert all(0 <= row[step] <= 1 for row in rows for step in ("pruned", "corrected", "repaired"))
     # The dense network is whole again before the next pruner starts, which magnitude's weights would spoil.
-    bench("model.onnx", "user.py:data", "user.py:data", samples="32", pruners="obs", epochs=1, out=folder / "one.json")
-    (alone,) = json.loads((folder / "one.json").read_text())["rows"]
+    bench("model.onnx", "user.py:data", "user.py:data", samples="32", pruner="obs", epochs=1, json=folder / "one.json")
+    (alone,) = read_results(folder / "one.json", "bench_repair")["rows"]
     assert alone["error_before"] == pytest.approx(rows[3]["error_before"], rel=1e-4)
 
 
@@ -66,9 +66,9 @@ def test_profiles_take_the_place_of_one_level_and_a_database_that_of_pruning(fol
     for database in (None, folder / "database"):
         bench(
             "model.onnx", "user.py:data", "user.py:data", profile=[folder / "profile.json"], samples="48",
-            pruners="obs", database=database, epochs=1, out=folder / "found.json",
+            pruner="obs", database=database, epochs=1, json=folder / "found.json",
         )  # fmt: skip
-        found += json.loads((folder / "found.json").read_text())["rows"]
+        found += read_results(folder / "found.json", "bench_repair")["rows"]
     assert found[0]["levels"].endswith("profile.json")
     assert 0 < found[0]["error_before"] < 1
     assert found[1]["error_before"] == pytest.approx(found[0]["error_before"], rel=1e-4)

@@ -5,22 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.artifact import read_json
 from onnx_spdy.pipeline.search.methods import SEARCHES
 from onnx_spdy.tools.bench.scaling import bench
 from onnx_spdy.tools.bench.synthetic import STAGES, SyntheticNetwork
+from onnx_spdy.tools.results import read_results
 
 
 def test_the_table_tells_what_each_size_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench("3,6", "thompson", 2.0, 0, tmp_path / "rows.json", tmp_path / "rows.svg")
-    small, large = read_json(tmp_path / "rows.json", "scaling_bench", 1)["rows"]
+    small, large = read_results(tmp_path / "rows.json", "bench_scaling")["rows"]
     assert (small["layers"], large["layers"]) == (3, 6)
     for row in (small, large):
         assert row["loss"] <= row["dp_loss"]
         assert 0 <= row["solve_gap"] < 0.01
         assert 0 < row["images"] < row["spdy_images"]
     assert (tmp_path / "rows.svg").read_text().rstrip().endswith("</svg>")
-    assert "searches by the number of layers" in capsys.readouterr().out
+    assert "Searches by the number of layers" in capsys.readouterr().out
 
 
 def test_images_are_counted_once_and_few_samples_are_part_of_all() -> None:

@@ -8,15 +8,16 @@ import pytest
 import typer
 
 from onnx_spdy.models import save_model
-from onnx_spdy.pipeline.artifact import read_json
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database
 from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.runtimes import open_runtime
+from onnx_spdy.runtimes import Workload, open_runtime
 from onnx_spdy.tools.bench.search import Row, _reached, bench
+from onnx_spdy.tools.results import read_results
 from onnx_spdy.tools.specs import load_network
 from tests.pipeline.conftest import build_model
 
@@ -31,19 +32,18 @@ def folder(tmp_path: Path) -> Path:
     model = load_network(str(tmp_path / "model.onnx"))
     np.savez(tmp_path / "data.npz", input=images, target=rng.integers(0, 10, 160))
     with open_runtime("fake", layer_overhead_seconds=0.0, node_seconds=1e-9) as runtime:
-        measure_latency(model, runtime, LEVELS, batch=8).save(tmp_path / "latency.json")
+        measure_latency(model, runtime, LEVELS, Workload(8)).save(tmp_path / "latency.json")
     samples = Samples({"input": images})
-    build_database(Network(model), samples, LEVELS, pruner_named("magnitude"), "magnitude", tmp_path / "database")
+    build_database(Network(model), samples, Compression(LEVELS, pruner_named("magnitude")), tmp_path / "database")
     return tmp_path
 
 
 def run(folder: Path, search: str, **more) -> list[Row]:
-    given = {name: None for name in ("images", "share", "loss", "evaluation", "minutes")}
     bench(
         str(folder / "model.onnx"), folder / "latency.json", folder / "database", str(folder / "data.npz"),
-        speedup="2", search=search, seeds="0", search_samples=64, json=folder / "rows.json", **{**given, **more},
+        speedup="2", search=search, seeds="0", search_samples=64, json=folder / "rows.json", **more,
     )  # fmt: skip
-    return [Row(**row) for row in read_json(folder / "rows.json", "search_bench", 2)["rows"]]
+    return [Row(**row) for row in read_results(folder / "rows.json", "bench_search")["rows"]]
 
 
 def test_rows_are_judged_and_what_was_done_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_rows_are_judged_and_what_was_done_is_not_done_again(folder: Path, capsy
     assert third.limit == round(0.1 * second.images)
     assert third.images <= third.limit + 64
     assert run(folder, "spdy,thompson", share=0.1) == [first, second, third]
-    assert "cost of spdy's final loss" in capsys.readouterr().out
+    assert "Cost of spdy's final loss" in capsys.readouterr().out
 
 
 def test_a_loss_on_fewer_samples_is_not_taken_for_one_on_all() -> None:

@@ -1,0 +1,129 @@
+"""What the solver is given of time: seconds of layers x levels, and what the kernel of one layer costs the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+NO_PREDECESSOR = -1
+
+
+class InvalidCosts(OnnxSpdyError, ValueError):
+    """Times or errors that nothing can be solved with."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of layers x levels, and what the kernel of one layer costs the next.
+
+    Attributes:
+        seconds: (layers, levels), >= 0; level 0 is dense.
+        transition: (layers, levels), seconds more, or less, where the predecessor runs dense; never more than
+            `seconds` less. Default: none.
+        predecessor: (layers,) index of the layer that each one reads from, an earlier one, or NO_PREDECESSOR.
+            Default: none.
+        dense: (layers, levels) bool, which levels run dense. Default: level 0.
+
+    >>> costs = Costs(np.array([[3.0, 1.0], [3.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 0.5]]), np.array([-1, 0]))
+    >>> costs.total([0, 1]), costs.total([1, 1])
+    (4.5, 2.0)
+    """
+
+    seconds: np.ndarray
+    transition: np.ndarray = None  # type: ignore[assignment]  # these three are set below
+    predecessor: np.ndarray = None  # type: ignore[assignment]
+    dense: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Raise InvalidCosts where shapes differ, or a number is NaN, infinite or a negative time."""
+        seconds = np.asarray(self.seconds, np.float64)
+        if seconds.ndim != 2 or 0 in seconds.shape:
+            raise InvalidCosts(f"seconds {seconds.shape} must be (layers, levels), not empty")
+        transition = np.zeros_like(seconds) if self.transition is None else np.asarray(self.transition, np.float64)
+        none = np.full(len(seconds), NO_PREDECESSOR)
+        predecessor = none if self.predecessor is None else np.asarray(self.predecessor, np.int64)
+        first = np.broadcast_to(np.arange(seconds.shape[1]) == 0, seconds.shape)
+        dense = first if self.dense is None else np.asarray(self.dense, bool)
+        if not transition.shape == dense.shape == seconds.shape or predecessor.shape != seconds.shape[:1]:
+            raise InvalidCosts(
+                f"transition {transition.shape}, predecessor {predecessor.shape} and dense {dense.shape} don't fit "
+                f"seconds {seconds.shape}"
+            )
+        if not (np.isfinite(seconds).all() and np.isfinite(transition).all()):
+            raise InvalidCosts("seconds must be finite; measure the table again")
+        if (seconds < 0).any() or (seconds + transition < 0).any():
+            raise InvalidCosts("seconds must not be negative; measure the table again")
+        if ((predecessor < NO_PREDECESSOR) | (predecessor >= np.arange(len(predecessor)))).any():
+            raise InvalidCosts(f"predecessor {predecessor.tolist()} must name an earlier layer, or {NO_PREDECESSOR}")
+        checked = {"seconds": seconds, "transition": transition, "predecessor": predecessor, "dense": dense}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def of_layers(self, choice: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(layers,) seconds of each layer at these level indices, (layers,)."""
+        chosen = np.asarray(choice)
+        rows = np.arange(len(self.seconds))
+        after_dense = (self.predecessor != NO_PREDECESSOR) & self.dense[rows, chosen][self.predecessor]
+        return self.seconds[rows, chosen] + after_dense * self.transition[rows, chosen]
+
+    def total(self, choice: np.ndarray | Sequence[int]) -> float:
+        """Seconds of all layers together at these level indices, (layers,)."""
+        return float(self.of_layers(choice).sum())
+
+    def fastest(self, errors: np.ndarray | None = None) -> np.ndarray:
+        """(layers,) the levels that take least time together; of equally fast ones those with less of `errors`."""
+        errors = np.zeros_like(self.seconds) if errors is None else errors
+        best = [np.zeros(1)]  # of each layer: (states,) least seconds until it
+        for layer, step in enumerate(self.steps):
+            reached = best[-1][:, None] + self.by_state(layer)
+            values = np.full(step.states, np.inf)
+            np.minimum.at(values, step.following, reached)
+            best.append(values)
+        choice = np.empty(len(self.seconds), np.int64)
+        state = int(best[-1].argmin())
+        for layer in reversed(range(len(choice))):
+            reached = best[layer][:, None] + self.by_state(layer)
+            optimal = (self.steps[layer].following == state) & (reached == best[layer + 1][state])
+            found = np.unravel_index(np.where(optimal, errors[layer], np.inf).argmin(), reached.shape)
+            state, choice[layer] = map(int, found)
+        return choice
+
+    def by_state(self, layer: int) -> np.ndarray:
+        """(states before the layer, levels) seconds of a layer."""
+        return self.seconds[layer] + self.steps[layer].after_dense[:, None] * self.transition[layer]
+
+    @cached_property
+    def steps(self) -> list[_Step]:
+        """How the state goes on from layer to layer."""
+        steps: list[_Step] = []
+        awaited: list[int] = []  # layers whose kind a later layer asks for: bit i of a state is awaited[i]
+        for layer, source in enumerate(self.predecessor):
+            states = np.arange(2 ** len(awaited))
+            bits = {one: states >> number & 1 for number, one in enumerate(awaited)}
+            after_dense = bits[source] if source in bits else np.zeros_like(states)
+            awaited = [one for one in (*awaited, layer) if one in self.predecessor[layer + 1 :]]
+            following = np.zeros((len(states), self.seconds.shape[1]), np.int64)
+            for number, one in enumerate(awaited):
+                following |= (self.dense[layer][None, :] if one == layer else bits[one][:, None]) << number
+            steps.append(_Step(after_dense, following, 2 ** len(awaited)))
+        return steps
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer of the dynamic programme.
+
+    Attributes:
+        after_dense: (states before,) 1 where the layer before runs dense, else 0.
+        following: (states before, levels) the state after the layer.
+        states: how many there are after it.
+    """
+
+    after_dense: np.ndarray
+    following: np.ndarray
+    states: int

@@ -1,0 +1,24 @@
+"""How layers are compressed: one value from the command line to the database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, NamedPruner, pruner_named
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How layers are compressed.
+
+    Attributes:
+        levels: dense first, then from lowest to highest sparsity.
+        pruner: what compresses a layer to them.
+        memory_bytes: of the whole process while the database is built: where the Hessians of all layers don't fit, the
+            layers are taken in several passes over the samples. None: everything in one pass.
+    """
+
+    levels: tuple[Level, ...] = field(default_factory=lambda: levels_for(DEFAULT_PATTERN))
+    pruner: NamedPruner = field(default_factory=lambda: pruner_named(DEFAULT_PRUNER))
+    memory_bytes: int | None = None

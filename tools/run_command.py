@@ -1,0 +1,113 @@
+"""The command for everything: one target, or several that make a front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnx_spdy.pipeline.artifact import locked
+from onnx_spdy.pipeline.data import workload_of
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
+from onnx_spdy.pipeline.engine import open_runtime
+from onnx_spdy.pipeline.front import reach_all
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
+from onnx_spdy.pipeline.metric import Evaluation
+from onnx_spdy.pipeline.progress import Watch
+from onnx_spdy.pipeline.report import Report
+from onnx_spdy.pipeline.run import Target
+from onnx_spdy.pipeline.run import run as run_pipeline
+from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
+from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
+from onnx_spdy.pipeline.target import TargetMissed
+from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair
+from onnx_spdy.tools import show
+from onnx_spdy.tools.doctor import warn_without_kernels
+from onnx_spdy.tools.interrupt import Interrupt
+from onnx_spdy.tools.options import (
+    AllowBusy,
+    Batch,
+    Data,
+    Finetune,
+    LossName,
+    Memory,
+    ModelArgument,
+    Pattern,
+    PrunerName,
+    RuntimeName,
+    SearchImages,
+    SearchName,
+    SearchSamples,
+    Seed,
+    Threads,
+    TimeLimit,
+    gib,
+    minutes,
+    speedups,
+)
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.front import write_front_html
+from onnx_spdy.tools.report.page import write_report_html
+from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
+
+
+def run(
+    model: ModelArgument,
+    data: Data,
+    runtime: RuntimeName,
+    speedup: Annotated[
+        str, typer.Option("--speedup", metavar="X[,X...]", help="dense seconds / pruned seconds; several make a front")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="with several targets DIR/Xx for each")],
+    batch: Batch = 1,
+    threads: Threads = None,
+    evaluation: Annotated[str | None, typer.Option("--eval", metavar="DATA", help="samples for the metric")] = None,
+    metric: Annotated[str, typer.Option("--metric", metavar="M", help="top1 or FILE.py:FUNCTION")] = "top1",
+    loss: LossName = None,
+    pattern: Pattern = DEFAULT_PATTERN,
+    pruner: PrunerName = DEFAULT_PRUNER,
+    memory: Memory = None,
+    search: SearchName = DEFAULT_SEARCH,
+    search_samples: SearchSamples = SEARCH_SAMPLES,
+    finetune: Finetune = NO_REPAIR,
+    search_images: SearchImages = None,
+    seed: Seed = 0,
+    time_limit: TimeLimit = None,
+    allow_busy: AllowBusy = False,
+) -> None:
+    """Everything: measure, compress, search, write back, and measure the result. Continues where it was stopped."""
+    compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
+    settings = SearchSettings(search, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
+    check_repair(finetune)
+    targets, measure_metric, interrupt = speedups(speedup), load_metric(metric), Interrupt()
+    with open_runtime(runtime) as engine, ProgressBars() as bars:
+        engine.check()
+        warn_without_kernels(engine, compression.levels)
+        dense = load_network(model)
+        samples = load_samples(data, dense)
+        judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
+        workload = workload_of(samples, batch, threads)
+
+        def reach(target: float, folder: Path) -> Report:
+            found = run_pipeline(
+                dense, samples, engine, workload, Target(target, folder, shared=out),
+                compression=compression, search=settings, finetune=finetune, evaluation=judged,
+                allow_busy=allow_busy, watch=Watch(bars.stage, interrupt),
+            )  # fmt: skip
+            write_report_html(found.content, folder / "report.html")
+            return found
+
+        with locked(out):
+            if len(targets) == 1:
+                front, reports = None, [reach(targets[0], out)]
+            else:
+                front, reports = reach_all(targets, out, reach)
+    if front is None:
+        show.report(reports[0].content, out)
+    else:
+        write_front_html(front.content, out)
+        show.front(front.content, out)
+    if missed := (front or reports[0]).missed:
+        raise TargetMissed(missed)

@@ -1,0 +1,268 @@
+"""The commands for single steps, for instance to measure on one machine and search on another."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnx_spdy.models import Prepared, load_model, save_model
+from onnx_spdy.pipeline.artifact import check_same, write_json
+from onnx_spdy.pipeline.data import workload_of
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.layer_database import build_database, open_database
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
+from onnx_spdy.pipeline.deploy import deploy as deploy_network
+from onnx_spdy.pipeline.engine import open_runtime
+from onnx_spdy.pipeline.front import FILE as FRONT
+from onnx_spdy.pipeline.front import Front
+from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.table import LatencyTable
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.report import Report
+from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
+from onnx_spdy.pipeline.search.profile_search import ProfileSearch
+from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
+from onnx_spdy.pipeline.stitch import CorrectedStitcher
+from onnx_spdy.pipeline.training.finetune import EPOCHS, RATE
+from onnx_spdy.pipeline.training.finetune import finetune as finetune_network
+from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.trainer import BATCH
+from onnx_spdy.pipeline.validate import evaluate
+from onnx_spdy.pipeline.validate import validate as validate_network
+from onnx_spdy.tools import show
+from onnx_spdy.tools.doctor import examine, warn_without_kernels
+from onnx_spdy.tools.interrupt import Interrupt
+from onnx_spdy.tools.options import (
+    AllowBusy,
+    Batch,
+    Data,
+    Finetune,
+    LossName,
+    Memory,
+    ModelArgument,
+    Pattern,
+    PrunerName,
+    RuntimeName,
+    SearchImages,
+    SearchSamples,
+    Seed,
+    Threads,
+    TimeLimit,
+    gib,
+    minutes,
+    speedups,
+)
+from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.front import write_front_html
+from onnx_spdy.tools.report.page import write_report_html
+from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
+
+
+def inspect(model: ModelArgument) -> None:
+    """The layers that can be pruned, those that can't and why."""
+    show.layers(load_network(model))
+
+
+def measure(
+    model: ModelArgument,
+    runtime: RuntimeName,
+    out: Annotated[Path, typer.Option("--out", metavar="latency.json")],
+    batch: Batch = 1,
+    threads: Threads = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="samples to time with; default: random values")
+    ] = None,
+    pattern: Pattern = DEFAULT_PATTERN,
+    seed: Seed = 0,
+    allow_busy: AllowBusy = False,
+) -> None:
+    """Measure the latency table, and say how far pruning can get in this runtime."""
+    levels = levels_for(pattern)
+    with open_runtime(runtime) as engine, ProgressBars() as bars:
+        engine.check()
+        warn_without_kernels(engine, levels)
+        dense = load_network(model)
+        workload = workload_of(load_samples(data, dense) if data else None, batch, threads)
+        table = measure_latency(
+            dense, engine, levels, workload,
+            seed=seed, save=out, allow_busy=allow_busy, progress=bars.stage("measure"),
+        )  # fmt: skip
+    show.table(table)
+
+
+def database(
+    model: ModelArgument,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR")],
+    pattern: Pattern = DEFAULT_PATTERN,
+    pruner: PrunerName = DEFAULT_PRUNER,
+    memory: Memory = None,
+) -> None:
+    """Compress every layer to every level. Continues where it was stopped."""
+    compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
+    network = Network(load_network(model))
+    samples = load_samples(data, network.prepared)
+    with ProgressBars() as bars:
+        build_database(network, samples, compression, out, bars.stage("database"))
+    print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
+
+
+def search(
+    model: ModelArgument,
+    data: Data,
+    latency: Annotated[Path, typer.Option("--latency", metavar="F")],
+    database: Annotated[Path, typer.Option("--database", metavar="DIR")],
+    speedup: Annotated[str, typer.Option("--speedup", metavar="X[,X...]")],
+    out: Annotated[Path, typer.Option("--out", metavar="F", help="profile; with several targets F-Xx.json each")],
+    name: Annotated[str, typer.Option("--search", metavar="NAME")] = DEFAULT_SEARCH,
+    loss: LossName = None,
+    search_samples: SearchSamples = SEARCH_SAMPLES,
+    search_images: SearchImages = None,
+    seed: Seed = 0,
+    time_limit: TimeLimit = None,
+) -> None:
+    """Choose the level of each layer for one or more targets."""
+    settings = SearchSettings(name, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
+    targets = speedups(speedup)
+    table, weights = LatencyTable.load(latency), open_database(database)
+    network = Network(load_network(model))
+    samples = load_samples(data, network.prepared)
+    with ProgressBars() as bars:
+        finder = ProfileSearch(
+            network, table, weights, samples, settings,
+            state=out.with_name(f"{out.stem}.search.json"), progress=bars.stage("search"), listen=Interrupt(),
+        )  # fmt: skip
+        paths = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
+        found = {path: finder.find_or_load(target, path) for path, target in reversed(paths.items())}
+    for path, profile in reversed(found.items()):
+        held_out = "" if profile.held_out_loss is None else f", on held-out samples {profile.held_out_loss:.6f}"
+        print(
+            f"{path}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}{held_out}"
+        )
+
+
+def deploy(
+    model: ModelArgument,
+    database: Annotated[Path, typer.Option("--database", metavar="DIR")],
+    profile: Annotated[Path, typer.Option("--profile", metavar="F")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="for the correction of statistics and the repair")
+    ] = None,
+    finetune: Finetune = NO_REPAIR,
+    seed: Seed = 0,
+) -> None:
+    """Write the pruned network of a profile."""
+    check_repair(finetune)
+    if finetune != NO_REPAIR and not data:
+        raise typer.BadParameter(f"--finetune {finetune} needs --data")
+    network = Network(load_network(model))
+    chosen, samples = Profile.load(profile), load_samples(data, network.prepared) if data else None
+    pruned = CorrectedStitcher(network, open_database(database), samples).stitch(chosen)
+    print(f"statistics correction: {pruned.corrected}")
+    if samples and finetune != NO_REPAIR:
+        with ProgressBars() as bars:
+            pruned, repaired = repair(network, pruned, samples, seed=seed, progress=bars.stage("repair"))
+        if repaired:
+            show.training("repair", repaired)
+    deploy_network(network.prepared, pruned, out)
+    print(f"{out} written")
+
+
+def finetune(
+    model: ModelArgument,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
+    pruned: Annotated[Path | None, typer.Argument(metavar="PRUNED", help="starts from it; its zeros stay")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="F", help="prune gradually to it, from PRUNED or from MODEL")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="passes over the data")] = EPOCHS,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Adam's step, relative to the size of each tensor's values")
+    ] = RATE,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="samples in a step")] = BATCH,
+    seed: Seed = 0,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="of training")] = None,
+) -> None:
+    """Train a pruned network with the dense one as its teacher. Continues where it was stopped."""
+    if pruned is None and profile is None:
+        raise typer.BadParameter("give PRUNED, the network to train, or --profile, what to prune MODEL to gradually")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise typer.BadParameter(f"--learning-rate {learning_rate} is not a positive number")
+    dense = load_network(model)
+    start, samples = load_model(pruned) if pruned else dense.proto, load_samples(data, dense)
+    goal = Profile.load(profile) if profile else None
+    if goal and profile:
+        check_same(profile, {"model_sha256": (goal.made_from["model_sha256"], dense.sha256)})
+    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
+    with ProgressBars() as bars:
+        found = finetune_network(
+            dense, start, samples, levels=goal.levels if goal else None,
+            epochs=epochs, rate=learning_rate, batch=batch, seed=seed, checkpoint=checkpoint,
+            time_limit_seconds=minutes(time_limit), progress=bars.stage("finetune"),
+        )  # fmt: skip
+    save_model(found.model, out)
+    show.training(f"learnt from {found.learnt_from}", found.training)
+    print(f"{out} written")
+    if not found.training.interrupted:
+        checkpoint.unlink(missing_ok=True)
+    elif checkpoint.exists():
+        print(f"it is the best so far; the same command goes on from {checkpoint}")
+
+
+def validate(
+    dense: Annotated[Path, typer.Argument(metavar="DENSE")],
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED")],
+    runtime: RuntimeName,
+    batch: Batch = 1,
+    threads: Threads = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DATA")] = None,
+    metric: Annotated[str, typer.Option("--metric", metavar="M")] = "top1",
+    json: Annotated[Path | None, typer.Option("--json", metavar="F")] = None,
+) -> None:
+    """Measure both networks in turns in the runtime, and the metric of both."""
+    measure_metric = load_metric(metric)
+    with open_runtime(runtime) as engine, ProgressBars() as bars:
+        engine.check()
+        reference = Prepared(load_model(dense))
+        load_model(pruned)
+        samples = load_samples(data, reference) if data else None
+        values = None
+        if samples:  # before the measurement: a metric may not fit the data
+            values = [evaluate(path, samples, measure_metric) for path in (dense, pruned)]
+        workload = workload_of(samples, batch, threads)
+        found = validate_network(dense, pruned, engine, workload, progress=bars.stage("validate"))
+    metrics = {} if values is None else {"metric_name": metric, "metric_dense": values[0], "metric_pruned": values[1]}
+    if json:
+        write_json(json, "validation", 1, {**found.to_json(), **metrics})
+    show.validation({**found.to_json(), **metrics})
+
+
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Show the report of a run, or the front of one with several targets, and write its page again."""
+    if (folder / FRONT).exists() and not (folder / "report.json").exists():
+        front = Front.load(folder / FRONT)
+        write_front_html(front.content, folder)
+        show.front(front.content, folder)
+        return
+    found = Report.load(folder / "report.json")
+    write_report_html(found.content, folder / "report.html")
+    show.report(found.content, folder)
+
+
+def prepare(model: ModelArgument, out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")]) -> None:
+    """Write the prepared dense network: constants folded, cleaned up, checked against the original."""
+    prepared = load_network(model)
+    save_model(prepared.proto, out)
+    print(f"{out} written with {len(prepared.layers)} layers that carry weights")
+
+
+def doctor() -> None:
+    """Which runtimes work here, and what to do where one does not."""
+    show.doctor(examine())
