@@ -10,7 +10,6 @@ from onnx_spdy.models.graph import (
     model_sha256,
     node_names,
     save_model,
-    with_batch,
 )
 from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
 from onnx_spdy.models.load import load_model
@@ -43,7 +42,6 @@ __all__ = [
     "prepare",
     "save_model",
     "to_canonical",
-    "with_batch",
     "write_module",
     "write_weights",
 ]

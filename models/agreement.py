@@ -1,18 +1,20 @@
-"""Do two graphs compute the same? Asked of ONNX Runtime, with random inputs."""
+"""Do two graphs compute the same? Asked of ONNX Runtime, with a user's examples or random inputs."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import threading
 from collections.abc import Collection, Mapping
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnx_spdy.models.graph import ModelError, graph_inputs, input_dtypes, input_shapes, one_line
+from onnx_spdy.models.graph import ModelError, graph_inputs, input_dtypes, input_shapes
+from onnx_spdy.models.ort_process import OrtProcess, RunFailed
 
 logger = logging.getLogger(__name__)
 
@@ -20,69 +22,107 @@ logger = logging.getLogger(__name__)
 OPEN_SIZES = (32, 64, 224, 8, 1)
 # Exporters that trace write the example's batch into the graph, most often 1, and still declare it open.
 BATCHES = (2, 1)
-LONGEST_RUN_SECONDS = 60
 LARGEST_INPUT_BYTES = 2**28  # random numbers are made in double precision first
 TOLERANCE = 1e-4  # of the largest absolute output
 HALF_TOLERANCE = 1e-2
 
 
-def check_same_results(
-    original: onnx.ModelProto, changed: onnx.ModelProto, given: Mapping[str, np.ndarray] | None = None
-) -> None:
-    """Raise ModelError unless both graphs give the same outputs for the same random inputs.
+class Reference:
+    """What a graph computes, to compare others with: the same outputs for the same inputs. A context manager.
 
-    `given` are inputs that aren't random: weights that both graphs were made to read from outside.
+    The graph runs in a process of its own (see `OrtProcess`), on the first inputs that it takes: the examples, or
+    random ones.
 
-    Floating outputs may differ by 1e-4 of the largest absolute value (1e-2 in half precision), or by ten times what
-    the original differs from itself when ONNX Runtime optimises it, if that is more. Of the elements of integer
-    outputs (the index of the largest value, say) 1 % may differ.
-
-    When no random input suits a graph with integer inputs or open dimensions besides the batch (it needs ids of a
-    certain form, images of a certain size, ...) nothing can be compared, and that is logged as a warning.
-
+    Args:
+        given: inputs that aren't random: weights that the graphs were made to read from outside.
+        examples: a batch of the user's data, by input name.
     Raises:
-        ModelError: the outputs differ, or ONNX Runtime can't load or run one of the graphs.
+        ModelError: ONNX Runtime can't load the graph, crashes, or runs it neither with the examples nor with random
+            inputs.
     """
-    reference = _session(original, "the model")
-    candidate = _session(changed, "the prepared model")
-    found = _inputs_that_run(original, reference, given or {})
-    if found is None:
-        logger.warning("the prepared model could not be compared with the original: it runs with no random inputs")
-        return
-    inputs, expected = found
-    try:
-        actual = _run(candidate, inputs)
-    except ModelError:
-        raise
-    except Exception as exc:
-        raise ModelError(f"preparing the graph broke it: ONNX Runtime can't run it: {one_line(str(exc))}") from exc
-    noise: list[float] | None = None
-    for i, (value, a, b) in enumerate(zip(original.graph.output, expected, actual, strict=True)):
-        difference, tolerance = _difference(a, b), _tolerance(a)
-        if difference > tolerance:
-            if noise is None:
-                again = _session(original, "the model", optimise=True).run(None, inputs)
-                noise = [_difference(x, y) for x, y in zip(expected, again, strict=True)]
-            if difference > 10 * noise[i]:
+
+    def __init__(
+        self,
+        original: onnx.ModelProto,
+        given: Mapping[str, np.ndarray] | None = None,
+        examples: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._original = original
+        self._noise: list[float] | None = None
+        self._process = OrtProcess()
+        try:
+            self._load(original, "the model")
+            self._inputs, self._expected = self._inputs_that_run(given or {}, examples or {})
+        except BaseException:
+            self._process.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.__exit__(None, None, None)
+
+    def check(self, changed: onnx.ModelProto) -> None:
+        """Raise ModelError unless the changed graph gives the same outputs.
+
+        Floating outputs may differ by 1e-4 of the largest absolute value (1e-2 in half precision), or by ten times
+        what the original differs from itself when ONNX Runtime optimises it, if that is more. Of the elements of
+        integer outputs (the index of the largest value, say) 1 % may differ.
+        """
+        self._load(changed, "the prepared model")
+        actual = self._process.run(self._inputs)
+        for i, (value, a, b) in enumerate(zip(self._original.graph.output, self._expected, actual, strict=True)):
+            difference, tolerance = _difference(a, b), _tolerance(a)
+            if difference > tolerance and difference > 10 * self._noise_of(i):
                 raise ModelError(
                     f"preparing the graph changed output '{value.name}' by {difference:.1e} of its largest value "
                     f"(allowed: {tolerance:.0e}); please report this network"
                 )
 
+    def _noise_of(self, output: int) -> float:
+        """How much an output of the original differs when ONNX Runtime optimises it; 0 where it can't."""
+        if self._noise is None:
+            self._noise = [0.0] * len(self._expected)
+            with contextlib.suppress(ModelError):
+                self._load(self._original, "the model", optimise=True)
+                again = self._process.run(self._inputs)
+                self._noise = [_difference(x, y) for x, y in zip(self._expected, again, strict=True)]
+        return self._noise[output]
 
-def _session(model: onnx.ModelProto, what: str, optimise: bool = False):
-    import onnxruntime as ort
+    def _load(self, model: onnx.ModelProto, what: str, *, optimise: bool = False) -> None:
+        try:
+            self._process.load(model, what, optimise=optimise)
+        except ModelError as exc:
+            if not _has_half_precision(model):
+                raise
+            raise ModelError(f"{exc}; export the network in float32") from exc
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False  # it would keep what a large run took, and more
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # ONNX Runtime's errors have no common base
-        advice = "; export the network in float32" if _has_half_precision(model) else ""
-        raise ModelError(f"ONNX Runtime can't load {what}: {one_line(str(exc))}{advice}") from exc
+    def _inputs_that_run(
+        self, given: Mapping[str, np.ndarray], examples: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, Path], list[np.ndarray]]:
+        """Inputs, and the outputs for them."""
+        stored, model = self._process.place(given), self._original
+        reasons: list[str] = []
+        drawn = (_random_inputs(model, batch, size, given) for batch, size in itertools.product(BATCHES, OPEN_SIZES))
+        for arrays in itertools.chain([_as_declared(model, examples)] if examples else [], drawn):
+            inputs = stored | self._process.place(arrays)
+            try:
+                return inputs, self._process.run(inputs)
+            except RunFailed as exc:
+                reasons.append(str(exc))
+                logger.debug("%s with inputs of %s", exc, {name: array.shape for name, array in arrays.items()})
+        if examples:
+            raise ModelError(f"{reasons[0]}; that is with the example inputs, and random ones don't suit it either")
+        if _may_need_special_inputs(model):
+            raise ModelError(f"{reasons[0]}; random inputs don't suit this network: give example inputs that do")
+        raise ModelError(reasons[0])
+
+
+def check_same_results(original: onnx.ModelProto, changed: onnx.ModelProto) -> None:
+    """Raise ModelError unless both graphs give the same outputs for the same random inputs; see `Reference`."""
+    with Reference(original) as reference:
+        reference.check(changed)
 
 
 def _has_half_precision(model: onnx.ModelProto) -> bool:
@@ -90,45 +130,16 @@ def _has_half_precision(model: onnx.ModelProto) -> bool:
     return any(tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for tensor in model.graph.initializer)
 
 
-def _run(session, inputs: Mapping[str, np.ndarray]) -> list:
-    """The session's outputs; ModelError after LONGEST_RUN_SECONDS, because a loop may have no end."""
-    import onnxruntime as ort
-
-    options, ended = ort.RunOptions(), threading.Event()
-
-    def stop() -> None:
-        options.terminate = True
-        ended.set()
-
-    timer = threading.Timer(LONGEST_RUN_SECONDS, stop)
-    timer.start()
-    try:
-        return session.run(None, inputs, options)
-    except Exception as exc:
-        if ended.is_set():
-            raise ModelError(f"one run of the model takes more than {LONGEST_RUN_SECONDS} s in ONNX Runtime") from exc
-        raise
-    finally:
-        timer.cancel()
+def _as_declared(model: onnx.ModelProto, examples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The examples, each in the element type of its input."""
+    dtypes = input_dtypes(model)
+    if wrong := set(examples) ^ {value.name for value in graph_inputs(model)}:
+        raise ModelError(f"example inputs: '{min(wrong)}' is missing, or no input of the model: {list(dtypes)}")
+    return {name: np.asarray(array).astype(_storable(dtypes[name])) for name, array in examples.items()}
 
 
-def _inputs_that_run(
-    model: onnx.ModelProto, session, given: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list] | None:
-    """Random inputs and the outputs for them; None if none suits a graph that may well need special ones."""
-    reason = ""
-    for batch, size in itertools.product(BATCHES, OPEN_SIZES):
-        inputs = {**_random_inputs(model, batch, size, given), **given}
-        try:
-            return inputs, _run(session, inputs)
-        except ModelError:
-            raise
-        except Exception as exc:  # ONNX Runtime's errors have no common base
-            reason = reason or one_line(str(exc))
-            logger.debug("random inputs (batch %d, open dimensions of %d) don't run: %s", batch, size, exc)
-    if not _may_need_special_inputs(model):
-        raise ModelError(f"ONNX Runtime can't run the model: {reason}")
-    return None
+def _storable(dtype: np.dtype) -> np.dtype:
+    return np.dtype(str) if dtype.kind == "O" else dtype
 
 
 def _may_need_special_inputs(model: onnx.ModelProto) -> bool:
@@ -154,9 +165,9 @@ def _random_inputs(model: onnx.ModelProto, batch: int, size: int, given: Collect
                 f"input '{name}' of shape {shape} takes {size_bytes / 2**30:.1f} GiB, more than "
                 f"{LARGEST_INPUT_BYTES / 2**30:g}: export the model with smaller inputs"
             )
-        if np.issubdtype(dtypes[name], np.integer) or dtypes[name] == np.bool_:
-            # 0 and 1 are valid as tokens, types, masks and flags alike.
-            inputs[name] = rng.integers(0, 2, shape).astype(dtypes[name])
+        if np.issubdtype(dtypes[name], np.integer) or dtypes[name] in (np.bool_, object):
+            # 0 and 1 are valid as tokens, types, masks and flags alike, and as texts.
+            inputs[name] = rng.integers(0, 2, shape).astype(_storable(dtypes[name]))
         else:
             inputs[name] = rng.standard_normal(shape).astype(dtypes[name])
     return inputs
@@ -171,11 +182,11 @@ def _tolerance(values: np.ndarray) -> float:
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """Largest difference / largest absolute value of `a`; for integers the part that differs; inf for other shapes."""
     a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or (a.dtype != b.dtype and a.dtype.kind + b.dtype.kind != "UU"):
         return float("inf")
     if a.size == 0:
         return 0.0
-    if a.dtype.kind in "iub" or a.dtype == object:
+    if a.dtype.kind in "iubU":
         return float(np.mean(a != b))
     a, b = a.astype(np.float64), b.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))

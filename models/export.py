@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from onnx_spdy.models.graph import FLOATS, ModelError, one_line
+from onnx_spdy.models.surgery import edit
 
 LARGEST_IR_VERSION = 10  # ONNX Runtime releases of a year ago, and other engines, read no newer files
 
@@ -58,10 +59,9 @@ def export_module(
     inputs = [value.name for value in model.graph.input]
     outputs = [value.name for value in model.graph.output]
     numbered = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
-    _rename_values(model, dict(zip(inputs, _input_names(module, len(arguments), keywords, inputs), strict=True)))
-    _rename_values(model, dict(zip(outputs, numbered, strict=True)))
+    named = dict(zip(inputs, _input_names(module, len(arguments), keywords, inputs), strict=True))
+    _rename_values(model, named | dict(zip(outputs, numbered, strict=True)) | _transposed(model, module))
     _name_axes(model, [axes[name] for name in _in_order(module, len(arguments), keywords)])
-    _name_transposed(model, module)
     return model
 
 
@@ -136,18 +136,11 @@ def _input_names(module: nn.Module, positional: int, keywords: Mapping[str, Any]
 
 def _rename_values(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
     """Rename values all at once; another value that already has one of the new names gets `_inner` appended."""
-    graph = model.graph
-    mapping = {old: new for old, new in names.items() if old != new}
-    produced = {name for node in graph.node for name in node.output}
-    every = produced | {value.name for value in (*graph.input, *graph.initializer)}
-    for name in set(mapping.values()) & every - set(mapping):
-        mapping[name] = f"{name}_inner"
-    for values in (graph.input, graph.output, graph.value_info, graph.initializer):
-        for value in values:
-            value.name = mapping.get(value.name, value.name)
-    for node in graph.node:
-        node.input[:] = [mapping.get(name, name) for name in node.input]
-        node.output[:] = [mapping.get(name, name) for name in node.output]
+    with edit(model) as graph:
+        tensors = graph.tensors()
+        in_the_way = tensors.keys() & set(names.values()) - names.keys()
+        for old, new in (*names.items(), *((name, f"{name}_inner") for name in in_the_way)):
+            tensors[old].name = new
 
 
 def _name_axes(model: onnx.ModelProto, axes: Sequence[Mapping[int, str]]) -> None:
@@ -168,26 +161,25 @@ def _name_axes(model: onnx.ModelProto, axes: Sequence[Mapping[int, str]]) -> Non
                 dim.dim_param = symbols[dim.dim_param]
 
 
-def _name_transposed(model: onnx.ModelProto, module: nn.Module) -> None:
-    """A linear layer's weight that the exporter stored transposed is called `NAME.T` instead of a number."""
+def _transposed(model: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
+    """Number -> `NAME.T` for each weight of a linear layer that the exporter stored transposed."""
     parameters = dict(module.named_parameters())
-    taken = {tensor.name for tensor in model.graph.initializer}
+    stored = {tensor.name for tensor in model.graph.initializer}
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
             by_shape.setdefault(tuple(parameter.shape)[::-1], []).append(name)
-    names = {}
+    names: dict[str, str] = {}
     for tensor in model.graph.initializer:
         if tensor.name in parameters or len(tensor.dims) != 2 or tensor.data_type not in FLOATS:
             continue
         values = numpy_helper.to_array(tensor).astype("f8")
         for name in by_shape.get(tuple(tensor.dims), ()):
             alike = np.array_equal(parameters[name].detach().cpu().double().numpy().T, values)
-            if alike and f"{name}.T" not in taken:
+            if alike and f"{name}.T" not in stored.union(names.values()):
                 names[tensor.name] = f"{name}.T"
-                taken.add(f"{name}.T")
                 break
-    _rename_values(model, names)
+    return names
 
 
 @contextlib.contextmanager

@@ -26,6 +26,9 @@ LARGEST_PROTOBUF_BYTES = 2**31 - 1
 # Shape inference reads small tensors (shapes, axes), so only larger ones are ever set aside.
 LARGE_TENSOR_BYTES = 1024
 
+# Of the operators into which ONNX Runtime's optimiser (and Optimum's, Olive's, which use it) fuses others.
+OPTIMISER_DOMAINS = ("com.microsoft", "com.ms.")
+
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -89,6 +92,20 @@ def check_model(model: onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} is damaged: it holds text that is no UTF-8 ({exc.reason})") from exc
 
 
+def check_interface(model: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for inputs and outputs that are no tensors; `name` stands for the model in the message."""
+    kinds = {"sequence_type": "a sequence", "map_type": "a map", "optional_type": "optional"}
+    for role, values in (("input", graph_inputs(model)), ("output", model.graph.output)):
+        for value in values:
+            kind = value.type.WhichOneof("value")
+            if kind != "tensor_type":
+                maps = any(node.op_type == "ZipMap" and value.name in node.output for node in model.graph.node)
+                raise ModelError(
+                    f"{role} '{value.name}' of {name} is {kinds.get(str(kind), 'of another kind')}, not a tensor: "
+                    + ("convert the classifier with zipmap=False" if maps else "export the network with tensors there")
+                )
+
+
 def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """The inputs that a caller has to give: graph inputs that are no initializers."""
     stored = {tensor.name for tensor in model.graph.initializer}
@@ -111,35 +128,6 @@ def input_dtypes(model: onnx.ModelProto) -> dict[str, np.dtype]:
 def fixed_batch(model: onnx.ModelProto) -> int | None:
     """The batch that the graph's inputs fix on their first axis; None if that is open."""
     return min((shape[0] for shape in input_shapes(model).values() if shape and shape[0] is not None), default=None)
-
-
-def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy whose inputs have `batch` samples on their first axis.
-
-    Raises:
-        ModelError: the batch isn't positive, or the graph was exported with another fixed one.
-    """
-    if batch < 1:
-        raise ModelError(f"a batch has at least one sample, not {batch}")
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    symbols = set()
-    for value in graph_inputs(fixed):
-        if not _dimensions(value):
-            continue
-        first = _dimensions(value)[0]
-        if _size(first) not in (None, batch):
-            raise ModelError(
-                f"input '{value.name}' has a fixed batch of {first.dim_value}, not {batch}: "
-                f"ask for batch {first.dim_value}, or export the model with an open (dynamic) first axis"
-            )
-        symbols.add(first.dim_param)
-        first.dim_value = batch
-    for value in (*fixed.graph.output, *fixed.graph.value_info, *graph_inputs(fixed)):
-        for dim in _dimensions(value):
-            if dim.dim_param and dim.dim_param in symbols:
-                dim.dim_value = batch
-    return fixed
 
 
 def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

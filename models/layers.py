@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import onnx
 from onnx import TensorProto
 
-from onnx_spdy.models.graph import FLOATS, inner_graphs, node_names
+from onnx_spdy.models.graph import FLOATS, OPTIMISER_DOMAINS, inner_graphs, node_names
 
 Array = TypeVar("Array", bound=Any)  # a NumPy array or a PyTorch tensor
 
@@ -40,11 +40,8 @@ OTHER_OPERATORS = {
         ),
         "its weights are quantised: prune the network before it is quantised",
     ),
-    **dict.fromkeys(
-        ("FusedConv", "FusedGemm", "FusedMatMul", "Attention", "MultiHeadAttention", "QAttention"),
-        "an operator that ONNX Runtime's optimiser makes: prune the network before it is optimised",
-    ),
 }
+OPTIMISED = "an operator that ONNX Runtime's optimiser writes: prune before optimising, that is the original file"
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,7 @@ def find_layers(model: onnx.ModelProto, *, minimum_weights: int = MINIMUM_WEIGHT
     for node, name in zip(model.graph.node, node_names(model.graph), strict=True):
         if node.op_type in PRUNED_OPERATORS and node.domain in ("", "ai.onnx"):
             layers.append(_layer(node, name, usage, minimum_weights))
-        elif node.op_type in OTHER_OPERATORS and (weight := _largest_stored(node, usage)):
-            reason = OTHER_OPERATORS[node.op_type]
+        elif (reason := _reason_for_other(node)) and (weight := _largest_stored(node, usage)):
             layers.append(Layer(name, node.op_type, weight, None, node.output[0], (), False, reason))
         for graph in inner_graphs(node):
             layers += _inside(graph, name, node.op_type, usage.stored)
@@ -175,6 +171,11 @@ def _layer(node: onnx.NodeProto, name: str, usage: _Usage, minimum_weights: int)
     bias = _bias(node, shape, usage)
     more = () if skip else tuple((other, use.output[0]) for other, use in usage.readers[weight][1:])
     return Layer(name, node.op_type, weight, bias, node.output[0], shape, transposed, skip, more)
+
+
+def _reason_for_other(node: onnx.NodeProto) -> str | None:
+    """Why an operator that isn't one of those that are pruned is none, if it may hold weights."""
+    return OTHER_OPERATORS.get(node.op_type) or (OPTIMISED if node.domain.startswith(OPTIMISER_DOMAINS) else None)
 
 
 def _largest_stored(node: onnx.NodeProto, usage: _Usage) -> str | None:

@@ -12,13 +12,16 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, numpy_helper
 
-from onnx_spdy.models.graph import FLOATS, ModelError, all_tensors, check_model
+from onnx_spdy.models.graph import FLOATS, ModelError, all_tensors, check_interface, check_model, node_names
 from onnx_spdy.models.limits import check_limits
 
 # An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
 PARAMETRIC = frozenset(
     {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization", "InstanceNormalization"}
 )
+MULTIPLYING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# The error that pruning a weight makes goes with its square.
+LARGEST_WEIGHT = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -27,7 +30,8 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     Raises:
         ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
             outside the model's folder, text that is no UTF-8, tensors without the data that their shape promises, a
-            model that `onnx.checker` refuses, tensors or loops beyond all measure, or NaN or infinite weights.
+            model that `onnx.checker` refuses, inputs or outputs that are no tensors, tensors or loops beyond all
+            measure, or NaN, infinite or enormous weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,6 +50,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
             _read_external(tensor, path)
         _check_size(tensor, str(path))
     check_model(model, str(path))
+    check_interface(model, str(path))
     check_limits(model, str(path))
     _check_finite(model, str(path))
     return model
@@ -137,14 +142,24 @@ def _read_external(tensor: TensorProto, path: Path) -> None:
 
 
 def _check_finite(model: onnx.ModelProto, name: str) -> None:
-    parameters = {key for node in model.graph.node if node.op_type in PARAMETRIC for key in node.input}
+    readers: dict[str, tuple[str, bool]] = {}  # parameter -> a node that computes with it, and whether it multiplies
+    for node, node_name in zip(model.graph.node, node_names(model.graph), strict=True):
+        if node.op_type in PARAMETRIC:
+            for position, key in enumerate(node.input):
+                readers[key] = node_name, position < 2 and node.op_type in MULTIPLYING
     for tensor in model.graph.initializer:
         if tensor.data_type not in FLOATS:
             continue
         values = numpy_helper.to_array(tensor).astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4")
-        bad = np.isnan(values) if tensor.name not in parameters else ~np.isfinite(values)
+        reader, multiplies = readers.get(tensor.name, ("", False))
+        bad = ~np.isfinite(values) if reader else np.isnan(values)
         if bad.any():
             raise ModelError(
                 f"{name}: {np.count_nonzero(bad)} of {values.size} values of '{tensor.name}' are NaN or infinite; "
                 "a network with such weights can't be pruned: export a sound checkpoint"
+            )
+        if multiplies and values.size and (largest := float(np.abs(values).max())) > LARGEST_WEIGHT:
+            raise ModelError(
+                f"{name}: layer '{reader}' multiplies by a weight of {largest:.1e} in '{tensor.name}'; more than "
+                f"{LARGEST_WEIGHT:.1e} overflows in float32 when it is squared: export a sound checkpoint"
             )

@@ -19,8 +19,7 @@ class InputPatches:
 
     With P = patches(x) and w = weight.movedim(1, -1).flatten(1): `P @ w.T` is the layer's output without bias,
     (n, out) for n = samples x output positions. Input channels come last in a patch because they
-    are neighbours in memory (channels_last), which makes copying patches several times faster;
-    `canonical` puts a matrix over patches into the order of `weight.flatten(1)`.
+    are neighbours in memory (channels_last), which makes copying patches several times faster.
 
     Args:
         model: the model that the layer is from.
@@ -58,14 +57,6 @@ class InputPatches:
             ]
             unfolded[..., number, :] = padded[(slice(None), *window)]
         return unfolded.view(-1, prod(self.kernel) * self.channels)
-
-    def canonical(self, matrix: torch.Tensor) -> torch.Tensor:
-        """(d, d) over patches -> (d, d) over `weight.flatten(1)`, that is (in, *kernel)."""
-        positions = prod(self.kernel)
-        if positions == 1:
-            return matrix
-        order = torch.arange(len(matrix)).view(positions, self.channels).T.flatten()
-        return matrix[order][:, order]
 
     @property
     def spans(self) -> list[int]:

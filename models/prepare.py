@@ -2,71 +2,84 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnx_spdy.models.agreement import check_same_results
+from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
 from onnx_spdy.models.graph import (
     LARGEST_PROTOBUF_BYTES,
     ModelError,
+    captured_names,
+    check_interface,
     check_model,
     data_bytes,
     graph_inputs,
-    one_line,
+    inner_graphs,
     without_large_data,
 )
-from onnx_spdy.models.rewrites import name_nodes, pool_instead_of_mean, restore_names
+from onnx_spdy.models.rewrites import name_nodes, note_shapes, pool_instead_of_mean, restore_names
+from onnx_spdy.models.simplify import simplified, slim
+from onnx_spdy.models.surgery import edit, read
 
-# weight_tying merges equal small tensors, so that biases of different layers (all zero, say) become one, which
-# can't be corrected for one of them any more.
-SKIPPED_OPTIMISATIONS = ["weight_tying"]
-# These put a transposed or scaled copy under a new name in the place of a weight of the user's network.
-SKIPPED_FUSIONS = ["FusionGemm", "FusionGemmMul", "FusionGemmAdd"]
 # A pass may open the way for another one; real networks settle after two.
 LARGEST_ROUNDS = 6
 # In a model that is too large for one protobuf message, tensors of this size and more stay what they are.
 UNTOUCHED_BYTES = 1 << 20
 
 
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+def prepare(model: onnx.ModelProto, examples: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
     """Fold constants, clean up, and rewrite what engines don't like; the model given stays as it is.
 
     Weights and nodes keep their names; where a BatchNormalization is folded into a convolution the result has the
     names of the convolution. Inputs and outputs stay, with their open dimensions. A prepared model stays the same
     when it is prepared again.
 
+    A step of onnxslim that breaks the network (it is left invalid, or computes something else) is left out, at last
+    onnxslim as a whole; a warning is logged that says which.
+
     Source: constant folding and clean-up by onnxslim (https://github.com/inisis/OnnxSlim).
 
     In a model over 2 GiB the large weights are set aside meanwhile: they come through as they are, and nothing is
     folded into them.
 
+    Args:
+        model: any network whose inputs and outputs are tensors.
+        examples: a batch of data by input name, on which the prepared graph is compared with the original; random
+            inputs without. Where the network doesn't run with them, random ones are tried.
     Raises:
-        ModelError: ONNX Runtime can't run the model, onnxslim can't read it, or the result is invalid or computes
-            something else (see `check_same_results` for how that is judged).
+        ModelError: ONNX Runtime can't run the model, or not with these inputs; or the result is invalid or computes
+            something else whatever is left out (see `Reference` for how that is judged).
     """
+    check_interface(model, "the model")
     large = data_bytes(model) > LARGEST_PROTOBUF_BYTES
     named = without_large_data(model, UNTOUCHED_BYTES) if large else _copy(model)
     name_nodes(named)  # first: ONNX Runtime, which compares below, refuses two nodes of one name
-    original = _inlined(named)
-    original.ir_version = max(original.ir_version, 4)  # before 4 every initializer had to be an input too
-    prepared = original
-    for _ in range(LARGEST_ROUNDS):
-        before = prepared.SerializeToString(deterministic=True)
-        prepared = _one_round(prepared, original)
-        if prepared.SerializeToString(deterministic=True) == before:
-            break
     aside = {value.name for value in graph_inputs(named)} - {value.name for value in graph_inputs(model)}
     weights = [tensor for tensor in model.graph.initializer if tensor.name in aside]
-    check_same_results(named, prepared, {tensor.name: numpy_helper.to_array(tensor) for tensor in weights})
+    # Before anything else works with the graph: it may be one that makes a process abort.
+    with Reference(named, {tensor.name: numpy_helper.to_array(tensor) for tensor in weights}, examples) as reference:
+        original = _inlined(named)
+        original.ir_version = max(original.ir_version, 4)  # before 4 every initializer had to be an input too
+        prepared = simplified(lambda steps: _proven(original, steps, reference))
     if weights:
         _put_back(weights, prepared, model)
     check_model(prepared, "the prepared model")
+    return prepared
+
+
+def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Reference) -> onnx.ModelProto:
+    """The graph prepared with these steps of onnxslim. Raises ModelError where that breaks it."""
+    prepared = original
+    for _ in range(LARGEST_ROUNDS):
+        before = prepared.SerializeToString(deterministic=True)
+        prepared = _one_round(prepared, original, steps)
+        if prepared.SerializeToString(deterministic=True) == before:
+            break
+    reference.check(prepared)
     return prepared
 
 
@@ -75,7 +88,9 @@ def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: 
     inputs = [value for value in prepared.graph.input if value.name in {one.name for one in graph_inputs(model)}]
     del prepared.graph.input[:]
     prepared.graph.input.extend(inputs)
-    used = {name for node in prepared.graph.node for name in node.input} | {v.name for v in prepared.graph.output}
+    used = {value.name for value in prepared.graph.output}
+    for node in prepared.graph.node:
+        used.update(node.input, *map(captured_names, inner_graphs(node)))
     for tensor in weights:
         if tensor.name in used:
             prepared.graph.initializer.add().CopyFrom(tensor)
@@ -92,12 +107,15 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     return inlined
 
 
-def _one_round(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    slimmed = _slim(_without_claims(model))
-    restore_names(slimmed, model)
-    pool_instead_of_mean(slimmed)
-    transpose_keys_at_once(slimmed)
-    drop_guards_against_nan(slimmed)
+def _one_round(model: onnx.ModelProto, original: onnx.ModelProto, steps: Sequence[str]) -> onnx.ModelProto:
+    slimmed = slim(_without_claims(model), steps) if steps else _copy(model)
+    with edit(slimmed) as graph:
+        note_shapes(graph, slimmed)
+        restore_names(graph, read(model))
+        pool_instead_of_mean(graph)
+        transpose_keys_at_once(graph)
+        drop_guards_against_nan(graph)
+        graph.cleanup(recurse_subgraphs=False)
     name_nodes(slimmed)
     _restore_frame(slimmed, original)
     return slimmed
@@ -115,18 +133,6 @@ def _without_claims(model: onnx.ModelProto) -> onnx.ModelProto:
         for dim in value.type.tensor_type.shape.dim:
             dim.Clear()
     return copied
-
-
-def _slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxslim
-
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return onnxslim.slim(model, skip_optimizations=SKIPPED_OPTIMISATIONS, skip_fusion_patterns=SKIPPED_FUSIONS)
-        except Exception as exc:  # anything may come out of a graph that it didn't foresee
-            raise ModelError(f"onnxslim can't simplify this graph: {one_line(f'{type(exc).__name__}: {exc}')}") from exc
 
 
 def _restore_frame(slimmed: onnx.ModelProto, original: onnx.ModelProto) -> None:

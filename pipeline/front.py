@@ -54,18 +54,16 @@ def target_folder(out: Path, speedup: float) -> Path:
     return out / f"{speedup:g}x"
 
 
-def reach_all(
-    speedups: Sequence[float], out: Path, reach: Callable[[float, Path], Report]
-) -> tuple[Front, list[Report]]:
+def meet_all(speedups: Sequence[float], out: Path, meet: Callable[[float, Path], Report]) -> tuple[Front, list[Report]]:
     """Reach every target, the highest first: it is the one that may be impossible, and that teaches most.
 
     Args:
         out: the front is written there, each target's results into `target_folder`.
-        reach: (speedup, folder) -> the report of the run for it.
+        meet: (speedup, folder) -> the report of the run for it.
     Returns:
         The front and the reports, both from the lowest target to the highest.
     """
-    found = {speedup: reach(speedup, target_folder(out, speedup)) for speedup in sorted(set(speedups), reverse=True)}
+    found = {speedup: meet(speedup, target_folder(out, speedup)) for speedup in sorted(set(speedups), reverse=True)}
     reports = [found[speedup] for speedup in sorted(found)]
     front = make_front([(target_folder(out, speedup).name, found[speedup]) for speedup in sorted(found)])
     front.save(out / FILE)

@@ -12,7 +12,7 @@ from onnx_spdy.pipeline.data import workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
-from onnx_spdy.pipeline.front import reach_all
+from onnx_spdy.pipeline.front import meet_all
 from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Watch
@@ -90,7 +90,7 @@ def run(
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
         workload = workload_of(samples, batch, threads)
 
-        def reach(target: float, folder: Path) -> Report:
+        def meet(target: float, folder: Path) -> Report:
             found = run_pipeline(
                 dense, samples, engine, workload, Target(target, folder, shared=out),
                 compression=compression, search=settings, finetune=finetune, evaluation=judged,
@@ -101,9 +101,9 @@ def run(
 
         with locked(out):
             if len(targets) == 1:
-                front, reports = None, [reach(targets[0], out)]
+                front, reports = None, [meet(targets[0], out)]
             else:
-                front, reports = reach_all(targets, out, reach)
+                front, reports = meet_all(targets, out, meet)
     if front is None:
         show.report(reports[0].content, out)
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import onnx
 import torch
@@ -12,44 +12,24 @@ from torch import Tensor
 from onnx_spdy.models.operators.operator import Compute, Node, trimmed
 
 
-class Body:
-    """A graph inside a node, with its own constants: (values of its inputs, values of its surroundings) -> outputs."""
+class Body(Protocol):
+    """A graph inside a node: (values of its inputs, values of its surroundings) -> outputs."""
 
-    def __init__(self, node: Node, attribute: str) -> None:
-        from onnx_spdy.models.operators import OPERATORS
-        from onnx_spdy.models.read_graph import read_nodes, read_tensors  # its nodes are operators, like this one
+    outputs: Sequence[onnx.ValueInfoProto]
 
-        graph: onnx.GraphProto = node.attributes[attribute]
-        self.inputs = tuple(value.name for value in graph.input)
-        self.outputs = tuple(graph.output)
-        self._stored = read_tensors(graph)
-        self._steps = [(inner, OPERATORS[inner.op].host, run) for inner, run in read_nodes(graph, node.opset)]
-
-    def __call__(self, inputs: Sequence[Tensor], outside: Mapping[str, Tensor]) -> list[Tensor]:
-        values = {**self._stored, **outside, **dict(zip(self.inputs, inputs, strict=True))}
-        for node, host, compute in self._steps:
-            arguments = [values[name] if name else None for name in node.inputs]
-            results = compute(*_placed(arguments, host))
-            values.update(zip(node.outputs, [results] if len(node.outputs) == 1 else results, strict=True))
-        return [values[value.name] for value in self.outputs]
-
-    def nothing(self, output: int) -> Tensor:
-        """What a value that is collected over no steps at all is: (0, *shape), as far as the shape is declared."""
-        kind = self.outputs[output].type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        return torch.zeros(0, *(dim.dim_value for dim in kind.shape.dim), dtype=getattr(torch, dtype.name))
+    def __call__(self, inputs: Sequence[Tensor], outside: Mapping[str, Tensor]) -> list[Tensor]: ...
 
 
-def _placed(arguments: Sequence[Any], host: Collection[int]) -> list[Any]:
-    """Numbers about shapes on the CPU, all other tensors where the network is."""
-    tensors = {k: x for k, x in enumerate(arguments) if isinstance(x, Tensor)}
-    where = next((x.device for k, x in tensors.items() if k not in host and x.device.type != "cpu"), None)
-    moved = {k: x.cpu() if k in host else x if where is None else x.to(where) for k, x in tensors.items()}
-    return [moved.get(k, x) for k, x in enumerate(arguments)]
+def _nothing(body: Body, output: int) -> Tensor:
+    """What a value that is collected over no steps at all is: (0, *shape), as far as the shape is declared."""
+    kind = body.outputs[output].type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return torch.zeros(0, *(dim.dim_value for dim in kind.shape.dim), dtype=getattr(torch, dtype.name))
 
 
 def if_(node: Node) -> Compute:
-    yes, no = Body(node, "then_branch"), Body(node, "else_branch")
+    yes: Body = node.attributes["then_branch"]
+    no: Body = node.attributes["else_branch"]
 
     def compute(condition: Tensor, *outside: Tensor):
         branch = yes if bool(condition) else no
@@ -59,7 +39,8 @@ def if_(node: Node) -> Compute:
 
 
 def loop(node: Node) -> Compute:
-    body, own = Body(node, "body"), len(node.inputs) - len(node.captured)
+    body: Body = node.attributes["body"]
+    own = len(node.inputs) - len(node.captured)
     states = own - 2
 
     def compute(limit: Tensor | None, condition: Tensor | None, *rest: Tensor):
@@ -72,7 +53,7 @@ def loop(node: Node) -> Compute:
             for parts, value in zip(collected, results[states:], strict=True):
                 parts.append(value)
             going, count = bool(more), count + 1
-        stacked = [torch.stack(parts) if parts else body.nothing(1 + states + k) for k, parts in enumerate(collected)]
+        stacked = [torch.stack(parts) if parts else _nothing(body, 1 + states + k) for k, parts in enumerate(collected)]
         return trimmed(node, (*values, *stacked))
 
     return compute
@@ -81,7 +62,8 @@ def loop(node: Node) -> Compute:
 def scan(node: Node) -> Compute:
     if node.opset < 9:
         raise node.unsupported("Scan as before opset 9, over batches")
-    body, own = Body(node, "body"), len(node.inputs) - len(node.captured)
+    body: Body = node.attributes["body"]
+    own = len(node.inputs) - len(node.captured)
     sequences = node.get("num_scan_inputs")
     states = own - sequences
     outputs = len(body.outputs) - states
@@ -103,7 +85,7 @@ def scan(node: Node) -> Compute:
             for parts, value in zip(collected, results[states:], strict=True):
                 parts.append(value)
         stacked = [
-            torch.stack(parts[:: -1 if backwards else 1], axis) if parts else body.nothing(states + k)
+            torch.stack(parts[:: -1 if backwards else 1], axis) if parts else _nothing(body, states + k)
             for k, (parts, axis, backwards) in enumerate(zip(collected, output_axes, output_backwards, strict=True))
         ]
         return trimmed(node, (*values, *stacked))

@@ -35,7 +35,7 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Node:
-    """An ONNX node with its attributes as Python values (tensors and graphs stay messages).
+    """An ONNX node with its attributes as Python values (tensors stay messages, graphs become bodies that can be run).
 
     `captured` names what the graphs inside the node read from outside; these are its last inputs too.
     """

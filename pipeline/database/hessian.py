@@ -16,7 +16,7 @@ import torch
 
 from onnx_spdy.models import InputPatches, Layer
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database.matmul import full_width
+from onnx_spdy.pipeline.database.matmul import fast_float32
 from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
@@ -112,7 +112,7 @@ class _Sum:
         return self._products.matrix(self._total).div_(max(1, self._count))
 
 
-@full_width()
+@fast_float32()
 def squared_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(D H D^T): mean squared output error of a layer whose weights change by D (out, d)."""
     return float(((change @ hessian) * change).sum())

@@ -17,7 +17,7 @@ LARGEST_ERROR = 1e-5  # relative: tens of times what float32 loses, and a hundre
 
 
 @contextlib.contextmanager
-def full_width() -> Iterator[None]:
+def fast_float32() -> Iterator[None]:
     """Products of float32 matrices on the CPU use oneDNN in this context or function, where that rounds nothing."""
     if not _is_exact():
         yield

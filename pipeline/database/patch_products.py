@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from onnx_spdy.models import InputPatches
-from onnx_spdy.pipeline.database.matmul import full_width
+from onnx_spdy.pipeline.database.matmul import fast_float32
 
 PATCH_BYTES = 64 << 20  # of patches in memory at once
 
@@ -159,7 +159,7 @@ class PatchProducts:
         return torch.stack(windows, -2).flatten(0, -3).flatten(1)
 
 
-@full_width()
+@fast_float32()
 def gram(matrix: torch.Tensor) -> torch.Tensor:
     """matrix.T @ matrix, (n, d) -> (d, d).
 

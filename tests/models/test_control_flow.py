@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from onnx import numpy_helper
 
 from onnx_spdy.models import TorchGraph, UnsupportedOperator, find_layers, prepare
+from onnx_spdy.models import graph as graph_module
 from onnx_spdy.tools.fuzz.graphs import examples
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32) / 4
@@ -204,3 +206,65 @@ def test_a_condition_of_the_newer_exporter():
     for inputs in (one.abs(), -one.abs()):
         (found,) = TorchGraph(graph)({graph.graph.input[0].name: inputs}).values()
         torch.testing.assert_close(found, module(inputs))
+
+
+OUTER_WEIGHTS = {
+    "branches of an If": """
+        g (float[batch, 16] x, bool on) => (float[batch, 16] z) WEIGHTS {
+            a = MatMul (x, w1)
+            c = If (on) <then_branch = t () => (float[n, 16] p) { p = MatMul (a, w2) },
+                         else_branch = e () => (float[n, 16] q) { q = MatMul (a, w3) }>
+            z = MatMul (c, w4)
+        }""",
+    "one weight in both, and outside": """
+        g (float[batch, 16] x, bool on) => (float[batch, 16] z) WEIGHTS {
+            a = MatMul (x, w1)
+            c = If (on) <then_branch = t () => (float[n, 16] p) { p = MatMul (a, w2) },
+                         else_branch = e () => (float[n, 16] q) { m = MatMul (a, w2) q = MatMul (m, w1) }>
+            d = MatMul (c, w3)
+            z = MatMul (d, w4)
+        }""",
+    "an If in an If": """
+        g (float[batch, 16] x, bool on) => (float[batch, 16] z) WEIGHTS {
+            c = If (on) <then_branch = t () => (float[n, 16] p) {
+                            m = MatMul (x, w1)
+                            p = If (on) <then_branch = tt () => (float[n, 16] r) { r = MatMul (m, w2) },
+                                         else_branch = te () => (float[n, 16] s) { s = MatMul (m, w3) }>
+                         },
+                         else_branch = e () => (float[n, 16] q) { q = Relu (x) }>
+            z = MatMul (c, w4)
+        }""",
+    "the body of a Loop": """
+        g (float[batch, 16] x, bool on) => (float[batch, 16] z) WEIGHTS {
+            a = MatMul (x, w1)
+            c = Loop (three, on, a) <body = b (int64 i, bool go, float[n, 16] u) => (bool more, float[n, 16] v) {
+                m = MatMul (u, w2) k = Tanh (m) v = MatMul (k, w3) more = Identity (go) }>
+            z = MatMul (c, w4)
+        }""",
+}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("case", OUTER_WEIGHTS)
+def test_weights_that_only_inner_graphs_read_stay(case, large, monkeypatch):
+    text = OUTER_WEIGHTS[case].replace("WEIGHTS", "<int64 three = {3}>")
+    network = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]> {text}')
+    rng = np.random.default_rng(0)
+    weights = {f"w{k}": rng.standard_normal((16, 16), np.float32) / 4 for k in (1, 2, 3, 4)}
+    network.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.checker.check_model(network)
+    if large:  # as over 2 GiB, where weights are set aside
+        monkeypatch.setattr(graph_module, "LARGEST_PROTOBUF_BYTES", 2000)
+        monkeypatch.setattr(sys.modules[prepare.__module__], "LARGEST_PROTOBUF_BYTES", 2000)
+        monkeypatch.setattr(sys.modules[prepare.__module__], "UNTOUCHED_BYTES", 1000)
+    prepared = prepare(network)
+    stored = {tensor.name for tensor in graph_module.all_tensors(prepared)}
+    assert stored >= {name for name in weights if f", {name})" in text}
+    x = rng.standard_normal((3, 16), np.float32)
+    for on in (True, False):
+        inputs = {"x": x, "on": np.array(on)}
+        found, expected = (
+            ort.InferenceSession(one.SerializeToString()).run(None, inputs)[0] for one in (prepared, network)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()

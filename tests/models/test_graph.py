@@ -16,7 +16,6 @@ from onnx_spdy.models import (
     model_sha256,
     node_names,
     save_model,
-    with_batch,
 )
 
 
@@ -121,6 +120,31 @@ def test_weights_that_are_no_numbers_are_refused(build, tmp_path, value, dtype):
     refused(path, "'w'", "1 of 16")
 
 
+@pytest.mark.parametrize(("value", "sound"), [(3e38, False), (-2e19, False), (1e19, True), (1e-42, True)])
+def test_weights_whose_squares_overflow_are_refused_by_the_name_of_their_layer(build, tmp_path, value, sound):
+    weight = np.ones((4, 4), np.float32)
+    weight[1, 2] = value
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "projection"), helper.make_node("Add", ["m", "b"], ["y"])]
+    model = build(nodes, {"x": [1, 4]}, {"y": [1, 4]}, {"w": weight, "b": np.full(4, 3e38, np.float32)})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    if sound:
+        assert load_model(path) == model
+    else:
+        refused(path, "layer 'projection'", f"{abs(value):.1e}", "'w'")
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_sequences_at_the_ends_are_refused(small_cnn, tmp_path, role):
+    parts = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, [1])
+    getattr(small_cnn.graph, role).append(parts)
+    if role == "output":
+        small_cnn.graph.node.append(helper.make_node("SequenceConstruct", ["logits"], ["parts"]))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small_cnn.SerializeToString())
+    refused(path, f"{role} 'parts'", "a sequence")
+
+
 def test_an_infinite_mask_is_accepted(build, tmp_path):
     mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
     model = build([helper.make_node("Add", ["x", "mask"], ["y"])], {"x": [4, 4]}, {"y": [4, 4]}, {"mask": mask})
@@ -188,21 +212,6 @@ def test_inputs_are_those_that_a_caller_gives(small_cnn):
     small_cnn.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     assert input_shapes(small_cnn) == {"input": (None, 3, 8, 8)}
     assert input_dtypes(small_cnn) == {"input": np.dtype(np.float32)}
-
-
-def test_an_open_batch_can_be_fixed(small_cnn):
-    fixed = with_batch(small_cnn, 4)
-    assert input_shapes(fixed) == {"input": (4, 3, 8, 8)}
-    assert fixed.graph.output[0].type.tensor_type.shape.dim[0].dim_value == 4
-    assert input_shapes(small_cnn) == {"input": (None, 3, 8, 8)}
-    assert with_batch(fixed, 4) == fixed
-
-
-def test_another_fixed_batch_is_an_error_that_names_it(small_cnn):
-    with pytest.raises(ModelError, match=r"'input' has a fixed batch of 4, not 16"):
-        with_batch(with_batch(small_cnn, 4), 16)
-    with pytest.raises(ModelError, match="not 0"):
-        with_batch(small_cnn, 0)
 
 
 def test_node_names_are_unique_and_do_not_depend_on_position(small_cnn):

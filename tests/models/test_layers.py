@@ -7,7 +7,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import find_layers, from_canonical, load_model, prepare, to_canonical
+from onnx_spdy.models import (
+    TorchGraph,
+    UnsupportedOperator,
+    find_layers,
+    from_canonical,
+    load_model,
+    prepare,
+    to_canonical,
+)
 
 
 def node(op, inputs, output, name, **attributes):
@@ -214,3 +222,18 @@ def test_prepare_brings_hidden_weights_into_sight(build, hidden):
     model = build([*nodes, node("MatMul", ["x", "v"], "y", "m")], {"x": [2, 16]}, {"y": [2, 32]}, initializers)
     (layer,) = find_layers(prepare(model))
     assert layer.prunable and layer.shape == (32, 16)
+
+
+def test_what_onnx_runtime_has_optimised_says_to_prune_before(build):
+    """Its optimiser makes one operator of a MatMul and a Gelu, say, and convolutions of a domain of its own."""
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], "conv", domain="com.microsoft.nchwc")
+    model = build([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 16, 8, 8]}, {"y": [1, 16, 6, 6]})
+    model.graph.node[0].CopyFrom(conv)
+    weight = np.ones((16, 16, 3, 3), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    model.opset_import.add(domain="com.microsoft.nchwc", version=1)
+    (layer,) = find_layers(model)
+    assert layer.name == "conv" and "prune before optimising" in str(layer.skip)
+    message = r"com\.microsoft\.nchwc\.Conv \(node 'conv'\): .*prune before optimising, that is give the original file"
+    with pytest.raises(UnsupportedOperator, match=message):
+        TorchGraph(model)

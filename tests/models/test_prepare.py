@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import sys
+import tempfile
 from collections import Counter
 
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from onnx_spdy.models import ModelError, agreement, find_layers, input_shapes, load_model, node_names, prepare
-from onnx_spdy.models.agreement import check_same_results
+from onnx_spdy.models import ModelError, find_layers, input_shapes, load_model, node_names, ort_process, prepare
+from onnx_spdy.models.agreement import Reference, check_same_results
+
+FLOAT = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [1])
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
@@ -108,6 +112,17 @@ def test_a_folded_batchnorm_leaves_the_names_of_the_convolution(build):
     np.testing.assert_allclose(run(prepared, {"x": x})[0], run(model, {"x": x})[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_convolution_keeps_its_name_when_padding_is_folded_into_it(build):
+    nodes = [
+        helper.make_node("Pad", ["x", "pads"], ["p"], "pad"),
+        helper.make_node("Conv", ["p", "w"], ["c"], "conv"),
+        helper.make_node("Relu", ["c"], ["y"], "relu"),
+    ]
+    initializers = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "w": random(8, 4, 3, 3)}
+    prepared = prepare(build(nodes, {"x": ["batch", 4, 6, 6]}, {"y": ["batch", 8, 6, 6]}, initializers))
+    assert [(node.op_type, node.name) for node in prepared.graph.node] == [("Conv", "conv"), ("Relu", "relu")]
+
+
 def test_linear_layers_keep_their_weight(build):
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], "proj"),
@@ -161,15 +176,51 @@ def test_a_graph_that_computes_something_else_is_noticed(small_cnn):
         check_same_results(small_cnn, changed)
 
 
-def test_a_network_that_runs_on_no_random_input_is_not_refused_but_reported(build, caplog):
-    # An index that is out of range for every random input.
-    nodes = [helper.make_node("Add", ["ids", "far"], ["i"]), helper.make_node("Gather", ["w", "i"], ["y"])]
-    initializers = {"far": np.int64(100), "w": random(4, 2)}
-    model = build(nodes, {"ids": (onnx.TensorProto.INT64, ["batch"])}, {"y": ["batch", 2]}, initializers)
-    with caplog.at_level(logging.WARNING):
-        prepare(model)
-    assert "could not be compared" in caplog.text
-    assert "no random inputs" in caplog.text
+def far_lookup(build) -> onnx.ModelProto:
+    """An index that is out of range for every random input; inputs from -104 to -101 are right."""
+    nodes = [
+        helper.make_node("Add", ["ids", "far"], ["i"]),
+        helper.make_node("Gather", ["w", "i"], ["e"]),
+        helper.make_node("Add", ["e", "zero"], ["y"]),
+    ]
+    initializers = {"far": np.int64(100), "w": random(4, 2), "zero": np.zeros(2, np.float32)}
+    return build(nodes, {"ids": (onnx.TensorProto.INT64, ["batch"])}, {"y": ["batch", 2]}, initializers)
+
+
+def test_a_network_that_no_random_input_suits_is_refused(build):
+    with pytest.raises(ModelError, match=r"out of data bounds.*; random inputs don't suit .*: give example inputs"):
+        prepare(far_lookup(build))
+
+
+def test_a_network_that_no_random_input_suits_is_compared_on_the_users_examples(build, monkeypatch):
+    model, examples = far_lookup(build), {"ids": np.array([-101, -104], np.int32)}
+    assert operators(prepare(model, examples)) == {"Add": 1, "Gather": 1}
+
+    def wrong(graph):
+        lookup = graph.nodes[0]
+        outputs = list(lookup.outputs)
+        lookup.outputs.clear()
+        graph.nodes[0] = gs.Node("Sub", "wrong", inputs=list(lookup.inputs), outputs=outputs)
+
+    monkeypatch.setattr(sys.modules[prepare.__module__], "pool_instead_of_mean", wrong)
+    with pytest.raises(ModelError, match="can't run the prepared model"):
+        prepare(model, examples)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ({"ids": np.array([0])}, "with the example inputs, and random ones don't suit it either"),
+        ({"other": np.array([-101])}, "'ids' is missing, or no input of the model"),
+    ],
+)
+def test_examples_that_do_not_suit_are_refused(build, examples, message):
+    with pytest.raises(ModelError, match=message):
+        prepare(far_lookup(build), examples)
+
+
+def test_examples_may_be_left_for_random_inputs_where_they_do_not_suit(small_cnn):
+    assert prepare(small_cnn, {"input": random(2, 5, 8, 8)}) == prepare(small_cnn)
 
 
 def test_a_model_that_onnx_runtime_cannot_run_is_an_error(build):
@@ -215,7 +266,7 @@ def test_what_no_engine_runs_in_half_precision_is_refused_with_advice(build):
 
 def test_a_run_without_an_end_is_stopped(monkeypatch):
     """A loop that ends when a value is large enough, which it never is."""
-    monkeypatch.setattr(agreement, "LONGEST_RUN_SECONDS", 0.5)
+    monkeypatch.setattr(ort_process, "LONGEST_RUN_SECONDS", 0.5)
     endless = onnx.parser.parse_model("""
         <ir_version: 9, opset_import: ["" : 18]>
         g (float[batch, 4] x) => (float[batch, 4] y) <bool on = {1}, float large = {1e30}> {
@@ -227,3 +278,83 @@ def test_a_run_without_an_end_is_stopped(monkeypatch):
         }""")
     with pytest.raises(ModelError, match=r"takes more than 0\.5 s"):
         check_same_results(endless, endless)
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "message"),
+    [
+        ("output", helper.make_sequence_type_proto(FLOAT), "output 'parts' of the model is a sequence, not a tensor"),
+        ("output", helper.make_optional_type_proto(FLOAT), "output 'parts' of the model is optional, not a tensor"),
+        ("input", helper.make_sequence_type_proto(FLOAT), "input 'parts' of the model is a sequence, not a tensor"),
+        ("input", helper.make_map_type_proto(onnx.TensorProto.INT64, FLOAT), "input 'parts' of the model is a map"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_in_one_line(small_cnn, role, kind, message):
+    getattr(small_cnn.graph, role).append(helper.make_value_info("parts", kind))
+    with pytest.raises(ModelError, match=message):
+        prepare(small_cnn)
+
+
+def test_dictionaries_of_classes_are_refused_with_the_converters_option(small_cnn):
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(onnx.TensorProto.INT64, FLOAT))
+    small_cnn.graph.node.append(helper.make_node("ZipMap", ["logits"], ["classes"], domain="ai.onnx.ml"))
+    small_cnn.graph.output.append(helper.make_value_info("classes", maps))
+    with pytest.raises(ModelError, match=r"'classes' of the model is a sequence, .*: convert .* with zipmap=False"):
+        prepare(small_cnn)
+
+
+def test_texts_are_random_too(build):
+    labels = helper.make_node(
+        "LabelEncoder", ["t"], ["y"], domain="ai.onnx.ml", keys_strings=["0", "1"], values_floats=[2.0, 3.0]
+    )
+    model = build([helper.make_node("Relu", ["x"], ["z"])], {"x": ["batch"]}, {"z": ["batch"]})
+    model.graph.node.append(labels)
+    model.graph.input.append(helper.make_tensor_value_info("t", onnx.TensorProto.STRING, ["batch"]))
+    model.graph.output.append(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch"]))
+    model.opset_import.add(domain="ai.onnx.ml", version=2)
+    assert operators(prepare(model)) == {"Relu": 1, "LabelEncoder": 1}
+
+
+# A Scan whose state and sequence are exchanged, behind a Loop, so that their ranks aren't known before it runs.
+CRASH = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    g (float[batch, 5, 16] x) => (float[batch, 5, 16] y, float[steps, batch, 16] seen)
+        <int64 three = {3}, bool on = {1}, float half = {0.5}> {
+        d = Loop (three, on, x) <body = s (int64 i, bool go, float[batch, 5, 16] u)
+            => (bool more, float[batch, 5, 16] v) { v = Tanh (u) more = Identity (go) }>
+        turned = Transpose <perm = [1, 0, 2]> (d)
+        zero = ReduceMax <axes = [1], keepdims = 0> (d)
+        last, seen = Scan (turned, zero) <num_scan_inputs = 1, body = b (float[batch, 16] h, float[batch, 16] e)
+            => (float[batch, 16] k, float[batch, 16] o) { k = Add (h, e) o = Mul (k, half) }>
+        y = Identity (d)
+    }"""
+
+
+def test_a_graph_that_makes_onnx_runtime_abort_is_one_line():
+    with pytest.raises(ModelError, match=r"ONNX Runtime crashes when it runs the model \(SIGABRT"):
+        prepare(onnx.parser.parse_model(CRASH))
+
+
+def test_a_prepared_graph_that_makes_it_abort_is_one_line_and_the_next_is_compared_again(small_cnn):
+    with Reference(small_cnn) as reference:
+        with pytest.raises(ModelError, match="crashes when it loads the prepared model"):
+            reference._process._process.kill()
+            reference.check(small_cnn)
+        reference.check(small_cnn)
+
+
+def test_a_full_disk_is_one_line(small_cnn, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(ModelError, match=r"cannot write the model to .*: No space left on device; set TMPDIR"):
+        prepare(small_cnn)
+
+
+def test_nothing_is_left_behind(small_cnn, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prepare(small_cnn)
+    with pytest.raises(ModelError):
+        prepare(onnx.parser.parse_model(CRASH))
+    assert not list(tmp_path.iterdir())

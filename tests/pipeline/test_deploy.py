@@ -5,7 +5,7 @@ import onnx
 import pytest
 import torch
 
-from onnx_spdy.models import Prepared, from_canonical, load_model, to_canonical, with_batch, write_weights
+from onnx_spdy.models import Prepared, from_canonical, load_model, to_canonical, write_weights
 from onnx_spdy.pipeline.correct import LARGEST_SCALE, BatchCorrection, NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.pruners import PRUNERS
@@ -123,6 +123,13 @@ def test_every_pruner_deploys_at_every_level(network: Network, tmp_path: Path) -
             deploy(
                 network.prepared, PrunedNetwork({layer.weight: values}, {layer.name: level}), tmp_path / "model.onnx"
             )
+
+
+def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    fixed = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return fixed
 
 
 @pytest.mark.parametrize("size", [1, 8])

@@ -10,7 +10,7 @@ from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
-from onnx_spdy.pipeline.front import FILE, Front, reach_all
+from onnx_spdy.pipeline.front import FILE, Front, meet_all
 from onnx_spdy.pipeline.latency.table import NoSpeedup
 from onnx_spdy.pipeline.metric import Evaluation, top1
 from onnx_spdy.pipeline.profile import Profile
@@ -26,14 +26,14 @@ def reach_targets(model: onnx.ModelProto, out: Path, targets: list[float]) -> Fr
     samples = Samples({"input": rng.normal(size=(96, 3, 12, 12)).astype(np.float32)}, rng.integers(0, 10, 96))
     with open_runtime("fake", layer_overhead_seconds=0.0, node_seconds=1e-9) as runtime:
 
-        def reach(speedup: float, folder: Path) -> Report:
+        def meet(speedup: float, folder: Path) -> Report:
             return run(
                 Prepared(model), samples, runtime, workload_of(samples, 8), Target(speedup, folder, shared=out),
                 compression=Compression(pruner=pruner_named("magnitude")),
                 evaluation=Evaluation(samples, top1, "top1"),
             )  # fmt: skip
 
-        return reach_all(targets, out, reach)[0]
+        return meet_all(targets, out, meet)[0]
 
 
 @pytest.fixture(scope="module")

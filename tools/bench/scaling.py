@@ -1,7 +1,7 @@
 """How searches grow with the network, on formulas instead of networks.
 
 For each number of layers: what the solver takes and how far it can be from the optimum, what a search spends in
-profiles, images and seconds of its own (the network of formulas takes next to none), and the memory of the process so
+profiles, samples and seconds of its own (the network of formulas takes next to none), and the memory of the process so
 far.
 """
 
@@ -39,9 +39,9 @@ class Row:
     Attributes:
         solve_seconds: of one call of the solver.
         solve_gap: by how much its error may be above the optimum's, relative to it.
-        profiles, images, seconds: of the search; `images` are samples that went through the network.
+        profiles, samples_run, seconds: of the search; `samples_run` are the samples that went through the network.
         loss, dp_loss: of the profile found, and of the solver's own for the database's errors.
-        spdy_images: what the published search needs at least.
+        spdy_samples_run: what the published search needs at least.
         peak_bytes: most memory of the process until then.
     """
 
@@ -49,11 +49,11 @@ class Row:
     solve_seconds: float
     solve_gap: float
     profiles: int
-    images: int
+    samples_run: int
     seconds: float
     loss: float
     dp_loss: float
-    spdy_images: int
+    spdy_samples_run: int
     peak_bytes: int
 
 
@@ -101,12 +101,12 @@ def measure(layers: int, search: str, speedup: float, seed: int) -> Row:
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
-    columns = ("layers", "solver", "gap at most", "profiles", "images", "spdy's, at least", "seconds", "loss / dp's",
+    columns = ("layers", "solver", "gap at most", "profiles", "run", "spdy's, at least", "seconds", "loss / dp's",
                "peak")  # fmt: skip
     print_table(
         "Searches by the number of layers", columns,
-        [(row.layers, f"{1000 * row.solve_seconds:.1f} ms", f"{row.solve_gap:.3%}", row.profiles, row.images,
-          row.spdy_images, f"{row.seconds:.1f}", f"{row.loss / row.dp_loss:.3f}",
+        [(row.layers, f"{1000 * row.solve_seconds:.1f} ms", f"{row.solve_gap:.3%}", row.profiles, row.samples_run,
+          row.spdy_samples_run, f"{row.seconds:.1f}", f"{row.loss / row.dp_loss:.3f}",
           f"{row.peak_bytes / 2**20:.0f} MiB") for row in rows],
     )  # fmt: skip
 
@@ -115,9 +115,9 @@ def draw(rows: Sequence[Row], figure: Figure) -> None:
     """Images and seconds against layers."""
     layers = [row.layers for row in rows]
     left, right = figure.subplots(1, 2)
-    left.plot(layers, [row.images for row in rows], "o-", color=colour("pruned"), label="search")
-    left.plot(layers, [row.spdy_images for row in rows], "--", color=colour("dense"), label="spdy, at least")
-    left.set(ylabel="images through the network")
+    left.plot(layers, [row.samples_run for row in rows], "o-", color=colour("pruned"), label="search")
+    left.plot(layers, [row.spdy_samples_run for row in rows], "--", color=colour("dense"), label="spdy, at least")
+    left.set(ylabel="samples through the network")
     right.plot(layers, [row.seconds for row in rows], "o-", color=colour("pruned"), label="search")
     right.plot(layers, [row.solve_seconds for row in rows], "o-", color=colour("sparsity"), label="one solution")
     right.set(ylabel="seconds without the network")

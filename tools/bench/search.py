@@ -45,12 +45,12 @@ class Row:
     """One search.
 
     Attributes:
-        images, seconds: what it cost; samples that went through the network, and wall time.
-        limit: of the images, or None.
+        samples_run, seconds: what it cost; samples that went through the network, and wall time.
+        limit: of the samples_run, or None.
         loss, held_out_loss: as the profile tells.
         deployed_loss, top1: of the network as it would be deployed, on the samples of `--eval`.
         problem: why there is no profile.
-        trace: (images, seconds, best loss so far).
+        trace: (samples_run, seconds, best loss so far).
     """
 
     search: str
@@ -58,7 +58,7 @@ class Row:
     seed: int
     samples: int
     limit: int | None
-    images: int
+    samples_run: int
     evaluations: int
     seconds: float
     loss: float | None = None
@@ -142,14 +142,14 @@ def _known(path: Path | None, model_sha256: str) -> list[Row]:
 
 
 def _share(rows: Sequence[Row], share: float, target: float, seed: int) -> int:
-    """So much of the images that the yardstick used for the same target and seed.
+    """So much of the samples_run that the yardstick used for the same target and seed.
 
     Raises:
         BadParameter: it wasn't run.
     """
     for row in rows:
         if (row.search, row.speedup, row.seed) == (YARDSTICK, target, seed):
-            return round(share * row.images)
+            return round(share * row.samples_run)
     raise typer.BadParameter(
         f"--share needs a search by {YARDSTICK} at {target:g}x with seed {seed}; name it in --search first"
     )
@@ -210,31 +210,31 @@ def _timed(finder: ProfileSearch, row: Row, trace: Trace) -> tuple[Row, Profile 
     except (InfeasibleTarget, NoSpeedup) as exc:
         return replace(row, seconds=time.perf_counter() - start, problem=str(exc)), None
     return replace(
-        row, images=found.samples_run, evaluations=found.evaluations, seconds=time.perf_counter() - start,
+        row, samples_run=found.samples_run, evaluations=found.evaluations, seconds=time.perf_counter() - start,
         loss=found.loss, held_out_loss=found.held_out_loss, trace=trace.points,
     ), found  # fmt: skip
 
 
 def _show(rows: Sequence[Row]) -> None:
-    columns = ("search", "target", "seed", "samples", "images", "profiles", "seconds", "loss", "held out", "deployed",
+    columns = ("search", "target", "seed", "samples", "run", "profiles", "seconds", "loss", "held out", "deployed",
                "top-1", "note")  # fmt: skip
     cells = []
     for row in rows:
         losses = ["-" if x is None else f"{x:.4g}" for x in (row.loss, row.held_out_loss, row.deployed_loss)]
         accuracy = "-" if row.top1 is None else f"{row.top1:.2%}"
-        cells.append((row.search, f"{row.speedup:g}x", row.seed, row.samples, row.images, row.evaluations,
+        cells.append((row.search, f"{row.speedup:g}x", row.seed, row.samples, row.samples_run, row.evaluations,
                       f"{row.seconds:.1f}", *losses, accuracy, row.problem))  # fmt: skip
     print_table("Searches", columns, cells)
 
 
 def _reached(row: Row, wanted: float) -> tuple[int, float] | None:
-    """After how many images and seconds a search came to a loss, or None if it ended with more."""
+    """After how many samples_run and seconds a search came to a loss, or None if it ended with more."""
     wanted += ROUNDING * abs(wanted)
     if row.loss is None or row.loss > wanted:
         return None
     if not math.isclose(row.trace[-1][2], row.loss, rel_tol=ROUNDING):
-        return row.images, row.seconds  # it judged by fewer samples: what it found is known at its end
-    return next(((images, seconds) for images, seconds, loss in row.trace if loss <= wanted), None)
+        return row.samples_run, row.seconds  # it judged by fewer samples: what it found is known at its end
+    return next(((samples_run, seconds) for samples_run, seconds, loss in row.trace if loss <= wanted), None)
 
 
 def _show_cost(rows: Sequence[Row]) -> None:
@@ -247,8 +247,8 @@ def _show_cost(rows: Sequence[Row]) -> None:
             continue
         reached = _reached(row, whole.loss)
         shares = ["not reached", ""] if reached is None else [
-            f"{reached[0] / whole.images:.1%}", f"{reached[1] / whole.seconds:.1%}"
+            f"{reached[0] / whole.samples_run:.1%}", f"{reached[1] / whole.seconds:.1%}"
         ]  # fmt: skip
         cells.append((row.search, f"{row.speedup:g}x", row.seed, row.samples, *shares))
     title = f"Cost of {YARDSTICK}'s final loss, as a share of its cost"
-    print_table(title, ("search", "target", "seed", "samples", "images", "seconds"), cells)
+    print_table(title, ("search", "target", "seed", "samples", "samples_run", "seconds"), cells)

@@ -27,7 +27,7 @@ class SyntheticNetwork:
         seed: of its sizes and sensitivities.
         coupling: how much layers hurt each other; with 0 the loss is a sum over layers.
     Attributes:
-        images: samples that were run so far to score profiles.
+        samples_run: samples that were run so far to score profiles.
         profiles: how many were scored.
     """
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from onnx_spdy.pipeline.database.matmul import full_width
+from onnx_spdy.pipeline.database.matmul import fast_float32
 from onnx_spdy.pipeline.database.pruners.elimination import Units, eliminate_rest, kept_columns, solutions
 from onnx_spdy.pipeline.database.pruners.low_rank import LowRank
 from onnx_spdy.pipeline.database.pruners.obc import eliminated
@@ -95,7 +95,7 @@ class _Ladder:
         self.mask = torch.ones_like(self._dense, dtype=torch.bool)
         self._inverse = self._low_rank.on(self.mask)
 
-    @full_width()
+    @fast_float32()
     def descend(self, level: Level) -> torch.Tensor:
         """The weights (out, d) at a level of higher sparsity than the one before."""
         for step in _ladder(float(self.mask.float().mean()), level):

@@ -122,9 +122,10 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
             redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
             redrawn[problem.rng.integers(problem.layer_count)] = True
             errors = base * np.exp(change * (redrawn * (number > 0))[:, None])
-            choice = _key(problem.solve(errors / errors.max()))
+            errors /= errors.max() or 1.0  # all are zero where the weights are so small that their squares are
+            choice = _key(problem.solve(errors))
             if choice not in race.scores and choice not in found:
-                found[choice] = errors / errors.max()
+                found[choice] = errors
                 break
     return found
 

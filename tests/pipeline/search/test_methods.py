@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,13 @@ def test_every_search_keeps_the_budget(name: str, budget: float) -> None:
     choice = SEARCHES[name](problem).choice
     assert choice.shape == (LAYERS,)
     assert problem.is_feasible(choice)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_takes_errors_that_are_all_zero(name: str) -> None:
+    """As those of weights are whose squares are too small for a float."""
+    problem = dataclasses.replace(Scripted().problem(0.5), errors=np.zeros((LAYERS, len(LEVELS))))
+    assert problem.is_feasible(SEARCHES[name](problem).choice)
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -6,10 +6,12 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_spdy.runtimes.base import ModelRefused
 from onnx_spdy.runtimes.deepsparse.graph import decompose_unsupported
 
 X = np.random.default_rng(0).normal(1, 3, (2, 5, 8)).astype(np.float32)
@@ -83,3 +85,26 @@ def test_a_half_that_another_node_reads_stays() -> None:
     before = network.SerializeToString()
     decompose_unsupported(network)
     assert network.SerializeToString() == before
+
+
+def test_weights_that_a_graph_inside_a_node_reads_stay_where_zeros_are_drawn() -> None:
+    network = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[batch, 2] x, bool on) => (float[batch, 2] y) <float[2, 2] w = {1, 2, 3, 4}, float[2] v = {5, 6}> {
+            n = LayerNormalization (x, v)
+            y = If (on) <then_branch = a () => (float[k, 2] t) { t = MatMul (n, w) },
+                         else_branch = b () => (float[k, 2] e) { e = Add (n, v) }>
+        }""")
+    choose = network.graph.node[1].SerializeToString()
+    decompose_unsupported(network)
+    assert {"w", "v"} < {tensor.name for tensor in network.graph.initializer}
+    assert network.graph.node[-1].SerializeToString() == choose
+    onnx.checker.check_model(network)
+
+
+def test_a_graph_that_cannot_be_read_is_refused_in_one_line() -> None:
+    network = gelu()
+    network.graph.node[0].attribute.append(helper.make_attribute("text", b"\xff"))
+    message = r"^this graph can't be brought into the form that deepsparse knows: UnicodeDecodeError"
+    with pytest.raises(ModelRefused, match=message):
+        decompose_unsupported(network)

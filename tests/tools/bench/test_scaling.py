@@ -18,18 +18,18 @@ def test_the_table_tells_what_each_size_costs(tmp_path: Path, capsys: pytest.Cap
     for row in (small, large):
         assert row["loss"] <= row["dp_loss"]
         assert 0 <= row["solve_gap"] < 0.01
-        assert 0 < row["images"] < row["spdy_images"]
+        assert 0 < row["samples_run"] < row["spdy_samples_run"]
     assert (tmp_path / "rows.svg").read_text().rstrip().endswith("</svg>")
     assert "Searches by the number of layers" in capsys.readouterr().out
 
 
-def test_images_are_counted_once_and_few_samples_are_part_of_all() -> None:
+def test_samples_are_counted_once_and_few_samples_are_part_of_all() -> None:
     network = SyntheticNetwork(8)
     choice = np.full(8, 20)
     few = network.loss(choice, STAGES[0])
-    assert network.images == STAGES[0]
+    assert network.samples_run == STAGES[0]
     assert network.loss(choice) != few == network.loss(choice, STAGES[0])
-    assert (network.images, network.profiles) == (STAGES[-1], 1)
+    assert (network.samples_run, network.profiles) == (STAGES[-1], 1)
 
 
 @pytest.mark.parametrize("coupling", [0.0, 1.0])

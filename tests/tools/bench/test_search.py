@@ -55,8 +55,8 @@ def test_rows_are_judged_and_what_was_done_is_not_done_again(folder: Path, capsy
     first, second, third = run(folder, "spdy,thompson", share=0.1)
     assert first == uniform
     assert second.search == "spdy" and second.limit is None
-    assert third.limit == round(0.1 * second.images)
-    assert third.images <= third.limit + 64
+    assert third.limit == round(0.1 * second.samples_run)
+    assert third.samples_run <= third.limit + 64
     assert run(folder, "spdy,thompson", share=0.1) == [first, second, third]
     assert "Cost of spdy's final loss" in capsys.readouterr().out
 
