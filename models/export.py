@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from onnx_spdy.models.graph import FLOATS, ModelError, one_line
 from onnx_spdy.models.surgery import edit
+from onnx_spdy.models.wrapped import plain_inputs, plain_module
 
 LARGEST_IR_VERSION = 10  # ONNX Runtime releases of a year ago, and other engines, read no newer files
 
@@ -35,15 +36,16 @@ def export_module(
     outputs are `output`, or `output_0`, `output_1`, ... The module's training mode is restored.
 
     Args:
-        module: any module whose `forward` takes tensors.
-        example_inputs: its arguments, by position or by name; the first axis of each is the batch.
+        module: any module whose `forward` takes tensors, also in DataParallel or compiled, or TorchScript.
+        example_inputs: its arguments, tensors or arrays, by position or by name; the first axis of each is the batch.
         open_axes: more axes that may have any size, as {argument of `forward`: {axis: name}}, say
             {"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}.
         opset: ONNX operator set, 18 or later.
     Raises:
         ModelError: PyTorch can't export the module; the message has its reason in one line.
     """
-    arguments, keywords = _arguments(example_inputs)
+    module = plain_module(module)
+    arguments, keywords = _arguments(plain_inputs(example_inputs))
     modes = {part: part.training for part in module.modules()}
     module.eval()
     axes = _open_axes(module, arguments, keywords, open_axes or {})
@@ -72,6 +74,19 @@ def _export(
         return dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) or None
 
     names = _in_order(module, len(arguments), keywords)
+    if isinstance(module, torch.jit.ScriptModule):  # PyTorch's newer exporter can't read it
+        stream = io.BytesIO()
+        torch.onnx.export(
+            module,
+            arguments,
+            stream,  # type: ignore[arg-type]
+            kwargs=keywords,
+            dynamo=False,
+            opset_version=opset,
+            input_names=names,
+            dynamic_axes={name: axes[name] for name in names if axes[name]},
+        )
+        return onnx.load_model_from_string(stream.getvalue())
     shapes: Any = tuple(shape_of(name) for name in names[: len(arguments)])
     if keywords:
         shapes = {name: shape_of(name) for name in names}
@@ -102,13 +117,21 @@ def _open_axes(
 
 def _in_order(module: nn.Module, positional: int, keywords: Mapping[str, Any]) -> list[str]:
     """The names of the given arguments, in the order of `forward`; numbers where it takes any (*args)."""
-    parameters = inspect.signature(module.forward).parameters
-    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
+    kinds = _parameter_kinds(module)
+    names = [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_POSITIONAL]
     if len(names) < positional:
         names = [str(i) for i in range(positional)]
     given = names[:positional]
-    rest = [name for name in (*parameters, *keywords) if name in keywords and name not in given]
+    rest = [name for name in (*kinds, *keywords) if name in keywords and name not in given]
     return [*given, *dict.fromkeys(rest)]
+
+
+def _parameter_kinds(module: nn.Module) -> dict[str, Any]:
+    """Name -> kind, of the arguments of `forward`."""
+    if isinstance(module, torch.jit.ScriptModule):
+        schema = module.forward.schema  # type: ignore[attr-defined]
+        return {argument.name: inspect.Parameter.POSITIONAL_OR_KEYWORD for argument in schema.arguments[1:]}
+    return {name: one.kind for name, one in inspect.signature(module.forward).parameters.items()}
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -124,6 +147,8 @@ def _own(value: Any) -> Any:
 
 
 def _input_names(module: nn.Module, positional: int, keywords: Mapping[str, Any], exported: list[str]) -> list[str]:
+    if isinstance(module, torch.jit.ScriptModule):  # exported with the names of its arguments
+        return ["input"] if exported == ["x"] else exported
     parameters = inspect.signature(module.forward).parameters
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
         return exported

@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from onnx_spdy.models.graph import ModelError
+from onnx_spdy.models.parametrised import parametrisation_of
 from onnx_spdy.models.write_back import changed_initializers
 
 TOLERANCE = 1e-4  # of a folded weight's largest value: folding rounds each product once
@@ -42,7 +43,8 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
         Names of the parameters that were changed.
     Raises:
         ModelError: a changed weight belongs to no parameter, or to one that is used in another place of the graph,
-            where it wasn't pruned (tied weights). The module is left as it was.
+            where it wasn't pruned (tied weights, or one convolution with several BatchNormalizations); or a parameter
+            is only a part of a weight (a parametrisation). The module is left as it was.
     """
     old, new = _arrays(dense), _arrays(pruned)
     changed = changed_initializers(dense, pruned)
@@ -55,12 +57,17 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
         if name in tied:
             raise ModelError(
                 f"'{name}' was pruned, but its parameter '{tied[name]}' is also used elsewhere in the graph, where it "
-                "was not: untie the weights before the export"
+                "was not, or not in the same way: untie the weights (or give each its own layer) before the export"
             )
         if name not in homes:
             biases.append(name)
             continue
         home, values = homes[name], new[name]
+        if (whole := parametrisation_of(module, home.name)) is not None:
+            raise ModelError(
+                f"'{name}' was pruned, but the module computes '{whole}' from '{home.name}': remove the "
+                "parametrisation first (torch.nn.utils.parametrize.remove_parametrizations) and export again"
+            )
         values = values.T if home.transposed else values
         if home.scale is not None:
             values = values / home.scale.reshape(-1, *[1] * (values.dim() - 1))
@@ -93,6 +100,13 @@ def _home(name: str, values: Tensor, parameters: Mapping[str, Tensor]) -> _Home 
         return _Home(name, False) if torch.equal(own, values) else _folded(name, own, values)
     for other, transposed in _alike(values, parameters):
         return _Home(other, transposed)
+    if values[0].numel() < 2:  # one number is a multiple of any other
+        return None
+    for other, parameter in parameters.items():
+        if other != name and parameter.shape == values.shape and parameter.is_floating_point():
+            home = _folded(other, parameter.detach().cpu().double(), values)
+            if home is not None:
+                return home
     return None
 
 

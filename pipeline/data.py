@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from onnx_spdy.models.graph import one_line
 from onnx_spdy.pipeline.artifact import arrays_sha256
+from onnx_spdy.pipeline.user_data import TARGET, DataError, named_arrays
 from onnx_spdy.runtimes import Workload
-from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-TARGET = "target"
-
-
-class DataError(OnnxSpdyError, ValueError):
-    """The samples are missing, damaged, or don't fit the network."""
+__all__ = ["TARGET", "DataError", "Samples", "as_samples", "read_npz", "workload_of"]
 
 
 @dataclass(frozen=True)
@@ -68,57 +65,53 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; nothing in it is unpickled.
 
     Raises:
-        DataError: the file is missing, not an .npz, or holds Python objects.
+        DataError: the file is missing, not an .npz, damaged, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             return {name: pack[name] for name in pack.files}
     except OSError as exc:
         raise DataError(f"data file {path} can't be read: {exc.strerror or exc}") from exc
-    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as exc:
-        raise DataError(f"data file {path} is not an .npz of plain arrays ({exc}); save it with numpy.savez") from exc
+    except (Exception, MemoryError) as exc:  # zipfile, zlib and the header's parser raise a dozen types
+        raise DataError(
+            f"data file {path} is not an .npz of plain arrays, or damaged "
+            f"({one_line(str(exc)) or type(exc).__name__}); save it with numpy.savez"
+        ) from exc
 
 
 def as_samples(
-    data: Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]],
+    data: Any,
     shapes: Mapping[str, tuple[int | None, ...]],
     dtypes: Mapping[str, np.dtype],
 ) -> Samples:
     """Check data against a network's inputs.
 
     Args:
-        data: a dict of arrays keyed by input name (first axis = samples) and optionally `target`, or an
-            iterable of batches of such dicts.
+        data: a dict of arrays or tensors keyed by input name (first axis = samples) and optionally `target`; the same
+            as a tuple in the order of the inputs; or an iterable of batches of such (see `named_arrays`).
         shapes: the network's inputs; None for a dynamic dimension.
         dtypes: the network's input types; floats are converted, integers must be integers.
     Raises:
         DataError: an input is missing or unknown, a shape or type doesn't fit, NaN or infinite values,
             no samples, or unequal numbers of them.
     """
-    arrays = dict(data) if isinstance(data, Mapping) else _join(data)
+    open_axes = {name: [a for a, size in enumerate(shape) if a and size is None] for name, shape in shapes.items()}
+    arrays = named_arrays(data, list(shapes), open_axes)
     if missing := [name for name in shapes if name not in arrays]:
         raise DataError(
-            f"data has no array for input {missing[0]!r}; it has {sorted(arrays)}; key arrays by input name"
+            f"data has no array for input {missing[0]!r}; it has {sorted(map(str, arrays))}; key arrays by input name"
         )
     if unknown := [name for name in arrays if name not in shapes and name != TARGET]:
-        raise DataError(
-            f"data has array {unknown[0]!r}, but the network's inputs are {list(shapes)}; remove or rename it"
-        )
-    inputs = {name: _checked(name, np.asarray(arrays[name]), shapes[name], dtypes[name]) for name in shapes}
-    target = None if TARGET not in arrays else np.asarray(arrays[TARGET])
+        advice = "rename it to 'target'" if str(unknown[0]).startswith("label") else "remove or rename it"
+        raise DataError(f"data has array {unknown[0]!r}, but the network's inputs are {list(shapes)}; {advice}")
+    inputs = {name: _checked(name, arrays[name], shapes[name], dtypes[name]) for name in shapes}
+    target = arrays.get(TARGET)
+    if target is not None and target.ndim == 0:
+        raise DataError(f"target is the single number {target}; its first axis counts samples")
     counts = {name: len(array) for name, array in inputs.items()} | ({} if target is None else {TARGET: len(target)})
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise DataError(f"data has different or zero numbers of samples: {counts}; the first axis counts samples")
-    return Samples(inputs, target)
-
-
-def _join(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    parts = [dict(batch) for batch in batches]
-    if not parts:
-        raise DataError("data has no batches; give at least one")
-    if odd := [part for part in parts if part.keys() != parts[0].keys()]:
-        raise DataError(f"batches have different arrays: {sorted(parts[0])} and {sorted(odd[0])}")
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+    return Samples(inputs, None if target is None else _own(target))
 
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype: np.dtype) -> np.ndarray:
@@ -130,6 +123,25 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype:
         raise DataError(f"input {name!r} has shape {array.shape}, the network wants ({', '.join(map(str, wanted))})")
     if array.dtype.kind not in "fiub" or (np.dtype(dtype).kind in "iub" and array.dtype.kind == "f"):
         raise DataError(f"input {name!r} has type {array.dtype}, the network wants {np.dtype(dtype)}; convert it")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all() and not _is_additive_mask(name, array):
         raise DataError(f"input {name!r} holds NaN or infinite values; clean the data first")
-    return np.ascontiguousarray(array.astype(dtype, copy=False))
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    overflows = cast != array if cast.dtype.kind in "iub" else np.isinf(cast) & np.isfinite(array)
+    if overflows.any():
+        value = array[overflows].flat[0]
+        raise DataError(f"input {name!r} holds {value}, which {np.dtype(dtype)} can't hold; clean the data first")
+    return _own(cast)
+
+
+def _is_additive_mask(name: str, array: np.ndarray) -> bool:
+    """Whether an input is added to attention scores: -inf forbids, the rest is one value, or the name tells."""
+    finite = np.isfinite(array)
+    if np.isnan(array).any() or not finite.any() or (array[~finite] > 0).any():
+        return False
+    return "mask" in name.lower() or "bias" in name.lower() or len(np.unique(array[finite])) == 1
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """In memory that may be written to, in C order: what PyTorch takes without a copy or a warning."""
+    return np.require(array, requirements=["C", "W"])

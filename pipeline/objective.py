@@ -11,7 +11,7 @@ import torch
 from onnx_spdy.models import Suspended, fixed_batch
 from onnx_spdy.pipeline.correct import LEAST_SAMPLES, BatchCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError, default_loss
+from onnx_spdy.pipeline.loss import FittedLoss, Loss, LossError, fit_loss, numbers
 from onnx_spdy.pipeline.network import BATCH_SIZE, DENSE_WEIGHTS, Keep, Network, Weights
 from onnx_spdy.pipeline.padding import Padding
 
@@ -24,12 +24,14 @@ class Objective:
     Args:
         network: whose outputs with dense weights are the reference.
         samples: on which the loss is computed.
-        loss: a name of LOSSES, a function of your own, or None for the one that fits the outputs.
+        loss: a name of LOSSES, a function of your own, one that was fitted already, or None for the one that fits the
+            outputs (see `fit_loss`).
         corrected: whether each batch is corrected by its own statistics while it runs (see `BatchCorrection`), unless
             it is too small: what is deployed will be corrected, too, and profiles that are good without it aren't
             those that are good with it.
     Attributes:
         name: of the loss.
+        loss: as it was fitted to the dense outputs of these samples.
         batches: the samples in batches; the first few make a small set of samples, more of them a larger one.
         stages: numbers of samples, each about twice the one before, up to all; each is a whole number of batches.
 
@@ -38,7 +40,7 @@ class Objective:
     """
 
     def __init__(
-        self, network: Network, samples: Samples, loss: str | Loss | None = None, *, corrected: bool = True
+        self, network: Network, samples: Samples, loss: str | Loss | FittedLoss | None = None, *, corrected: bool = True
     ) -> None:
         self.network = network
         self._bfloat16 = network.bfloat16
@@ -53,12 +55,8 @@ class Objective:
         for number, batch in enumerate(self.batches):
             with self._correction.remember(number) if self._correction else nullcontext():
                 self._reference.append(self._outputs(batch))
-        if loss is None:
-            loss = default_loss(self._reference[0])
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise LossError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or FILE.py:FUNCTION")
-        self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "custom")
-        self._loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.loss = fit_loss(loss, self._reference, numbers(samples.target))
+        self.name = self.loss.name
         self.of_batch(0)  # refuses a loss that doesn't fit before any work is done
 
     def __call__(self, weights: Weights) -> float:
@@ -88,11 +86,11 @@ class Objective:
             LossError: the loss is not a finite number.
         """
         batch = self.batches[number]
-        target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
+        target = numbers(batch.target)
         correction = self._correction if len(batch) >= LEAST_SAMPLES else None
         with correction.apply(number, weights) if correction else nullcontext():
             outputs = self._outputs(batch, weights, start, keep, keep_before)
-        loss = float(self._loss(outputs, self._reference[number], target))
+        loss = float(self.loss(outputs, self._reference[number], target))
         if not np.isfinite(loss):
             raise LossError(f"loss {self.name!r} is {loss} on the calibration data; check the network and the loss")
         return loss

@@ -8,7 +8,7 @@ see it, so the networks are visited several times, each time opened anew, and th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 
 from onnx_spdy.models import fixed_batch, load_model
 from onnx_spdy.pipeline.data import Samples, workload_of
-from onnx_spdy.pipeline.metric import Metric, MetricError
+from onnx_spdy.pipeline.metric import Metric, value_of
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.rows import find_layouts, join
 from onnx_spdy.runtimes import (
     Environment,
     Measurement,
@@ -181,25 +182,29 @@ def evaluate(
         progress: called with (samples done, samples, name of the file).
     Raises:
         MetricError: the metric returned something that isn't a finite number.
+        RowsError: more samples than one batch has, and an output that doesn't tell which of it belongs to which.
     """
-    parts: list[dict[str, np.ndarray]] = []
-    done = 0
+    parts: list[Mapping[str, np.ndarray]] = []
+    counts: list[int] = []
     with open_runtime("onnxruntime") as runtime:
         size = fixed_batch(load_model(model)) or min(EVALUATION_BATCH, len(samples))
         with runtime.open(model, workload_of(samples, size)) as session:
             for chunk in samples.batches(size):
-                parts.append(_run_padded(session.run, chunk, size))
-                done += len(chunk)
-                progress(done, len(samples), model.name)
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    value = float(metric(outputs, samples.target))
-    if not np.isfinite(value):
-        raise MetricError(f"the metric returned {value}; it must be a finite number")
-    return value
+                parts.append(session.run(_filled(chunk, size).inputs))
+                counts.append(len(chunk))
+                progress(sum(counts), len(samples), model.name)
+            if counts == [size]:
+                return value_of(metric, parts[0], samples.target)
+            backwards = _filled(samples.take(slice(0, size)), size).take(slice(None, None, -1))
+            layouts = find_layouts(parts[0], session.run(_contiguous(backwards)), size)
+    return value_of(metric, join(parts, counts, layouts), samples.target)
 
 
-def _run_padded(run: Callable[..., dict[str, np.ndarray]], chunk: Samples, size: int) -> dict[str, np.ndarray]:
-    """Run a chunk in a session of fixed batch: the last one is filled up with its own last sample."""
+def _filled(chunk: Samples, size: int) -> Samples:
+    """As many samples as a session's batch has: the last one is repeated."""
     count = len(chunk)
-    filled = chunk.take(np.minimum(np.arange(size), count - 1)) if count < size else chunk
-    return {name: value[:count] if value.shape[:1] == (size,) else value for name, value in run(filled.inputs).items()}
+    return chunk.take(np.minimum(np.arange(size), count - 1)) if count < size else chunk
+
+
+def _contiguous(samples: Samples) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(array) for name, array in samples.inputs.items()}

@@ -25,6 +25,7 @@ class OnnxSpdyError(Exception):
     |- ArtifactError            pipeline: a file of an earlier stage is damaged, or made from something else
     |  `- FolderInUse           ... another process works in the folder
     |- DataError                samples that are damaged, or don't fit the network
+    |- RowsError                outputs that don't tell which of them belongs to which sample
     |- LevelError               no such pattern or level
     |- LossError                a loss that doesn't fit the network's outputs or the data
     |- MetricError              a metric that doesn't fit them
@@ -33,6 +34,7 @@ class OnnxSpdyError(Exception):
     |- NoSpeedup                the runtime can't run this network faster, whatever is pruned
     |- UnknownPruner            no pruner has that name
     |- PrunerFailed             a pruner returned weights that are not what its level says
+    |- PrunerResult             a pruner returned no weights
     |- MemoryTooSmall           the memory that was given doesn't suffice for one layer
     |- UnknownSearch            no search has that name
     |- InvalidCosts             times or errors that nothing can be solved with

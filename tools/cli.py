@@ -36,6 +36,7 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: expected failures become one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("onnx_spdy.pipeline.search.profile_search").setLevel(logging.INFO)  # which loss was chosen
     with one_line_errors():
         app(arguments)
 

@@ -43,30 +43,34 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         module_spec.loader.exec_module(module)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise SpecError(f"{what} {spec!r}: importing {file} raised {_described(exc)}") from exc
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         raise SpecError(f"{what} {spec!r}: {file} has no function {name!r}")
-    return _translating(function, f"{what} {spec!r}")
+    return _translating(function, f"{what} {spec!r}", f"{name}@{file_sha256(path)[:12]}")
 
 
-def _translating(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """The user's function, whose exceptions become one line that names it."""
+def _translating(function: Callable[..., Any], what: str, identity: str) -> Callable[..., Any]:
+    """The user's function, whose exceptions become one line that names it.
+
+    Its `identity` is its name and a checksum of its file: what was computed with it isn't taken for another's.
+    """
 
     def called(*args: Any) -> Any:
         try:
             return function(*args)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             raise SpecError(f"{what} raised {_described(exc)}") from exc
 
     called.__name__ = getattr(function, "__name__", "custom")
+    called.identity = identity  # type: ignore[attr-defined]
     return called
 
 
-def _described(exc: Exception) -> str:
+def _described(exc: BaseException) -> str:
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
@@ -101,7 +105,10 @@ def load_samples(spec: str, network: Prepared) -> Samples:
     elif ".py:" in spec:
         data = load_function(spec, "data")()
         if isinstance(data, str | bytes) or not hasattr(data, "__iter__"):
-            raise SpecError(f"data {spec!r} must return a dict of arrays or batches of them, not {type(data).__name__}")
+            raise SpecError(
+                f"data {spec!r} must return arrays (a dict, a tuple in the order of the inputs, one array) or batches "
+                f"of them, not {type(data).__name__}"
+            )
     else:
         raise SpecError(f"data {spec!r} is neither a path ending in .npz nor FILE.py:FUNCTION")
     return as_samples(data, input_shapes(network.proto), input_dtypes(network.proto))

@@ -70,7 +70,15 @@ def swish(node: Node) -> Compute:
 
 
 def softmax(node: Node) -> Compute:
-    return _over_axis(node, F.softmax)
+    return _over_axis(node, _softmax)
+
+
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    """Where gradients are wanted, a row that is masked wholly counts as one of equal scores: its NaN, which nobody
+    reads, would make NaN of the gradients of everything that it was made from."""
+    if x.requires_grad:
+        x = x.masked_fill(torch.isneginf(x).all(dim, keepdim=True), 0.0)
+    return F.softmax(x, dim=dim)
 
 
 def log_softmax(node: Node) -> Compute:

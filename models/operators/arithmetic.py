@@ -32,11 +32,11 @@ def round_half_even(x: Tensor) -> Tensor:
 
 
 def maximum(*values: Tensor) -> Tensor:
-    return reduce(torch.maximum, values)
+    return reduce(lambda a, b: torch.maximum(*_of_one_type(a, b)), values)
 
 
 def minimum(*values: Tensor) -> Tensor:
-    return reduce(torch.minimum, values)
+    return reduce(lambda a, b: torch.minimum(*_of_one_type(a, b)), values)
 
 
 def total(*values: Tensor) -> Tensor:
@@ -64,7 +64,16 @@ def bit_shift(node: Node) -> Compute:
 
 
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(condition, a, b)
+    return torch.where(condition, *_of_one_type(a, b))
+
+
+def _of_one_type(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider type: autocast narrows one of them, and PyTorch would narrow a single number to it as well,
+    which makes -inf of the smallest float32 that masks are filled with."""
+    if a.dtype == b.dtype:
+        return a, b
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide), b.to(wide)
 
 
 def cast(node: Node) -> Compute:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.search.state import SearchState
 from onnx_spdy.pipeline.stitch import Stitcher
+
+logger = logging.getLogger(__name__)
 
 ADJUSTING_SHARE = 8  # times the selection samples: how many may be run to adjust a profile to another speedup
 SAME_LOSS = 0.01  # relative: what the same profile may differ by from one process to the next
@@ -81,7 +84,9 @@ class ProfileSearch:
         selection, held_out = split(samples, settings.samples, settings.seed)
         self._stitcher = stitcher = Stitcher(network, database)
         self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss))
-        self._held_out = ProfileLoss(stitcher, Objective(network, held_out, settings.loss)) if held_out else None
+        fitted = self._score.objective.loss
+        self._held_out = ProfileLoss(stitcher, Objective(network, held_out, fitted)) if held_out else None
+        logger.info("%s", fitted)
         self._names = [layer.name for layer in network.layers]
         self._made_from = {
             "model_sha256": network.sha256,

@@ -22,7 +22,7 @@ from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import DeployError, check_zeros_kept
 from onnx_spdy.pipeline.level import DENSE, Level
-from onnx_spdy.pipeline.loss import cross_entropy, default_loss, distillation_loss
+from onnx_spdy.pipeline.loss import KL, FittedLoss, cross_entropy, distillation_loss, fit_loss, numbers
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
@@ -36,6 +36,7 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 EPOCHS = 10
 RATE = 0.01
 CORRECTION_SAMPLES = 64  # each of the `UPDATES` corrections is a forward pass of so many
+FITTED_SAMPLES = 256  # that choose and scale the loss
 PRUNING_SHARE = 0.5  # of a gradual training; the rest of it heals
 
 
@@ -149,7 +150,8 @@ def finetune(
         saved = Checkpoint(checkpoint, {**made_from, "levels": target, **settings})
         saved.check()
     outputs = DenseOutputs(network, samples)
-    labels = _has_labels(network, samples, outputs)
+    loss = _fitted_loss(network, samples, outputs)
+    labels = loss.name == KL and _has_labels(network, samples, outputs)
     correction = None if levels is None else _correction(network, samples)
     with network.trainable([*start], start) as parameters:
         if levels is None:
@@ -157,7 +159,7 @@ def finetune(
         else:
             masks = GradualMasks(network, parameters, levels, correction)
         training, weights = Trainer(
-            network, parameters, samples, outputs, _criterion(labels), masks,
+            network, parameters, samples, outputs, _criterion(loss, labels), masks,
             epochs=epochs, rate=rate, batch=batch, seed=seed,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip
@@ -192,21 +194,30 @@ def _start(network: Network, pruned: onnx.ModelProto) -> Weights:
     return {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).copy()) for name in names}
 
 
+def _fitted_loss(network: Network, samples: Samples, outputs: DenseOutputs) -> FittedLoss:
+    """What is learnt from the dense network, chosen and scaled by its outputs for the first samples."""
+    size = network.batch_size()
+    count = min(len(samples), max(size, FITTED_SAMPLES))
+    ends = range(size, count + 1, size) if count >= size else [count]
+    references = [outputs(np.arange(max(0, end - size), end)) for end in ends]
+    return fit_loss(None, references, numbers(samples.target))
+
+
 def _has_labels(network: Network, samples: Samples, outputs: DenseOutputs) -> bool:
-    """Whether the target holds classes of a network that is a classifier."""
+    """Whether the target holds classes of a classifier."""
     target = samples.target
     if target is None or target.ndim != 1 or target.dtype.kind not in "iu":
         return False
     first = outputs(np.arange(min(network.batch_size(), len(samples))))
-    classes = next(iter(first.values())).shape[-1]
-    return default_loss(first) == "kl" and 0 <= int(target.min()) <= int(target.max()) < classes
+    classes = next(value for value in first.values() if value.is_floating_point()).shape[-1]
+    return 0 <= int(target.min()) <= int(target.max()) < classes
 
 
-def _criterion(labels: bool) -> Criterion:
+def _criterion(distilled: FittedLoss, labels: bool) -> Criterion:
     def criterion(
         outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
     ) -> torch.Tensor:
-        loss = distillation_loss(outputs, dense)
+        loss = distillation_loss(outputs, dense, loss=distilled)
         return loss + cross_entropy(outputs, dense, target) if labels else loss
 
     return criterion

@@ -11,6 +11,9 @@ and slowly at the end. The smallest weights go, in the level's pattern; what is 
         pruning.step()
         optimizer.zero_grad()
 
+An averaged copy of the module (EMA, `torch.optim.swa_utils.AveragedModel`) holds means of weights that were pruned and
+of what they were before: call `pruning.apply_to(copy)` before it is used or exported.
+
 Source: Zhu & Gupta, To prune, or not to prune (2017), equation 1.
 """
 
@@ -26,7 +29,7 @@ from torch import nn
 
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import select_mask
-from onnx_spdy.pipeline.training.match import ModuleWeight, match_weights
+from onnx_spdy.pipeline.training.match import ModuleWeight, ParameterMismatch, match_weights
 
 UPDATES = 50  # of the masks by default; more cost time and hardly change the result
 
@@ -59,7 +62,8 @@ class KeptZeros:
 class GradualPruning:
     """Prunes a module's weights to a profile over a number of optimizer steps, and keeps them pruned afterwards.
 
-    Zeros that the module has already count: a layer that is sparser than the schedule waits for it.
+    Zeros that the module has already count: a layer that is sparser than the schedule waits for it. Parameters that
+    are replaced later, as `load_state_dict(assign=True)` does, are followed by their names.
 
     Args:
         module: yours, in any training state; its weights become sparse in place.
@@ -69,7 +73,8 @@ class GradualPruning:
         every: steps between two choices of masks; by default there are `UPDATES`.
         names: layer -> parameter name where names and values don't tell; see `match_weights`.
     Raises:
-        ParameterMismatch: a layer's weight isn't found among the module's parameters.
+        ParameterMismatch: a layer's weight isn't found among the module's parameters, or can't be pruned there; later,
+            that a parameter is gone or has another shape.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class GradualPruning:
         self.weights: dict[str, ModuleWeight] = match_weights(module, model, self.levels, names)
         self.steps, self.every = steps, every or max(1, steps // UPDATES)
         self.done = 0
+        self._module = module
         parameters = dict(module.named_parameters())
         self._kept = KeptZeros({one.name: parameters[one.name] for one in self.weights.values()})
         if steps == 0:
@@ -108,10 +114,47 @@ class GradualPruning:
 
     def keep(self) -> None:
         """Make zero again what is pruned."""
+        self._follow()
         self._kept.step()
+
+    def apply_to(self, copy: nn.Module) -> None:
+        """Make zero in a copy of the module, an averaged one, say, what is pruned in the module now.
+
+        Args:
+            copy: with the same parameters, perhaps below a wrapper's prefix.
+        Raises:
+            ParameterMismatch: a pruned parameter isn't there.
+        """
+        self._follow()
+        theirs = dict(copy.named_parameters())
+        found = {}
+        for name, values in self._kept.parameters.items():
+            fitting = [name] if name in theirs else [other for other in theirs if other.endswith(f".{name}")]
+            if len(fitting) != 1 or theirs[fitting[0]].shape != values.shape:
+                raise ParameterMismatch(f"the copy has no parameter {name!r} of shape {tuple(values.shape)}")
+            found[name] = theirs[fitting[0]]
+        with torch.no_grad():
+            for name, values in found.items():
+                values.masked_fill_(~self._kept.masks[name].to(values.device), 0.0)
+
+    def _follow(self) -> None:
+        """Take parameters that replaced others, and prune them as those were."""
+        if self._replaced():
+            self._kept.step()
+
+    def _replaced(self) -> bool:
+        """Take parameters that replaced others; whether there were any."""
+        now = dict(self._module.named_parameters())
+        for name, values in self._kept.parameters.items():
+            if name not in now or now[name].shape != values.shape:
+                raise ParameterMismatch(f"the module's parameter {name!r} is gone, or has another shape than it had")
+        found = any(now[name] is not values for name, values in self._kept.parameters.items())
+        self._kept.parameters = {name: now[name] for name in self._kept.parameters}
+        return found
 
     def prune_to(self, fraction: float) -> None:
         """Prune as far as the schedule is at a fraction (0 to 1) of its way. It never goes back."""
+        self._follow()
         self._kept.step()  # weights that are gone have magnitude 0 and so stay gone
         with torch.no_grad():
             for name, one in self.weights.items():
@@ -123,6 +166,7 @@ class GradualPruning:
 
     def sparsity(self) -> dict[str, float]:
         """Parameter name -> fraction of its weights that are pruned now."""
+        self._follow()
         return self._kept.sparsity()
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,12 +185,14 @@ class GradualPruning:
             odd = min(set(own.items()) ^ set(theirs.items()))
             raise ValueError(f"this state is of another module or profile: they differ in parameter {odd[0]!r}")
         self.done = int(state["done"])
+        self._replaced()
         self._kept.masks = {name: mask.bool().clone() for name, mask in masks.items()}
         self._kept.step()
 
     def resume(self, done: int) -> None:
         """Go on after so many steps, with the zeros that the module has now: where only the module was saved."""
         self.done = done
+        self._replaced()
         self._kept = KeptZeros(self._kept.parameters)
 
 

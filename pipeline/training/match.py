@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onnx_spdy.models import Layer, find_layers, to_canonical
+from onnx_spdy.models.parametrised import parametrisation_of
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 TOLERANCE = 1e-4  # 1 - cosine of two rows that are called equal up to a factor
@@ -56,7 +57,8 @@ def match_weights(
     Returns:
         layer name -> its parameter, all different.
     Raises:
-        ParameterMismatch: a layer has no match, several equally good ones, or shares one with another layer.
+        ParameterMismatch: a layer has no match, several equally good ones, or shares one with another layer (one
+            convolution with several BatchNorms is several layers); or its parameter is only a part of a weight.
     """
     known = {layer.name: layer for layer in find_layers(model)}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -69,8 +71,7 @@ def match_weights(
         if names and name in names:
             found[name] = _named(layer, names[name], parameters)
         else:
-            values = torch.from_numpy(onnx.numpy_helper.to_array(stored[layer.weight]).astype(np.float32))
-            canonical = to_canonical(layer, values)
+            canonical = _dense(layer, stored)
             found[name] = _by_name(layer, canonical, parameters) or _by_values(layer, canonical, parameters)
     owners: dict[str, str] = {}
     for name, weight in found.items():
@@ -78,7 +79,36 @@ def match_weights(
             raise ParameterMismatch(
                 f"layers {other!r} and {name!r} are both parameter {weight.name!r}; give names={{layer: parameter}}"
             )
+    for name, weight in found.items():
+        if (whole := parametrisation_of(module, weight.name)) is not None:
+            raise ParameterMismatch(
+                f"layer {name!r}: the module computes {whole!r} from parameter {weight.name!r}; remove the "
+                "parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        if (other_layer := _same_weight(known[name], known.values(), stored)) is not None:
+            raise ParameterMismatch(
+                f"layers {name!r} and {other_layer!r} are both parameter {weight.name!r}, each with a norm of its own "
+                "folded into it, so they can't be pruned apart; give each its own layer before the export"
+            )
     return found
+
+
+def _dense(layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> torch.Tensor:
+    """(out, in, *kernel)"""
+    values = torch.from_numpy(onnx.numpy_helper.to_array(stored[layer.weight]).astype(np.float32))
+    return to_canonical(layer, values)
+
+
+def _same_weight(layer: Layer, others: Iterable[Layer], stored: Mapping[str, onnx.TensorProto]) -> str | None:
+    """Another layer whose own weight is this one's up to a factor for each output channel."""
+    if np.prod(layer.shape[1:]) < 2:  # one number is a multiple of any other
+        return None
+    dense = _dense(layer, stored)
+    for other in others:
+        apart = other.weight != layer.weight and other.shape == layer.shape and other.weight in stored
+        if apart and _proportional(_dense(other, stored), dense):
+            return other.name
+    return None
 
 
 def _named(layer: Layer, name: str, parameters: Mapping[str, nn.Parameter]) -> ModuleWeight:

@@ -16,17 +16,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from onnx_spdy.pipeline.artifact import arrays_sha256
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.loss import relative_squared_error
+from onnx_spdy.pipeline.loss import SQUARED_ERROR, FittedLoss, fit_loss, relative_squared_error
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import KeptZeros
-from onnx_spdy.pipeline.training.trainer import BATCH, Trainer, Training
+from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Trainer, Training
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 NO_REPAIR = "none"
@@ -35,6 +36,7 @@ REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
 STEPS = 300  # so that repair takes about as long whatever the number of samples
 MOST_EPOCHS = 50
 RATE = 0.01
+FITTED_SAMPLES = 64  # that scale the loss of the network's own outputs
 
 
 class UnknownRepair(OnnxSpdyError, ValueError):
@@ -110,10 +112,11 @@ def repair(
         saved = Checkpoint(checkpoint, made_from | settings)
         if not saved.belongs():
             checkpoint.unlink(missing_ok=True)
+    dense = DenseOutputs(network, samples, layers)
     with network.trainable(names, pruned.weights) as parameters:
         masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in layers})
         training, weights = Trainer(
-            network, parameters, samples, DenseOutputs(network, samples, layers), _layer_errors, masks,
+            network, parameters, samples, dense, _criterion(network, samples, dense), masks,
             layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip
@@ -122,8 +125,22 @@ def repair(
     return replace(pruned, weights={**pruned.weights, **weights}), training
 
 
-def _layer_errors(
-    outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
-) -> torch.Tensor:
-    """Mean relative squared error of the layers' outputs and the network's."""
-    return relative_squared_error(outputs, dense)
+def _criterion(network: Network, samples: Samples, dense: DenseOutputs) -> Criterion:
+    """Mean over the layers' outputs and the network's: relative squared error; of the network's by channel.
+
+    Channels are scaled by the dense outputs of the first batch.
+    """
+    names = network.graph.output_names
+    first = dense(np.arange(min(len(samples), network.batch_size(FITTED_SAMPLES))))
+    own = {name: first[name] for name in names if first[name].is_floating_point()}
+    per_channel: FittedLoss | None = fit_loss(SQUARED_ERROR, [own]) if own else None
+
+    def criterion(
+        outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
+    ) -> torch.Tensor:
+        inner = {name: value for name, value in dense.items() if name not in names}
+        terms = len(inner) + len(own)
+        loss = relative_squared_error(outputs, inner) * (len(inner) / terms) if inner else torch.zeros(())
+        return loss if per_channel is None else loss + per_channel(outputs, dense) * (len(own) / terms)
+
+    return criterion

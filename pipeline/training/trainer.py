@@ -18,6 +18,7 @@ import torch
 
 from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import DataError, Samples
+from onnx_spdy.pipeline.loss import numbers
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
@@ -231,7 +232,7 @@ class Trainer:
         for begin in range(0, len(index) - len(index) % size, size):
             part = index[begin : begin + size]
             batch = self.samples.take(part)
-            target = None if batch.target is None else torch.from_numpy(np.asarray(batch.target))
+            target = numbers(batch.target)
             yield part, capture(batch), self.dense(part), target
 
     def _held_out_loss(self, capture: Capture) -> float:

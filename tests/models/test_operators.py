@@ -18,7 +18,7 @@ from onnx.backend.test.loader import load_model_tests
 
 from onnx_spdy.models import TorchGraph, UnsupportedOperator
 from onnx_spdy.models.operators import OPERATORS
-from onnx_spdy.models.operators.operator import TORCH_DTYPES, read_tensor
+from onnx_spdy.models.operators.operator import TORCH_DTYPES, Node, read_tensor
 
 # Cases of operators that we have, by name, that can't pass.
 EXCLUDED = {
@@ -234,3 +234,20 @@ def test_old_opsets(kind):
                 failures.append(f"{case.name}: {type(exc).__name__}: {str(exc).strip()[:300]}")
     assert not failures, "\n".join(failures)
     assert ran >= {"pytorch-converted": 50, "pytorch-operator": 20, "simple": 8}[kind]
+
+
+def test_the_smallest_float_of_a_mask_stays_finite_in_bfloat16():
+    smallest = torch.tensor(torch.finfo(torch.float32).min)
+    scores = torch.ones(2, 3, dtype=torch.bfloat16)
+    where, largest = (OPERATORS[name].build(Node(name, "n", 18, (), ("y",), {})) for name in ("Where", "Max"))
+    assert where(torch.zeros(2, 3, dtype=torch.bool), scores, smallest).isfinite().all()
+    assert largest(torch.full((2, 3), -torch.inf, dtype=torch.bfloat16), smallest).isfinite().all()
+
+
+def test_a_row_that_is_masked_wholly_leaves_other_gradients_alone():
+    softmax = OPERATORS["Softmax"].build(Node("Softmax", "n", 18, ("x",), ("y",), {}))
+    scores = torch.tensor([[1.0, 2.0], [-torch.inf, -torch.inf]], requires_grad=True)
+    values = torch.ones(2, 1, requires_grad=True)
+    (softmax(scores) @ values)[0].backward()
+    assert values.grad.isfinite().all()
+    assert softmax(scores.detach())[1].isnan().all()  # as in ONNX Runtime

@@ -82,3 +82,40 @@ def test_another_module_is_refused():
     torch.manual_seed(1)
     with pytest.raises(ModelError, match="no parameter of Network"):
         write_module(Network(True), dense, half_of_it(dense))
+
+
+class Levels(nn.Module):
+    """One convolution on two levels, each with a norm of its own, which the export folds into two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 16, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.norms[0](self.shared(x)), self.norms[1](self.shared(x[:, :, ::2, ::2]))
+
+
+def test_a_convolution_with_several_norms_is_refused_and_the_module_stays():
+    torch.manual_seed(0)
+    module = Levels().eval()
+    dense = prepare(export_module(module, (torch.randn(2, 3, 8, 8),)))
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in dense.graph.initializer}
+    before = module.shared.weight.clone()
+    convolutions = [name for name, values in stored.items() if values.ndim == 4]
+    assert len(convolutions) == 2
+    for name in convolutions:
+        pruned = write_weights(dense, {name: stored[name] * (np.arange(stored[name].size) % 2).reshape(16, 3, 3, 3)})
+        with pytest.raises(ModelError, match=r"shared\.weight.*own layer"):
+            write_module(module, dense, pruned)
+    assert torch.equal(module.shared.weight, before)
+
+
+def test_a_weight_that_is_computed_from_parameters_is_refused():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))).eval()
+    dense = prepare(export_module(module, (torch.randn(2, 32),)))
+    with pytest.raises(ModelError, match="remove the parametrisation first"):
+        write_module(module, dense, half_of_it(dense))

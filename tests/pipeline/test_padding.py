@@ -51,6 +51,57 @@ def test_other_inputs_and_other_shapes_leave_values_alone(name: str, mask: np.nd
     assert padding.zeroed(values) is values
 
 
+@pytest.mark.parametrize(
+    ("shape", "positions_at"),
+    [
+        ((2, 3, 5), 1), ((2, 3, 4, 5), 1), ((2, 4, 3, 5), 2), ((2, 3, 3, 5), 2), ((2, 4, 3, 3), 2), ((2, 5, 3), 2),
+    ],
+)  # fmt: skip
+def test_positions_are_found_on_their_axis(shape: tuple[int, ...], positions_at: int) -> None:
+    values = torch.rand(shape) + 1
+    expected = values.clone()
+    for sample, position in ((0, 2), (1, 1), (1, 2)):
+        expected[sample].select(positions_at - 1, position).zero_()
+        values[sample].select(positions_at - 1, position).fill_(torch.nan)
+    padding = Padding({"attention_mask": MASK})
+    assert torch.equal(padding.zeroed(values), expected)
+    if positions_at < len(shape) - 1:
+        rows = padding.real_rows(values)
+        assert rows.shape == (3 * values.numel() // (6 * shape[-1]), shape[-1])
+        assert rows.isfinite().all()
+
+
+def test_samples_and_positions_may_be_one_axis_or_swapped_or_repeated_for_heads() -> None:
+    padding, real = Padding({"attention_mask": MASK}), torch.from_numpy(MASK == 1)
+    flat = torch.where(real.flatten()[:, None], torch.rand(6, 4) + 1, torch.nan)
+    assert torch.equal(padding.real_rows(flat), flat[real.flatten()])
+    assert torch.equal(padding.zeroed(flat), flat.nan_to_num())
+    swapped = flat.view(2, 3, 4).transpose(0, 1)
+    assert torch.equal(padding.zeroed(swapped), swapped.nan_to_num())
+    heads = flat.view(2, 1, 3, 4).expand(2, 5, 3, 4).reshape(10, 3, 4)
+    assert torch.equal(padding.zeroed(heads), heads.nan_to_num())
+
+
+def test_two_axes_are_positions_where_only_padding_has_no_values() -> None:
+    padding, real = Padding({"attention_mask": MASK}), torch.from_numpy(MASK == 1)
+    starts = torch.where(real, torch.ones(2, 3), -torch.inf)
+    assert torch.equal(padding.zeroed(starts), real.float())
+    wrong = torch.where(real, torch.inf, 1.0)
+    assert padding.zeroed(wrong) is wrong
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e4, np.finfo("f4").min])
+@pytest.mark.parametrize("axes", [(), (1,), (1, 1), (1, 3), (3,)])
+def test_a_mask_that_is_added_to_scores_tells_padding_too(low: float, axes: tuple[int, ...]) -> None:
+    added = np.where(MASK == 1, 0, low).astype("f4").reshape(2, *[1] * len(axes), 3)
+    added = np.broadcast_to(added, (2, *axes, 3)).copy()
+    if axes[-1:] == (3,):
+        added[..., ~np.tril(np.ones((3, 3), bool))] = low  # causal as well
+    values = torch.rand(2, 3, 4)
+    plain = Padding({"attention_mask": MASK}).real_rows(values)
+    assert torch.equal(Padding({"scores_mask": added}).real_rows(values), plain)
+
+
 def test_hessians_are_those_of_the_tokens_alone(network: Network) -> None:
     found = collect_hessians(network, network.layers, samples())
     layer = network.layers[0]

@@ -20,7 +20,7 @@ import typer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase, open_database
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
-from onnx_spdy.pipeline.loss import LOSSES, default_loss
+from onnx_spdy.pipeline.loss import fit_loss
 from onnx_spdy.pipeline.metric import top1
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
@@ -167,7 +167,7 @@ class Judge:
         self._network, self._unseen = network, unseen
         self._stitcher = CorrectedStitcher(network, weights, samples)
         self._dense = [outputs for _, outputs in network.outputs(unseen)]
-        self._loss = LOSSES[default_loss(self._dense[0])]
+        self._loss = fit_loss(None, self._dense)
 
     def __call__(self, profile: Profile) -> tuple[float, float | None]:
         """Loss, and top-1 where there are labels."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from onnx_spdy.pipeline.database.pruners.adaprune import adaprune
@@ -68,10 +69,28 @@ def pruner_named(name: str) -> NamedPruner:
 
 
 def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]) -> Pruner:
-    """A pruner from a function `(weight, hessian, level) -> weight` that knows one level at a time."""
+    """A pruner from a function `(weight, hessian, level) -> weight` that knows one level at a time.
+
+    It gets copies, which it may change.
+
+    Raises:
+        PrunerResult: when the function returns something else than a tensor of real numbers.
+    """
 
     def pruner(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level]) -> Iterator[torch.Tensor]:
         for level in levels:
-            yield function(weight, hessian, level)
+            found = function(weight.clone(), hessian.clone(), level)
+            if isinstance(found, np.ndarray) and found.dtype.kind == "f":
+                found = torch.from_numpy(found)
+            if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+                kind = found.dtype if isinstance(found, (torch.Tensor, np.ndarray)) else type(found).__name__
+                raise PrunerResult(
+                    f"the pruner returned {kind} at {level}; it must return the weights as a float tensor"
+                )
+            yield found.detach().to(weight)
 
     return pruner
+
+
+class PrunerResult(OnnxSpdyError, ValueError):
+    """A pruner returned no weights."""

@@ -9,7 +9,7 @@ from torch import nn
 from onnx_spdy.models import Prepared, export_module, find_layers, load_model, prepare, save_model, to_canonical
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
-from onnx_spdy.pipeline.loss import distillation_loss
+from onnx_spdy.pipeline.loss import distillation_loss, fit_loss
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.training.gradual import GradualPruning, KeptZeros, level_at
@@ -220,6 +220,69 @@ def test_what_cannot_be_told_apart_is_refused(sequences: tuple[nn.Module, onnx.M
         match_weights(module, model, ["nothing"])
 
 
+class Levels(nn.Module):
+    """One convolution on two levels, each with a norm of its own, which the export folds into two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+        self.head = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        large, small = (norm(self.shared(v)) for norm, v in zip(self.norms, (x, x[:, :, ::2, ::2]), strict=True))
+        return self.head(torch.relu(large[:, :, :4, :4] * small))
+
+
+def test_one_convolution_with_several_norms_is_not_pruned_for_one_of_them() -> None:
+    module = trained(Levels(), (3, 8, 8))
+    model = prepare(export_module(module, torch.randn(2, 3, 8, 8)))
+    shared = [layer.name for layer in find_layers(model) if layer.shape == (16, 3, 3, 3)]
+    assert len(shared) == 2
+    for name in shared:
+        with pytest.raises(ParameterMismatch, match=r"both parameter 'shared\.weight'"):
+            GradualPruning(module, model, {name: HALF}, steps=0)
+    assert float((module.shared.weight == 0).float().mean()) == 0
+    (head,) = set(prunable(model)) - set(shared)
+    GradualPruning(module, model, {head: HALF}, steps=0)
+    assert float((module.head.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_is_computed_from_parameters_is_refused(norm) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(norm(nn.Linear(32, 32)), nn.ReLU(), nn.Linear(32, 16)).eval()
+    model = prepare(export_module(module, torch.randn(2, 32)))
+    with pytest.raises(ParameterMismatch, match="remove the parametrisation first"):
+        GradualPruning(module, model, dict.fromkeys(prunable(model), HALF), steps=0)
+
+
+def test_parameters_that_are_replaced_are_followed(convolutions: tuple[nn.Module, onnx.ModelProto]) -> None:
+    module, model = copied(convolutions[0]), convolutions[1]
+    pruning = GradualPruning(module, model, dict.fromkeys(prunable(model), HALF), steps=0)
+    module.load_state_dict(convolutions[0].state_dict(), assign=True)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()  # the other module keeps its own
+    assert pruning.sparsity()["second.weight"] == pytest.approx(0.5)
+    assert float((module.second.weight == 0).float().mean()) == pytest.approx(0.5)
+    module.second = nn.Conv2d(16, 16, 1)
+    with pytest.raises(ParameterMismatch, match="another shape"):
+        pruning.step()
+
+
+def test_an_averaged_copy_is_pruned_when_it_is_asked_for(convolutions: tuple[nn.Module, onnx.ModelProto]) -> None:
+    module, model = copied(convolutions[0]), convolutions[1]
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    pruning = GradualPruning(module, model, dict.fromkeys(prunable(model), HALF), steps=0)
+    averaged.update_parameters(module)
+    averaged.update_parameters(copied(convolutions[0]))
+    assert float((averaged.module.second.weight == 0).float().mean()) < 0.1
+    pruning.apply_to(averaged)
+    assert torch.equal(averaged.module.second.weight == 0, module.second.weight == 0)
+    with pytest.raises(ParameterMismatch, match="the copy has no parameter"):
+        pruning.apply_to(nn.Linear(2, 2))
+
+
 def test_kept_zeros_swallow_nan() -> None:
     weight = torch.tensor([0.0, 1.0, 2.0])
     kept = KeptZeros({"weight": weight})
@@ -241,7 +304,8 @@ def test_distillation_is_the_divergence_from_the_dense_network() -> None:
     assert mine.grad is not None
     boxes, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     torch.testing.assert_close(
-        distillation_loss({"boxes": boxes}, {"boxes": theirs}), (boxes - theirs).square().sum() / theirs.square().sum()
+        distillation_loss({"boxes": boxes}, {"boxes": theirs}, loss=fit_loss("squared-error", [{"boxes": theirs}])),
+        distillation_loss({"boxes": boxes}, {"boxes": theirs}),
     )
 
 
