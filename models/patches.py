@@ -47,15 +47,14 @@ class InputPatches:
         spans = self.spans
         padded = _padded(x, *self.pads(x.shape[2:])).movedim(1, -1)  # (samples, *sizes, in)
         if prod(self.kernel) == 1:
-            return padded[(slice(None), *(slice(None, None, step) for step in self.strides))].flatten(0, -2)
+            every = (slice(None), *(slice(None, None, step) for step in self.strides))
+            return padded[every].flatten(0, -2)
         sizes = [(n - s) // stride + 1 for n, s, stride in zip(padded.shape[1:-1], spans, self.strides, strict=True)]
         unfolded = x.new_empty(x.shape[0], *sizes, prod(self.kernel), self.channels)
         for number, offset in enumerate(itertools.product(*map(range, self.kernel))):
-            window = [
-                slice(o * d, o * d + (n - 1) * stride + 1, stride)
-                for o, d, n, stride in zip(offset, self.dilations, sizes, self.strides, strict=True)
-            ]
-            unfolded[..., number, :] = padded[(slice(None), *window)]
+            axes = zip(offset, self.dilations, sizes, self.strides, strict=True)
+            window = (slice(None), *(slice(o * d, o * d + (n - 1) * step + 1, step) for o, d, n, step in axes))
+            unfolded[..., number, :] = padded[window]
         return unfolded.view(-1, prod(self.kernel) * self.channels)
 
     @property

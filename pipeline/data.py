@@ -108,10 +108,24 @@ def as_samples(
     target = arrays.get(TARGET)
     if target is not None and target.ndim == 0:
         raise DataError(f"target is the single number {target}; its first axis counts samples")
+    _check_axes(inputs, shapes)
     counts = {name: len(array) for name, array in inputs.items()} | ({} if target is None else {TARGET: len(target)})
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise DataError(f"data has different or zero numbers of samples: {counts}; the first axis counts samples")
     return Samples(inputs, None if target is None else _own(target))
+
+
+def _check_axes(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Refuse inputs that have no samples on their first axis: a scale, a state of (layers, samples, ...)."""
+    is_open = any(shape and shape[0] is None for shape in shapes.values())
+    for name, shape in shapes.items():
+        samples_elsewhere = bool(shape) and is_open and shape[0] is not None
+        if not shape or samples_elsewhere:
+            where = "no axis" if not shape else f"a first axis of size {shape[0]} that isn't the samples'"
+            raise DataError(
+                f"input {name!r} has {where}, and a batch takes every input by its first axis; export the network with "
+                "this input as a constant, or with samples first"
+            )
 
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype: np.dtype) -> np.ndarray:
@@ -120,7 +134,10 @@ def _checked(name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype:
     )
     if not fits:
         wanted = ("samples", *("any" if size is None else size for size in shape[1:]))
-        raise DataError(f"input {name!r} has shape {array.shape}, the network wants ({', '.join(map(str, wanted))})")
+        advice = "; give each sample a first axis of samples" if array.ndim == len(shape) - 1 else ""
+        raise DataError(
+            f"input {name!r} has shape {array.shape}, the network wants ({', '.join(map(str, wanted))}){advice}"
+        )
     if array.dtype.kind not in "fiub" or (np.dtype(dtype).kind in "iub" and array.dtype.kind == "f"):
         raise DataError(f"input {name!r} has type {array.dtype}, the network wants {np.dtype(dtype)}; convert it")
     if array.dtype.kind == "f" and not np.isfinite(array).all() and not _is_additive_mask(name, array):

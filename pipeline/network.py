@@ -189,6 +189,8 @@ def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
 
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; emulated, it would be slower than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False  # torch 2.9 can't tell
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -11,7 +11,8 @@ class OnnxSpdyError(Exception):
 
     OnnxSpdyError
     |- ModelError               models: the network is damaged, or holds what isn't known here
-    |  `- UnsupportedOperator   ... an operator
+    |  |- UnsupportedOperator   ... an operator
+    |  `- RunFailed             ... ONNX Runtime can't run it
     |- RuntimeFailure           runtimes: an engine did not do what it was asked to do
     |  |- RuntimeUnavailable    ... it can't be used on this machine
     |  |- ModelRefused          ... it (or we, on its behalf) won't take this model

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,11 @@ ALLOWED = {
 }
 # Every error has one base, and every file is written in one way; both travel with the runtimes.
 EXCEPTIONS = {("models", "onnx_spdy.runtimes.errors"), ("models", "onnx_spdy.runtimes.atomic")}
+# Rooms of the pipeline from the top floor down; whatever else is there is used by all of them, and uses none.
+STAGES = (
+    "run", "front", "report", "target", "search", "stitch", "training", "database", "latency",
+    "alternatives", "validate",
+)  # fmt: skip
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ENGINES = {"deepsparse", "openvino", "tensorrt", "onnxruntime"}
 
@@ -52,7 +56,19 @@ def test_imports_go_one_way(path: Path) -> None:
             assert not (at_import_time and parts[0] in ENGINES), f"{module} is imported before a runtime is opened"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_stage_imports_one_above_it(path: Path) -> None:
+    def floor(room: str) -> int:
+        return STAGES.index(room) if room in STAGES else len(STAGES)
+
+    own = floor(path.relative_to(ROOT / "pipeline").with_suffix("").parts[0])
+    for module, _ in imports(path):
+        if module.startswith("onnx_spdy.pipeline."):
+            assert floor(module.split(".")[2]) >= own, f"{module} is above it"
+
+
 def test_every_package_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="no tomllib before Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]
     found = {
         "onnx_spdy." + ".".join(path.relative_to(ROOT).parts)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tomllib
 import torch
 import typer
 from onnx import TensorProto, helper, numpy_helper

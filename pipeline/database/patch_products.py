@@ -154,8 +154,9 @@ class PatchProducts:
         windows = []
         for at in itertools.product(*part):
             begins = [(n - some[0]) * step for n, some, step in zip(at, part, steps, strict=True)]
-            cut = [slice(begin, begin + high - low) for begin, (low, high) in zip(begins, box, strict=True)]
-            windows.append(strip[(slice(None), *cut)])
+            ranges = zip(begins, box, strict=True)
+            cut = (slice(None), *(slice(begin, begin + high - low) for begin, (low, high) in ranges))
+            windows.append(strip[cut])
         return torch.stack(windows, -2).flatten(0, -3).flatten(1)
 
 

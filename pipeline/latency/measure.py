@@ -16,7 +16,7 @@ import contextlib
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,6 @@ def measure_latency(
     seed: int = 0,
     save: Path | None = None,
     allow_busy: bool = False,
-    fit: Callable[..., Fit] = fit_latency,
     progress: Progress = ignore,
 ) -> LatencyTable:
     """Measure every prunable layer at every level.
@@ -95,7 +94,6 @@ def measure_latency(
         save: latency.json, written at the end. Until then what was measured is kept beside it, in
             latency.partial.json, and continued from.
         allow_busy: measure even while other programs use the CPU; the table says how much they used.
-        fit: makes the times of what was measured.
         progress: called with (measured, to measure, note).
     Raises:
         LevelError: levels of several patterns.
@@ -108,7 +106,7 @@ def measure_latency(
         raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
     keep = save and save.with_suffix(PARTIAL)
     with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
-        work = _Work(dense, runtime, levels, workload, seed, Path(folder), allow_busy, fit, progress)
+        work = _Work(dense, runtime, levels, workload, seed, Path(folder), allow_busy, progress)
         try:
             table = work.measure(keep)
         except (RuntimeFailure, MachineBusy) as exc:
@@ -136,14 +134,13 @@ class _Work:
         seed: int,
         folder: Path,
         allow_busy: bool,
-        fit: Callable[..., Fit],
         progress: Progress,
     ) -> None:
         self._network, self._runtime, self._levels, self._seed = dense, runtime, tuple(levels), seed
         self._workload = resolved(dense.proto.graph, workload)
         self._layers = dense.prunable
         self._predecessor, self._source_of = predecessors(dense.proto.graph, self._layers)
-        self._folder, self._allow_busy, self._make_fit, self._progress = folder, allow_busy, fit, progress
+        self._folder, self._allow_busy, self._progress = folder, allow_busy, progress
         self._row_of = {output: row for row, layer in enumerate(self._layers) for output in layer.outputs}
         self._path = folder / "dense.onnx"
         self.observations: list[Observation] = []
@@ -325,7 +322,7 @@ class _Work:
         noise = max(LEAST_NOISE, float(np.median([one.noise for one in self.observations])))
         trials = [self._trial(one, noise) for one in self.observations]
         sparsities = [level.sparsity for level in self._levels]
-        return self._make_fit(trials, self._predecessor, self._source_of, sparsities, sparse, self._dense().median)
+        return fit_latency(trials, self._predecessor, self._source_of, sparsities, sparse, self._dense().median)
 
     def _trial(self, observation: Observation, noise: float) -> Trial:
         rows, pending = [], 0.0

@@ -10,8 +10,8 @@ def start(hello):
     import tempfile
     import zipfile
 
-    if sys.version_info < (3, 11):  # noqa: UP036
-        sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0])
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0])
     with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
         with zipfile.ZipFile(io.BytesIO(base64.b64decode(hello["package"]))) as package:
             package.extractall(folder)

@@ -187,7 +187,7 @@ class RemoteRuntime(Closing):
             port = f"-p {self._address.port} " if self._address.port else ""
             return f"{self._lost(worker)}; 'ssh {port}{self._address.target}' must work without a question"
         if self._python:
-            return f"{problem}. {self._python!r} needs Python 3.11 or later with onnx, psutil and what the engine needs"
+            return f"{problem}. {self._python!r} needs Python 3.10 or later with onnx, psutil and what the engine needs"
         return (
             f"{problem}. That machine needs uv (docs.astral.sh/uv), which gets what the engine needs; or name an "
             f"interpreter there that has it in {PYTHON_VARIABLE}"

@@ -38,8 +38,9 @@ from tests.models.corpus import NETWORKS
 ASKED = os.environ.get("CORPUS", "")
 GROUPS = {"all": list(NETWORKS), "transformers": list(corpus_transformers.NETWORKS)}
 CHOSEN = GROUPS.get(ASKED) or [name for name in ASKED.split(",") if name]
-# A few kinds of graphs: convolutions and norms, attention and masks, several outputs, recurrence, rank 5.
-NEWER = CHOSEN or ["EfficientNet", "Bert", "RetinaNet"]
+# A few kinds of graphs: convolutions and norms, attention and masks, several outputs, a model of the `transformers`
+# library, recurrence, rank 5.
+NEWER = CHOSEN or ["EfficientNet", "Bert", "RetinaNet", "HfBert"]
 OLDER = CHOSEN or ["FeaturePyramidDetector", "SpeechLstm", "Video"]
 NOT_OLDER = {
     "Llama": "PyTorch's older exporter has no RMSNorm",

@@ -64,6 +64,8 @@ class Cases:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the suite overflows and divides by zero on purpose
             cases = load_model_tests(kind="node")
+        if cases[0].model is None:
+            pytest.skip("this onnx has the cases of its operators in files")
         for case in cases:
             used = {node.op_type for node in case.model.graph.node} - {"Constant"}
             self.not_claimed |= used - set(OPERATORS)

@@ -53,7 +53,7 @@ def test_the_promise_is_kept_and_every_artifact_is_there(finished: tuple[Path, S
     assert report["target_speedup"] == 1.5
     assert report["predicted_speedup"] >= 1.5
     assert report["measured_speedup"] == pytest.approx(report["dense_seconds"] / report["pruned_seconds"])
-    assert report["measured_speedup_lower"] >= 1.45
+    assert report["measured_speedup_lower"] >= 1.5
     assert report["measured_speedup"] == pytest.approx(report["predicted_speedup"], rel=0.05)
     assert {stage["name"] for stage in report["stages"]} >= {"measure", "database", "search", "validate", "evaluate"}
 
@@ -153,7 +153,7 @@ def test_other_patterns_go_the_same_way(model: onnx.ModelProto, samples: Samples
     report = do(model, samples, tmp_path, speedup=1.1, pattern=pattern).content
     levels = {layer["level"] for layer in report["layers"]}
     assert any(level.startswith(pattern) for level in levels)
-    assert report["measured_speedup"] > 1.05
+    assert report["measured_speedup_lower"] >= 1.1
     assert LatencyTable.load(tmp_path / "latency.json").levels[1].pattern == pattern
 
 

@@ -88,7 +88,7 @@ def test_it_is_pruned_once_and_both_uses_have_the_zeros(model, samples, tmp_path
         Prepared(model), samples, runtime, workload_of(samples, 2), Target(2.0, tmp_path),
         search=SearchSettings(time_limit_seconds=2),
     )  # fmt: skip
-    assert report.content["measured_speedup"] > 1.8
+    assert report.content["measured_speedup_lower"] >= 2.0
     pruned = load_model(tmp_path / "model.onnx")
     head = next(tensor for tensor in pruned.graph.initializer if tensor.name == "head")
     assert (numpy_helper.to_array(head) == 0).mean() > 0.3

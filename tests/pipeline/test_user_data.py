@@ -146,6 +146,16 @@ def test_a_mask_that_is_added_may_hold_minus_infinity() -> None:
             as_samples({"mask": np.full_like(added, bad)}, {"mask": (None, 3, 3)}, {"mask": np.dtype("f4")})
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, None, 3)])
+def test_inputs_without_samples_first_are_one_line(shape: tuple) -> None:
+    shapes, dtypes = SHAPES | {"extra": shape}, DTYPES | {"extra": np.dtype("f4")}
+    extra = np.ones([12 if size is None else size for size in shape], "f4")
+    with pytest.raises(DataError, match=r"input 'extra' has .*; export the network with this input as a constant"):
+        as_samples({"input": X, "extra": extra}, shapes, dtypes)
+    as_samples({"input": X, "extra": np.ones((12, 3))}, SHAPES | {"extra": (None, 3)}, dtypes)
+    as_samples({"input": X, "extra": np.ones((12, 3))}, {"input": (4, 1, 4, 4), "extra": (4, 3)}, dtypes)
+
+
 def test_integers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match=r"holds 4294967296, which int32 can't hold"):
         as_samples({"ids": np.array([1, 2**32])}, {"ids": (None,)}, {"ids": np.dtype("i4")})

@@ -91,7 +91,7 @@ def test_run_then_every_single_step_by_hand_gives_the_same_network(folder: Path,
     assert "come from a formula" in done.stdout
     assert "every dense alternative" in done.stdout
     report = json.loads((folder / "whole" / "report.json").read_text())
-    assert report["measured_speedup"] > 1.2
+    assert report["measured_speedup_lower"] >= 1.3
     assert "<html" in (folder / "whole" / "report.html").read_text()
     steps = [
         ("measure", "user.py:network", "--runtime", "fake", "--batch", 16, "--data", "user.py:data",

@@ -8,7 +8,7 @@ layers that it makes faster, whose time is predicted from the first two before i
 times don't depend on them. The file, some kilobytes for each case, is written again as soon as a case is measured; no
 case is begun after --time-limit.
 
-It needs an NVIDIA GPU from compute capability 8.0 on, Python 3.11 or later, and there torch 2.8 or later for CUDA with
+It needs an NVIDIA GPU from compute capability 8.0 on, Python 3.10 or later, and there torch 2.8 or later for CUDA with
 cuSPARSELt, numpy, onnx, ml_dtypes and typer; nothing else of what this project depends on. Where the project isn't
 installed, a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as the Makefile
 makes it for `make types`; where onnx or typer is missing, its wheels unpacked into a folder on PYTHONPATH. --dry-run is

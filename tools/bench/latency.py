@@ -1,11 +1,9 @@
 """How well the latency model predicts whole networks, in a real runtime, beside the plain sum of layer times.
 
-The table is measured when `--latency` isn't there yet; what the parts of its model buy is shown then, too: the same
-measurements are fitted without the terms of neighbouring layers, and without the networks' times as a whole. Then
-networks that the table has never seen are measured, some of them in turns with the dense one: random levels for each
-layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each network is visited several times, in a new order,
-because a disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no
-prediction can be told from a better one.
+The table is measured when `--latency` isn't there yet. Then networks that it has never seen are measured, some of them
+in turns with the dense one: random levels for each layer, drawn from ranges as different as 0-0.99 and 0.8-0.99. Each
+network is visited several times, in a new order, because a disturbance of the machine lasts longer than a visit; how
+far the visits disagree is the noise below which no prediction can be told from a better one.
 """
 
 from __future__ import annotations
@@ -13,18 +11,15 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from onnx_spdy.models import Layer, save_model
 from onnx_spdy.pipeline.artifact import ArtifactError
-from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
 from onnx_spdy.pipeline.engine import open_runtime
-from onnx_spdy.pipeline.latency.fit import Fit, fit_latency
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level, levels_for
@@ -39,7 +34,6 @@ LOWEST = (0.0, 0.0, 0.4, 0.8)  # of the ranges of sparsity, which all end at the
 VISIT_SECONDS = 2.5
 RUNS_A_ROUND = 2
 GROUP = 10  # networks that are measured in turns
-UNSEEN = 1e3  # relative noise of a measurement that is to count for nothing
 
 
 def bench(
@@ -56,14 +50,11 @@ def bench(
     """Measure random mixed networks; show the errors of the model and of the plain sum."""
     levels = levels_for("unstructured")
     dense = load_network(model)
-    parts, workload = Parts(), Workload(batch, threads)
+    workload = Workload(batch, threads)
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         engine.check()
         if not latency.exists():
-            measure_latency(
-                dense, engine, levels, workload, save=latency, fit=parts.fit,
-                progress=bars.stage("table"),
-            )  # fmt: skip
+            measure_latency(dense, engine, levels, workload, save=latency, progress=bars.stage("table"))
         found = LatencyTable.load(latency)
         layers = dense.prunable
         choices = random_choices(levels, len(layers), networks, np.random.default_rng(seed))
@@ -84,46 +75,12 @@ def bench(
                         bars.stage("networks")(time * networks + start + len(group), visits * networks, "")
     relative = {
         "model": np.array([found.predict(choice) for choice in choices]) / found.dense_seconds,
-        **parts.without(choices),
         "plain sum": np.array([plain(choice) for choice in choices]) / plain(np.zeros(len(layers), np.int64)),
     }
     show(found.environment, relative, measured)
     content = {"engine": found.environment.to_json(), "measured": measured.tolist(), "choices": choices.tolist()}
     predicted = {name: values.tolist() for name, values in relative.items()}
     write_results(json, "bench_latency", {**content, "predicted": predicted}, seed)
-
-
-class Parts:
-    """The model without some of its parts, from the measurements that it was fitted to."""
-
-    def __init__(self) -> None:
-        self._arguments: tuple[Any, ...] | None = None
-
-    def fit(self, *arguments: Any) -> Fit:
-        """`fit_latency`; remembers what it was called with."""
-        self._arguments = arguments
-        return fit_latency(*arguments)
-
-    def without(self, choices: np.ndarray) -> dict[str, np.ndarray]:
-        """What is left out -> (networks,) seconds relative to the dense network; empty if nothing was fitted."""
-        if self._arguments is None:
-            return {}
-        trials, predecessor, source_of, *rest = self._arguments
-        alone, sources = np.full(len(predecessor), NO_PREDECESSOR), dict.fromkeys(source_of, NO_PREDECESSOR)
-        unseen = [replace(trial, noise=UNSEEN) for trial in trials]
-        variants = {
-            "without neighbours": (trials, alone, sources, *rest),
-            "without whole networks": (unseen, predecessor, source_of, *rest),
-            "without both": (unseen, alone, sources, *rest),
-        }
-        return {name: self._relative(arguments, choices) for name, arguments in variants.items()}
-
-    @staticmethod
-    def _relative(arguments: tuple[Any, ...], choices: np.ndarray) -> np.ndarray:
-        fit, (predecessor, sparse) = fit_latency(*arguments), (arguments[1], arguments[4])
-        costs = Costs(fit.seconds, fit.transition, predecessor, ~sparse)
-        totals = [fit.rest_seconds + costs.total(choice) for choice in (np.zeros_like(choices[0]), *choices)]
-        return np.array(totals[1:]) / totals[0]
 
 
 def random_choices(levels: tuple[Level, ...], layers: int, networks: int, rng: np.random.Generator) -> np.ndarray:

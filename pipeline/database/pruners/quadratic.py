@@ -32,7 +32,7 @@ def inverse(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def inflation(hessian: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
-    """(d,) [H^-1]_pp H_pp of each input: 1 where it is correlated with no other, more the better others foretell it."""
+    """(d,) [H^-1]_pp H_pp of each input: 1 where it is correlated with no other, more the better others predict it."""
     return inverted.diagonal() * hessian.diagonal()
 
 

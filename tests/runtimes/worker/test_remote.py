@@ -267,7 +267,7 @@ def test_a_python_without_onnx_says_what_is_missing(remote):
 
 def test_an_old_python_says_so(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 8, 1))
-    with pytest.raises(SystemExit, match=r"Python 3.11 or later is needed, this is 3"):
+    with pytest.raises(SystemExit, match=r"Python 3.10 or later is needed, this is 3"):
         bootstrap.start({})
 
 

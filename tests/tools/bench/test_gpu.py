@@ -55,9 +55,5 @@ def test_the_encoder_is_a_network_whose_layers_become_2_4() -> None:
     assert 0.1 < np.abs(outputs[0] - outputs[1]).mean() < 1.5
 
 
-def test_the_cases_are_those_of_bert_base_and_a_larger_one() -> None:
-    base = [case for case in CASES if case.hidden == 768]
-    assert {(case.layers, case.heads) for case in base} == {(12, 12)}
-    assert {(case.sequence, case.batch) for case in base} == {(s, b) for s in (128, 512) for b in (1, 8, 64)}
-    assert any(case.hidden == 4096 for case in CASES)
+def test_no_case_is_there_twice() -> None:
     assert len({str(case) for case in CASES}) == len(CASES)

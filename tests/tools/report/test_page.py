@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -12,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_spdy.runtimes import Measurement, ratio_confidence
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.metric import top1
+from onnx_spdy.pipeline.run import run
+from onnx_spdy.runtimes import Measurement, open_runtime, ratio_confidence
 from onnx_spdy.tools.report import page as page_module
 from onnx_spdy.tools.report.page import render, write_report_html
+from tests.pipeline.conftest import build_model
 
 ENVIRONMENT = {
     "runtime": "deepsparse", "version": "1.8.0", "precision": "fp32", "cpu": "AMD EPYC 9R14", "host": "bench-3",
@@ -59,6 +64,7 @@ def realistic(layers: int = 20, target: float = 2.0, measured: float = 2.02) -> 
         "metric_name": "top1", "metric_dense": 0.9125, "metric_pruned": 0.9043,
         "loss_name": "kl", "loss": 0.01834, "held_out_loss": 0.02, "search": "spdy",
         "search_ended": "finished", "evaluations": 1100, "images": 140800, "seed": 0, "sparsity": 0.8714,
+        "repair": None, "missed": None,
         "attempts": [
             {"aim_speedup": 2.0, "predicted_speedup": 2.01, "loss": 0.01, "measured_speedup": measured,
              "measured_speedup_lower": measured - 0.02}
@@ -116,6 +122,24 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_the_report_made_by_hand_here_has_the_keys_of_a_real_one(tmp_path: Path) -> None:
+    """Everything but `alternatives`, which is there only where it was asked for."""
+    rng = np.random.default_rng(1)
+    samples = Samples({"input": rng.normal(size=(32, 3, 12, 12)).astype(np.float32)}, rng.integers(0, 10, 32))
+    with open_runtime("fake", layer_overhead_seconds=0.0, node_seconds=1e-9) as runtime:
+        run(
+            build_model(), samples, runtime, 1.2, tmp_path, batch=8, evaluation=samples, metric=top1,
+            metric_name="top1", pruner="magnitude", search="uniform",
+        )  # fmt: skip
+    real = json.loads((tmp_path / "report.json").read_text())
+    made = realistic()
+    assert set(made) - {"alternatives"} == set(real) - {"alternatives"}
+    for part in ("layers", "rest", "stages", "attempts"):
+        assert set(made[part][0]) == set(real[part][0]), part
+    assert set(made["environment"]) <= set(real["environment"])
+    assert _Page(render(real)).open == []
 
 
 @pytest.fixture(scope="module")
