@@ -5,37 +5,45 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnx_spdy.models.graph import ModelError, graph_inputs, input_dtypes, input_shapes
+from onnx_spdy.models.batch import BakedBatch, Draw, baked_batch, batch_that_outputs_have
+from onnx_spdy.models.graph import ModelError, fixed_batch, graph_inputs, input_axes, input_dtypes, input_shapes
 from onnx_spdy.models.ort_process import OrtProcess, RunFailed
+from onnx_spdy.runtimes.batch_axes import dimensions, is_open
 
 logger = logging.getLogger(__name__)
 
 # For open dimensions besides the batch: sentences, small images, larger images; the first that runs is taken.
 OPEN_SIZES = (32, 64, 224, 8, 1)
 # Exporters that trace write the example's batch into the graph, most often 1, and still declare it open.
-BATCHES = (2, 1)
+BATCHES = (2, 1, 4, 8, 16, 32, 64)
 LARGEST_INPUT_BYTES = 2**28  # random numbers are made in double precision first
 TOLERANCE = 1e-4  # of the largest absolute output
 HALF_TOLERANCE = 1e-2
+
+
+class InputTooLarge(ModelError):
+    """Random values for an input would take too much memory."""
 
 
 class Reference:
     """What a graph computes, to compare others with: the same outputs for the same inputs. A context manager.
 
     The graph runs in a process of its own (see `OrtProcess`), on the first inputs that it takes: the examples, or
-    random ones.
+    random ones. Two samples where the batch is open, unless only another number of them is right.
 
     Args:
         given: inputs that aren't random: weights that the graphs were made to read from outside.
         examples: a batch of the user's data, by input name.
+    Attributes:
+        baked: the batch that is written into the graph though it declares it open, or None.
     Raises:
         ModelError: ONNX Runtime can't load the graph, crashes, or runs it neither with the examples nor with random
             inputs.
@@ -52,7 +60,12 @@ class Reference:
         self._process = OrtProcess()
         try:
             self._load(original, "the model")
-            self._inputs, self._expected = self._inputs_that_run(given or {}, examples or {})
+            self._given = self._process.place(given or {})
+            draw, count, reason = self._first_that_runs(_draws(original, given or {}, examples or {}), bool(examples))
+            self.baked = self._baked(draw, count, reason)
+            inputs = draw(self.baked.size if self.baked else count)
+            self._expected = self._run(original, inputs)
+            self._inputs = self._given | self._process.place(inputs)
         except BaseException:
             self._process.__exit__(None, None, None)
             raise
@@ -62,6 +75,11 @@ class Reference:
 
     def __exit__(self, *exc: object) -> None:
         self._process.__exit__(None, None, None)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the outputs that others are compared with."""
+        return [array.shape for array in self._expected]
 
     def check(self, changed: onnx.ModelProto) -> None:
         """Raise ModelError unless the changed graph gives the same outputs.
@@ -91,6 +109,7 @@ class Reference:
         return self._noise[output]
 
     def _load(self, model: onnx.ModelProto, what: str, *, optimise: bool = False) -> None:
+        self._loaded = model
         try:
             self._process.load(model, what, optimise=optimise)
         except ModelError as exc:
@@ -98,25 +117,54 @@ class Reference:
                 raise
             raise ModelError(f"{exc}; export the network in float32") from exc
 
-    def _inputs_that_run(
-        self, given: Mapping[str, np.ndarray], examples: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, Path], list[np.ndarray]]:
-        """Inputs, and the outputs for them."""
-        stored, model = self._process.place(given), self._original
+    def _first_that_runs(self, draws: Sequence[Draw], has_examples: bool) -> tuple[Draw, int, str]:
+        """Of these inputs, the first that run, the number of samples in them, and why a first try failed."""
+        model = self._original
+        fixed = fixed_batch(model)
         reasons: list[str] = []
-        drawn = (_random_inputs(model, batch, size, given) for batch, size in itertools.product(BATCHES, OPEN_SIZES))
-        for arrays in itertools.chain([_as_declared(model, examples)] if examples else [], drawn):
-            inputs = stored | self._process.place(arrays)
+        for count, draw in itertools.product(BATCHES if fixed is None else (fixed,), draws):
             try:
-                return inputs, self._process.run(inputs)
+                self._run(model, draw(count))
+                return draw, count, reasons[0] if reasons else ""
             except RunFailed as exc:
                 reasons.append(str(exc))
-                logger.debug("%s with inputs of %s", exc, {name: array.shape for name, array in arrays.items()})
-        if examples:
+            except InputTooLarge:
+                if not reasons:
+                    raise
+        if has_examples:
             raise ModelError(f"{reasons[0]}; that is with the example inputs, and random ones don't suit it either")
         if _may_need_special_inputs(model):
-            raise ModelError(f"{reasons[0]}; random inputs don't suit this network: give example inputs that do")
-        raise ModelError(reasons[0])
+            raise ModelError(
+                f"{reasons[0]}; random inputs don't suit this network: give example inputs that do (--data)"
+            )
+        raise ModelError(f"{reasons[0]}; if random inputs are the reason, give example inputs (--data)")
+
+    def _baked(self, draw: Draw, count: int, reason: str) -> BakedBatch | None:
+        """The batch that is written into the graph, which runs for `count` samples and not for others before it."""
+        model = self._original
+        if fixed_batch(model) is not None or not any(axis is not None for axis in input_axes(model).values()):
+            return None
+        if count == 2:
+            return baked_batch(model, draw, self._run)
+        if count == 1:
+            size = batch_that_outputs_have(model, self._run(model, draw(1))) or 1
+            with contextlib.suppress(RunFailed):
+                if batch_that_outputs_have(model, self._run(model, draw(size))) == size:
+                    count = size
+        return BakedBatch(count, f"two samples don't run ({reason})")
+
+    def _run(self, model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if model is not self._loaded:
+            self._load(model, "the model")
+        placed = self._process.place(inputs)
+        try:
+            return self._process.run(self._given | placed)
+        except RunFailed as exc:
+            logger.debug("%s with inputs of %s", exc, {name: array.shape for name, array in inputs.items()})
+            raise
+        finally:
+            for path in placed.values():
+                path.unlink()
 
 
 def check_same_results(original: onnx.ModelProto, changed: onnx.ModelProto) -> None:
@@ -147,21 +195,34 @@ def _may_need_special_inputs(model: onnx.ModelProto) -> bool:
     return integers or any(None in shape[1:] for shape in input_shapes(model).values())
 
 
+def _draws(model: onnx.ModelProto, given: Collection[str], examples: Mapping[str, np.ndarray]) -> list[Draw]:
+    """Ways to make inputs of so many samples: of the examples, repeated where they are fewer; random ones."""
+    axes = input_axes(model)
+
+    def of_examples(count: int) -> dict[str, np.ndarray]:
+        return {
+            name: array if (axis := axes[name]) is None else array.take(np.arange(count), axis, mode="wrap")
+            for name, array in _as_declared(model, examples).items()
+        }
+
+    drawn: list[Draw] = [partial(_random_inputs, model, size=size, given=given) for size in OPEN_SIZES]
+    return [of_examples, *drawn] if examples else drawn
+
+
 def _random_inputs(model: onnx.ModelProto, batch: int, size: int, given: Collection[str]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    dtypes = input_dtypes(model)
-    free = [value for value in graph_inputs(model) if value.name not in given]
-    dims = {value.name: list(value.type.tensor_type.shape.dim) for value in free}
-    batches = {axes[0].dim_param for axes in dims.values() if axes} - {""}
+    dtypes, batch_axes = input_dtypes(model), input_axes(model)
+    dims = {value.name: dimensions(value) for value in graph_inputs(model) if value.name not in given}
+    batches = {axes[axis].dim_param for name, axes in dims.items() if (axis := batch_axes[name]) is not None} - {""}
     inputs = {}
     for name, axes in dims.items():
         shape = [
-            axis.dim_value if axis.dim_value > 0 else batch if i == 0 or axis.dim_param in batches else size
+            batch if i == batch_axes[name] or axis.dim_param in batches else size if is_open(axis) else axis.dim_value
             for i, axis in enumerate(axes)
         ]
         size_bytes = prod(shape) * dtypes[name].itemsize
         if size_bytes > LARGEST_INPUT_BYTES:
-            raise ModelError(
+            raise InputTooLarge(
                 f"input '{name}' of shape {shape} takes {size_bytes / 2**30:.1f} GiB, more than "
                 f"{LARGEST_INPUT_BYTES / 2**30:g}: export the model with smaller inputs"
             )

@@ -19,6 +19,8 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from onnx_spdy.runtimes.atomic import replacing
+from onnx_spdy.runtimes.batch_axes import batch_axes, dimensions
+from onnx_spdy.runtimes.batch_axes import fixed_batch as batch_of_inputs
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 # A protobuf message can't be larger than 2 GiB; weights of larger models go to a second file.
@@ -114,7 +116,7 @@ def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """Shape of each input, None for a dimension that is open."""
-    return {value.name: tuple(_size(dim) for dim in _dimensions(value)) for value in graph_inputs(model)}
+    return {value.name: tuple(_size(dim) for dim in dimensions(value)) for value in graph_inputs(model)}
 
 
 def input_dtypes(model: onnx.ModelProto) -> dict[str, np.dtype]:
@@ -126,8 +128,13 @@ def input_dtypes(model: onnx.ModelProto) -> dict[str, np.dtype]:
 
 
 def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """The batch that the graph's inputs fix on their first axis; None if that is open."""
-    return min((shape[0] for shape in input_shapes(model).values() if shape and shape[0] is not None), default=None)
+    """The batch that the graph's inputs fix; None if it is open."""
+    return batch_of_inputs(graph_inputs(model))
+
+
+def input_axes(model: onnx.ModelProto) -> dict[str, int | None]:
+    """The axis of each input on which samples lie; None where it has none. See `batch_axes`."""
+    return batch_axes(graph_inputs(model))
 
 
 def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -172,10 +179,6 @@ def one_line(text: str, limit: int = 400) -> str:
     """`text` with its line breaks and runs of blanks replaced by single blanks, cut at `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _dimensions(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
-    return list(value.type.tensor_type.shape.dim)
 
 
 def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:

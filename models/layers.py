@@ -23,6 +23,7 @@ CONVERSIONS = frozenset(
     {"Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice", "Squeeze", "Transpose",
      "Unsqueeze"}
 )  # fmt: skip
+MOVES = CONVERSIONS - {"DequantizeLinear", "QuantizeLinear"}
 # Operators of any domain that hold weights too, and why these aren't pruned.
 OTHER_OPERATORS = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers aren't pruned"),
@@ -235,6 +236,9 @@ def _reason_for_computed(value: str, usage: _Usage) -> str:
     while value in usage.producers and usage.producers[value].op_type in CONVERSIONS:
         steps.append(usage.producers[value].op_type)
         value = usage.producers[value].input[0]
+    others = [f"'{name}' ({node.op_type})" for name, node in usage.readers.get(value, []) if node.op_type == "Gather"]
+    if value in usage.stored and others and set(steps) <= MOVES:
+        return f"its weight is the embedding '{value}' that {others[0]} reads too (tied): untie them before the export"
     if value in usage.stored:
         return f"its weight is computed from '{value}' by {', '.join(reversed(steps))}: prune before that is added"
     return "a product of two computed values: it has no weights"

@@ -35,7 +35,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"no such model file: {path}")
+        raise ModelError(f"no such model file: {path}{', it is a folder' if path.is_dir() else ''}")
     try:
         model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, OSError) as exc:

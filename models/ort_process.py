@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 
 from onnx_spdy.models.graph import ModelError, one_line
+from onnx_spdy.runtimes.atomic import WorkFolder
 
 LONGEST_RUN_SECONDS = 60
 LONGEST_LOAD_SECONDS = 600
@@ -37,7 +38,7 @@ class OrtProcess:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="onnx-spdy-")
+        self._folder = WorkFolder()
         self._words = (Path(self._folder.name) / "stderr").open("w+b")
         self._process = self._start()
         self._numbers = itertools.count()
@@ -101,11 +102,13 @@ class OrtProcess:
         try:
             yield
         except OSError as exc:
-            folder = Path(self._folder.name).parent
-            raise ModelError(
-                f"cannot write the model to {folder}, to try it in another process: {exc.strerror or exc}; "
-                "set TMPDIR to a folder with room"
-            ) from exc
+            raise self._no_room(exc.strerror or str(exc)) from exc
+
+    def _no_room(self, reason: str) -> ModelError:
+        return ModelError(
+            f"cannot write the model to {Path(self._folder.name).parent}, to try it in another process: "
+            f"{one_line(reason)}; set TMPDIR to a folder with room"
+        )
 
     def run(self, inputs: Mapping[str, Path]) -> list[np.ndarray]:
         """Outputs of the loaded graph for inputs that were placed.
@@ -120,6 +123,8 @@ class OrtProcess:
             answer = self._ask(request, "runs", LONGEST_RUN_SECONDS + GRACE_SECONDS)
             if "late" in answer:
                 raise ModelError(f"one run of {self._what} takes more than {LONGEST_RUN_SECONDS} s in ONNX Runtime")
+            if "unwritten" in answer:
+                raise self._no_room(answer["unwritten"])
             if "error" in answer:
                 raise RunFailed(f"ONNX Runtime can't run {self._what}: {one_line(answer['error'])}")
             arrays = [np.load(Path(outputs) / f"{number}.npy") for number in range(len(answer["dtypes"]))]
@@ -127,6 +132,7 @@ class OrtProcess:
 
     def _ask(self, request: Mapping[str, Any], does: str, seconds: float) -> dict[str, Any]:
         if self._process.poll() is not None:
+            self._end()
             self._process = self._start()
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._limit(seconds) as late, contextlib.suppress(BrokenPipeError):

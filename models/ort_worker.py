@@ -1,6 +1,7 @@
 """ONNX Runtime in a process of its own, because a graph can make it abort: a script that imports nothing of ours.
 
-Requests come as JSON, one a line, on stdin; each is answered by a line on stdout, {"error": reason} if it failed:
+Requests come as JSON, one a line, on stdin; each is answered by a line on stdout, {"error": reason} if it failed, and
+{"unwritten": reason} if there is no room for its outputs:
 
     {"model": path, "optimise": false}                              -> {}
     {"inputs": {name: path}, "outputs": folder, "seconds": limit}   -> {"dtypes": [...]} or {"late": true}
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which would write into the user's cache
+
 import onnxruntime as ort
 
 PLAIN_KINDS = "biufcU"  # other element types (bfloat16, ...) are written as float32, which holds them exactly
@@ -37,6 +41,8 @@ def main() -> None:
                 answer = {}
             else:
                 answer = _run(session, request)
+        except OSError as exc:  # of NumPy, which writes outputs; ONNX Runtime raises none
+            answer = {"unwritten": str(exc)}
         except Exception as exc:  # ONNX Runtime's errors have no common base
             answer = {"error": str(exc)}
         answers.write(json.dumps(answer) + "\n")

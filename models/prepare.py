@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
+from onnx_spdy.models.batch import fix_batch
 from onnx_spdy.models.graph import (
     LARGEST_PROTOBUF_BYTES,
     ModelError,
@@ -21,9 +23,13 @@ from onnx_spdy.models.graph import (
     inner_graphs,
     without_large_data,
 )
+from onnx_spdy.models.prepared import Prepared
 from onnx_spdy.models.rewrites import name_nodes, note_shapes, pool_instead_of_mean, restore_names
 from onnx_spdy.models.simplify import simplified, slim
 from onnx_spdy.models.surgery import edit, read
+from onnx_spdy.runtimes.batch_axes import mark_batch_axes
+
+logger = logging.getLogger(__name__)
 
 # A pass may open the way for another one; real networks settle after two.
 LARGEST_ROUNDS = 6
@@ -31,8 +37,17 @@ LARGEST_ROUNDS = 6
 UNTOUCHED_BYTES = 1 << 20
 
 
-def prepare(model: onnx.ModelProto, examples: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
+def prepare(
+    model: onnx.ModelProto,
+    examples: Mapping[str, np.ndarray] | None = None,
+    axes: Mapping[str, int | None] | None = None,
+) -> Prepared:
     """Fold constants, clean up, and rewrite what engines don't like; the model given stays as it is.
+
+    A batch that the file declares open and that is written into the graph all the same is fixed; a warning is logged
+    that says why.
+
+    What comes back is what `run` and `finetune` take; its `proto` is the graph to save.
 
     Weights and nodes keep their names; where a BatchNormalization is folded into a convolution the result has the
     names of the convolution. Inputs and outputs stay, with their open dimensions. A prepared model stays the same
@@ -50,6 +65,7 @@ def prepare(model: onnx.ModelProto, examples: Mapping[str, np.ndarray] | None = 
         model: any network whose inputs and outputs are tensors.
         examples: a batch of data by input name, on which the prepared graph is compared with the original; random
             inputs without. Where the network doesn't run with them, random ones are tried.
+        axes: input -> axis on which its samples lie, or None, where the graph itself doesn't tell; see `batch_axes`.
     Raises:
         ModelError: ONNX Runtime can't run the model, or not with these inputs; or the result is invalid or computes
             something else whatever is left out (see `Reference` for how that is judged).
@@ -60,15 +76,20 @@ def prepare(model: onnx.ModelProto, examples: Mapping[str, np.ndarray] | None = 
     name_nodes(named)  # first: ONNX Runtime, which compares below, refuses two nodes of one name
     aside = {value.name for value in graph_inputs(named)} - {value.name for value in graph_inputs(model)}
     weights = [tensor for tensor in model.graph.initializer if tensor.name in aside]
+    if axes is not None:
+        mark_batch_axes(graph_inputs(named), {value.name: axes.get(value.name) for value in graph_inputs(named)})
     # Before anything else works with the graph: it may be one that makes a process abort.
     with Reference(named, {tensor.name: numpy_helper.to_array(tensor) for tensor in weights}, examples) as reference:
+        if reference.baked:
+            logger.warning("%s", reference.baked)
+            fix_batch(named, reference.baked.size, reference.shapes)
         original = _inlined(named)
         original.ir_version = max(original.ir_version, 4)  # before 4 every initializer had to be an input too
         prepared = simplified(lambda steps: _proven(original, steps, reference))
     if weights:
         _put_back(weights, prepared, model)
     check_model(prepared, "the prepared model")
-    return prepared
+    return Prepared(prepared)
 
 
 def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Reference) -> onnx.ModelProto:

@@ -37,8 +37,8 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
 
     Args:
         module: with the dense weights that the graph was exported with.
-        dense: `dense.onnx` of a run on this module.
-        pruned: `model.onnx` of that run.
+        dense: the graph in `dense.onnx` of a run on this module, or the `proto` of what `prepare` returns.
+        pruned: the graph in `model.onnx` of that run.
     Returns:
         Names of the parameters that were changed.
     Raises:

@@ -5,6 +5,7 @@ Each is refused when it is not what it says, when somebody changed it, or when i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from onnx_spdy.runtimes.atomic import UNFINISHED, replacing
+from onnx_spdy.runtimes.atomic import UNFINISHED, make_folder, remove_left, replacing
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 LOCK = ".lock"
@@ -37,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUse: somebody does now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
@@ -46,23 +50,35 @@ def locked(folder: Path) -> Iterator[None]:
             f"another command works in {folder} now; wait for its end, or choose another folder"
         ) from None
     try:
-        for left in folder.glob(f".*{UNFINISHED}"):
-            left.unlink(missing_ok=True)
+        remove_left(folder, f".*{UNFINISHED}")
         yield
     finally:
         lock.release()
 
 
-def write_json(path: Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
+def write_json(path: Path | str, kind: str, version: int, content: Mapping[str, Any]) -> None:
     """Write `content` under `format: onnx_spdy.<kind>` and `version`, with its checksum, atomically."""
     # As it is read again: tuples are lists then, and keys are text.
-    document = json.loads(_as_json({"format": f"onnx_spdy.{kind}", "version": version, **content}))
+    document = json.loads(json.dumps({"format": f"onnx_spdy.{kind}", "version": version, **content}, allow_nan=False))
     with replacing(path) as temporary:
         text = json.dumps({**document, CHECKSUM: _checksum(document)}, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf8")
 
 
-def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as exc:  # what a full disk is called there
+            raise OSError(errno.EIO, str(exc)) from exc
+
+
+def read_json(path: Path | str, kind: str, version: int) -> dict[str, Any]:
     """The content of a file written by `write_json` with this kind and version.
 
     Raises:
@@ -70,7 +86,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
             file.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf8"))
+        document = json.loads(Path(path).read_text(encoding="utf8"))
     except OSError as exc:
         raise ArtifactError(f"{path} can't be read: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:
@@ -84,7 +100,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 @contextmanager
-def fields_of(path: Path) -> Iterator[None]:
+def fields_of(path: Path | str) -> Iterator[None]:
     """What is missing or mistyped in a file that is read in this block is told by the file's name.
 
     Raises:
@@ -97,10 +113,6 @@ def fields_of(path: Path) -> Iterator[None]:
             raise
         text = " ".join(str(exc).split())
         raise ArtifactError(f"{path} has a missing or wrong field ({type(exc).__name__}: {text}); delete it") from exc
-
-
-def _as_json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, sort_keys=True, allow_nan=False)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

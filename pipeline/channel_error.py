@@ -34,8 +34,9 @@ class ChannelScale:
     @classmethod
     def of(cls, references: Sequence[torch.Tensor]) -> ChannelScale:
         """From what the dense network gives for all batches, each (samples, ...)."""
-        fill = _fill(references)
         candidates = _candidate_axes([tuple(value.shape) for value in references])
+        references = [value for value in references if value.numel()]
+        fill = _fill(references)
         moments = [(axis, _Moments.of(references, axis, fill)) for axis in candidates]
         axis, found = max(moments, key=lambda one: one[1].spread)  # the first of equal ones
         return cls(axis, found.scale(), fill)
@@ -106,9 +107,13 @@ class _Moments:
 
 
 def channel_scales(references: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, ChannelScale]:
-    """The scale of each floating-point output, from what the dense network gives for all batches."""
+    """The scale of each floating-point output, from what the dense network gives for all batches.
+
+    One that is empty in all of them (nothing was found) has none.
+    """
     names = [name for name, value in references[0].items() if value.is_floating_point()]
-    return {name: ChannelScale.of([outputs[name] for outputs in references]) for name in names}
+    values = {name: [outputs[name] for outputs in references] for name in names}
+    return {name: ChannelScale.of(some) for name, some in values.items() if any(one.numel() for one in some)}
 
 
 def masked_alike(output: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:

@@ -52,8 +52,9 @@ class StatisticsCorrection:
         if len(samples) < (needed := network.batch_size(1)):
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
-        self._batches = network.whole_batches(samples.take(slice(0, _affordable(network, samples))))
-        self._paddings = [Padding(batch.inputs) for batch in self._batches]
+        some = samples.take(slice(0, _affordable(network, samples)))
+        self._batches = network.batches(some, len(some))
+        self._paddings = [Padding(batch.samples_first) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._run(network.layers, DENSE_WEIGHTS, self._remember)
 

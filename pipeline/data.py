@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_spdy.models.graph import one_line
 from onnx_spdy.pipeline.artifact import arrays_sha256
+from onnx_spdy.pipeline.sample_axes import fits, settle_axes
 from onnx_spdy.pipeline.user_data import TARGET, DataError, named_arrays
 from onnx_spdy.runtimes import Workload
 
@@ -23,30 +24,51 @@ class Samples:
     """Samples of a network.
 
     Attributes:
-        inputs: input name -> (samples, *shape).
+        inputs: input name -> values of all samples.
         target: (samples, ...) or None.
+        axes: input name -> the axis on which its samples lie, the first where it isn't named; None of an input that is
+            the same for all samples.
     """
 
     inputs: dict[str, np.ndarray]
     target: np.ndarray | None = field(default=None)
+    axes: Mapping[str, int | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return next(
+            array.shape[axis] for name, array in self.inputs.items() if (axis := self.axes.get(name, 0)) is not None
+        )
 
     @cached_property
     def sha256(self) -> str:
         target = {} if self.target is None else {TARGET: self.target}
-        return arrays_sha256({**self.inputs, **target})
+        elsewhere = {name: axis for name, axis in self.axes.items() if axis != 0}
+        axes = {f"axis of {name}": np.array(-1 if axis is None else axis) for name, axis in elsewhere.items()}
+        return arrays_sha256({**self.inputs, **target, **axes})
+
+    @property
+    def samples_first(self) -> dict[str, np.ndarray]:
+        """Input name -> (samples, ...), of the inputs that have samples."""
+        found = {name: (array, self.axes.get(name, 0)) for name, array in self.inputs.items()}
+        return {name: np.moveaxis(array, axis, 0) for name, (array, axis) in found.items() if axis is not None}
 
     def take(self, index: slice | np.ndarray) -> Samples:
         """The samples at `index`."""
         target = None if self.target is None else self.target[index]
-        return Samples({name: array[index] for name, array in self.inputs.items()}, target)
+        inputs = {name: _taken(array, index, self.axes.get(name, 0)) for name, array in self.inputs.items()}
+        return Samples(inputs, target, self.axes)
 
     def batches(self, size: int) -> Iterator[Samples]:
         """Consecutive batches of at most `size` samples."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
+
+
+def _taken(array: np.ndarray, index: slice | np.ndarray, axis: int | None) -> np.ndarray:
+    if axis is None:
+        return array
+    taken = np.moveaxis(np.moveaxis(array, axis, 0)[index], 0, axis)
+    return np.ascontiguousarray(taken) if axis else taken
 
 
 def workload_of(samples: Samples | None, batch: int, threads: int | None = None) -> Workload:
@@ -83,6 +105,7 @@ def as_samples(
     data: Any,
     shapes: Mapping[str, tuple[int | None, ...]],
     dtypes: Mapping[str, np.dtype],
+    axes: Mapping[str, int | None] | None = None,
 ) -> Samples:
     """Check data against a network's inputs.
 
@@ -91,12 +114,18 @@ def as_samples(
             as a tuple in the order of the inputs; or an iterable of batches of such (see `named_arrays`).
         shapes: the network's inputs; None for a dynamic dimension.
         dtypes: the network's input types; floats are converted, integers must be integers.
+        axes: on which axis of each input the graph has its samples; None where it has none. The data may tell better:
+            an array of an input's own shape is the same for all samples, and one that fits only with its samples on
+            another axis has them there. By default the first, unless it is open elsewhere and fixed here.
     Raises:
         DataError: an input is missing or unknown, a shape or type doesn't fit, NaN or infinite values,
             no samples, or unequal numbers of them.
     """
     open_axes = {name: [a for a, size in enumerate(shape) if a and size is None] for name, shape in shapes.items()}
-    arrays = named_arrays(data, list(shapes), open_axes)
+    if axes is None:
+        is_open = any(shape and shape[0] is None for shape in shapes.values())
+        axes = {name: 0 if shape and (shape[0] is None or not is_open) else None for name, shape in shapes.items()}
+    arrays = named_arrays(data, list(shapes), open_axes, axes)
     if missing := [name for name in shapes if name not in arrays]:
         raise DataError(
             f"data has no array for input {missing[0]!r}; it has {sorted(map(str, arrays))}; key arrays by input name"
@@ -104,37 +133,28 @@ def as_samples(
     if unknown := [name for name in arrays if name not in shapes and name != TARGET]:
         advice = "rename it to 'target'" if str(unknown[0]).startswith("label") else "remove or rename it"
         raise DataError(f"data has array {unknown[0]!r}, but the network's inputs are {list(shapes)}; {advice}")
-    inputs = {name: _checked(name, arrays[name], shapes[name], dtypes[name]) for name in shapes}
     target = arrays.get(TARGET)
     if target is not None and target.ndim == 0:
         raise DataError(f"target is the single number {target}; its first axis counts samples")
-    _check_axes(inputs, shapes)
-    counts = {name: len(array) for name, array in inputs.items()} | ({} if target is None else {TARGET: len(target)})
+    arrays, axes = settle_axes({name: arrays[name] for name in shapes}, shapes, axes, target)
+    inputs = {name: _checked(name, arrays[name], shapes[name], dtypes[name], axes[name]) for name in shapes}
+    counts = {name: array.shape[axis] for name, array in inputs.items() if (axis := axes[name]) is not None}
+    if not counts:
+        raise DataError(f"no input has an axis of samples: they are {dict(shapes)}; export the network with a batch")
+    counts |= {} if target is None else {TARGET: len(target)}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise DataError(f"data has different or zero numbers of samples: {counts}; the first axis counts samples")
-    return Samples(inputs, None if target is None else _own(target))
+    return Samples(inputs, None if target is None else _own(target), axes)
 
 
-def _check_axes(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-    """Refuse inputs that have no samples on their first axis: a scale, a state of (layers, samples, ...)."""
-    is_open = any(shape and shape[0] is None for shape in shapes.values())
-    for name, shape in shapes.items():
-        samples_elsewhere = bool(shape) and is_open and shape[0] is not None
-        if not shape or samples_elsewhere:
-            where = "no axis" if not shape else f"a first axis of size {shape[0]} that isn't the samples'"
-            raise DataError(
-                f"input {name!r} has {where}, and a batch takes every input by its first axis; export the network with "
-                "this input as a constant, or with samples first"
-            )
-
-
-def _checked(name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype: np.dtype) -> np.ndarray:
-    fits = array.ndim == len(shape) and all(
-        want is None or want == got for want, got in zip(shape[1:], array.shape[1:], strict=True)
-    )
-    if not fits:
-        wanted = ("samples", *("any" if size is None else size for size in shape[1:]))
+def _checked(
+    name: str, array: np.ndarray, shape: tuple[int | None, ...], dtype: np.dtype, axis: int | None
+) -> np.ndarray:
+    if not fits(array.shape, shape, axis):
+        wanted = ["samples" if i == axis else "any" if size is None else size for i, size in enumerate(shape)]
         advice = "; give each sample a first axis of samples" if array.ndim == len(shape) - 1 else ""
+        if axis is None:
+            advice = ": it has no axis of samples, so one value serves all; give that, or export it with samples first"
         raise DataError(
             f"input {name!r} has shape {array.shape}, the network wants ({', '.join(map(str, wanted))}){advice}"
         )

@@ -36,11 +36,11 @@ class Front:
         """Which targets are out of reach and why, in one line; None when none is."""
         return "; ".join(point["missed"] for point in self.content["points"] if point["missed"]) or None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         write_json(path, "front", VERSION, self.content)
 
     @classmethod
-    def load(cls, path: Path) -> Front:
+    def load(cls, path: Path | str) -> Front:
         """The front in a file.
 
         Raises:

@@ -80,6 +80,7 @@ def fit_loss(
         raise LossError(f"the network has no floating-point output among {list(references[0])}; give --loss a function")
 
     def per_channel(outputs: Outputs, dense: Outputs, target: torch.Tensor | None = None) -> torch.Tensor:
+        _check_sizes({name: dense[name] for name in scales}, outputs)
         return torch.stack([scale.error(outputs[name], dense[name]) for name, scale in scales.items()]).mean()
 
     return FittedLoss(PER_CHANNEL, reason, per_channel)
@@ -113,6 +114,7 @@ def channel_squared_error(outputs: Outputs, dense: Outputs, target: torch.Tensor
 
 def relative_squared_error(outputs: Outputs, dense: Outputs, target: torch.Tensor | None = None) -> torch.Tensor:
     """Squared distance to the dense tensors / squared dense tensors, mean over all of them: for hidden layers."""
+    _check_sizes(dense, outputs)
     terms = [
         (outputs[name].float() - value.float()).square().sum() / value.float().square().sum().clamp_min(1e-20)
         for name, value in dense.items()
@@ -198,13 +200,29 @@ def _choice(references: Sequence[Outputs], target: torch.Tensor | None) -> tuple
     if len(floating) != 1:
         return SQUARED_ERROR, f"outputs are {shown}"
     ((name, first),) = floating.items()
-    if first.ndim != 2 or first.shape[1] < 2:
+    one_width = len({outputs[name].shape[1:] for outputs in references}) == 1
+    if first.ndim != 2 or first.shape[1] < 2 or not one_width:
         return SQUARED_ERROR, f"outputs are {shown}"
     values = torch.cat([outputs[name] for outputs in references]) if len(references) > 1 else first
     why_not = class_output(values, target)
     if why_not is None:
         return KL, f"output {name!r} looks like {first.shape[1]} classes"
     return SQUARED_ERROR, f"output {shown} {why_not}"
+
+
+def _check_sizes(dense: Outputs, outputs: Outputs) -> None:
+    """Refuse to compare what has another size in each network: boxes that were found, say.
+
+    Raises:
+        LossError: the message names the output and both shapes.
+    """
+    for name, value in dense.items():
+        if outputs[name].shape != value.shape:
+            raise LossError(
+                f"{name!r} has a size that depends on the data, {tuple(value.shape)} in the dense network and "
+                f"{tuple(outputs[name].shape)} in the pruned one, so they can't be compared: cut the graph before the "
+                "node that selects (NonMaxSuppression, NonZero, TopK), or give --loss a function"
+            )
 
 
 def _log_probabilities(outputs: Outputs, dense: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,6 +232,7 @@ def _log_probabilities(outputs: Outputs, dense: Outputs) -> tuple[torch.Tensor, 
             f"output {name!r} has shape {tuple(reference.shape)}, a class loss needs (samples, classes); "
             "use --loss squared-error or a function of your own"
         )
+    _check_sizes({name: reference}, outputs)
     if are_probabilities(reference):  # the graph ends in a Softmax
         smallest = torch.finfo(torch.float32).tiny
         return outputs[name].float().clamp_min(smallest).log(), reference.float().clamp_min(smallest).log()

@@ -7,6 +7,8 @@ is nobody's business: whoever runs it says with which weights, and only those th
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +22,8 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in its caches
 
@@ -57,6 +61,7 @@ class Network:
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense: dict[str, torch.Tensor] = {}  # of those that were asked for or overwritten
         self._loaded: Weights = DENSE_WEIGHTS
+        self._left_out: set[int] = set()  # numbers of samples that a warning told
         self._trained: set[str] = set()  # changed in place now
 
     @property
@@ -132,13 +137,37 @@ class Network:
             outputs = self.graph(_tensors(samples))
         else:
             outputs = self.graph.run(_tensors(samples), start, keep, keep_before)
-        padding = Padding(samples.inputs)
+        padding = Padding(samples.samples_first)
         return {name: padding.zeroed(values) for name, values in outputs.items()}
 
-    def whole_batches(self, samples: Samples) -> list[Samples]:
-        """All samples in one batch, or in as many as the graph needs; those that don't fill its batch are left out."""
-        size = self.batch_size(len(samples))
-        return [batch for batch in samples.batches(size) if len(batch) == size]
+    def whole(self, index: np.ndarray) -> np.ndarray:
+        """These samples as the graph takes them: a number of them that fills its batch, where it fixes one.
+
+        Those that don't fill the last batch are left out, and a warning is logged. Fewer than one batch are repeated,
+        each as often as any other, so that means over them stay what they are.
+
+        Args:
+            index: numbers of samples.
+        """
+        size = fixed_batch(self.model) or 1
+        left = len(index) % size
+        if left == 0:
+            return index
+        if len(index) < size:
+            return np.resize(index, math.lcm(len(index), size))
+        if left not in self._left_out:
+            self._left_out.add(left)
+            logger.warning(
+                "%d of %d samples are left out: they don't fill a batch of %d, which the graph fixes",
+                left, len(index), size,
+            )  # fmt: skip
+        return index[:-left]
+
+    def batches(self, samples: Samples, size: int = BATCH_SIZE) -> list[Samples]:
+        """The samples in batches of `size`, or of as many as the graph fixes; there, those that `whole` keeps."""
+        index = self.whole(np.arange(len(samples)))
+        kept = samples if len(index) == len(samples) else samples.take(index)
+        return list(kept.batches(self.batch_size(size)))
 
     def run_together(
         self,
@@ -154,7 +183,7 @@ class Network:
         self, samples: Samples, weights: Weights = DENSE_WEIGHTS, *, bfloat16: bool = False
     ) -> Iterator[tuple[Samples, dict[str, torch.Tensor]]]:
         """Each batch of the samples with its outputs, without gradients; computed in bfloat16 where that is safe."""
-        for batch in samples.batches(self.batch_size()):
+        for batch in self.batches(samples):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 outputs = self.run(batch, weights)
             yield batch, outputs

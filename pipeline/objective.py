@@ -44,12 +44,15 @@ class Objective:
     ) -> None:
         self.network = network
         self._bfloat16 = network.bfloat16
-        fixed = fixed_batch(network.model)
-        sizes = growing_batches(len(samples)) if fixed is None else [fixed] * max(1, len(samples) // fixed)
-        ends = np.cumsum(sizes)
-        self.batches = [samples.take(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        self.stages = stages(np.minimum(ends, len(samples)).tolist())
-        paddings = [Padding(batch.inputs) for batch in self.batches]
+        if fixed_batch(network.model) is None:
+            sizes = growing_batches(len(samples))
+            self.batches = [
+                samples.take(slice(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)
+            ]
+        else:
+            self.batches = network.batches(samples)
+        self.stages = stages(np.cumsum([len(batch) for batch in self.batches]).tolist())
+        paddings = [Padding(batch.samples_first) for batch in self.batches]
         self._correction = BatchCorrection(network, paddings) if corrected else None
         self._reference: list[dict[str, torch.Tensor]] = []
         for number, batch in enumerate(self.batches):

@@ -49,12 +49,12 @@ class Profile:
     errors: Sequence[Sequence[float]] | None
     made_from: Mapping[str, str]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         levels = {name: str(level) for name, level in self.levels.items()}
         write_json(path, "profile", VERSION, {**self.__dict__, "levels": levels, "made_from": dict(self.made_from)})
 
     @classmethod
-    def load(cls, path: Path) -> Profile:
+    def load(cls, path: Path | str) -> Profile:
         """The profile in a file.
 
         Raises:

@@ -19,6 +19,9 @@ from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import reason_in
 
 VERSION = 1
+# What makes two calls one question, and what makes two attempts one profile.
+QUESTION = ("target_speedup", "runtime", "environment", "search", "seed", "loss_name", "made_from")
+ATTEMPTED = ("aim_speedup", "predicted_speedup", "loss")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,23 @@ class Report:
         """Why the target is out of reach, in one line; None when it was met, or missed by noise only."""
         return self.content["missed"]
 
-    def save(self, path: Path) -> None:
+    def after(self, earlier: Report | None) -> Report:
+        """This report with the attempts of an earlier call for the same question before its own.
+
+        A profile that was measured again has its last measurement only.
+        """
+        if earlier is None or any(earlier.content.get(name) != self.content[name] for name in QUESTION):
+            return self
+        own = self.content["attempts"]
+        known = [{name: one[name] for name in ATTEMPTED} for one in own]
+        before = [one for one in earlier.content["attempts"] if {n: one.get(n) for n in ATTEMPTED} not in known]
+        return Report({**self.content, "attempts": [*before, *own]})
+
+    def save(self, path: Path | str) -> None:
         write_json(path, "report", VERSION, self.content)
 
     @classmethod
-    def load(cls, path: Path) -> Report:
+    def load(cls, path: Path | str) -> Report:
         """The report in a file.
 
         Raises:

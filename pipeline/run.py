@@ -99,9 +99,11 @@ def run(
     check_repair(finetune)
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
     clock, out, common = _Stages(), target.out, target.common
-    with locked(common):
+    with locked(common), locked(out):
         network = Network(dense)
         keep_dense(dense, common / "dense.onnx")
+        report_path = out / "report.json"
+        earlier = Report.load(report_path) if report_path.exists() else None  # a damaged one is told before the work
 
         def score(evaluation: Evaluation, path: Path) -> float:
             with clock("evaluate"):
@@ -156,8 +158,8 @@ def run(
         report = make_report(
             network, pruned, table, database, outcome,
             metrics=metrics, alternatives=alternatives, repaired=repaired, stages=clock.stages,
-        )  # fmt: skip
-        report.save(out / "report.json")
+        ).after(earlier)  # fmt: skip
+        report.save(report_path)
         return report
 
 

@@ -22,7 +22,12 @@ class DataError(OnnxSpdyError, ValueError):
     """The samples are missing, damaged, or don't fit the network."""
 
 
-def named_arrays(data: Any, inputs: Sequence[str], open_axes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+def named_arrays(
+    data: Any,
+    inputs: Sequence[str],
+    open_axes: Mapping[str, Sequence[int]],
+    axes: Mapping[str, int | None],
+) -> dict[str, np.ndarray]:
     """Arrays by name, all samples together.
 
     Args:
@@ -32,6 +37,7 @@ def named_arrays(data: Any, inputs: Sequence[str], open_axes: Mapping[str, Seque
         inputs: names of the network's inputs, in order.
         open_axes: input -> axes beside the first that may have any size: there batches are padded to the longest,
             where a mask says what is padding.
+        axes: input -> the axis on which its samples lie; None where it is the same for all of them.
     Raises:
         DataError: it is none of these, or the iteration raised an error or didn't end.
     """
@@ -42,7 +48,7 @@ def named_arrays(data: Any, inputs: Sequence[str], open_axes: Mapping[str, Seque
         raise DataError("data has no batches; give at least one")
     if odd := [part for part in parts if part.keys() != parts[0].keys()]:
         raise DataError(f"batches have different arrays: {sorted(parts[0])} and {sorted(odd[0])}")
-    return {name: _joined(name, parts, open_axes.get(name, ())) for name in parts[0]}
+    return {name: _joined(name, parts, open_axes.get(name, ()), axes.get(name, 0)) for name in parts[0]}
 
 
 def as_array(name: str, value: Any) -> np.ndarray:
@@ -116,16 +122,20 @@ def _by_order(values: Sequence[Any], inputs: Sequence[str]) -> dict[str, Any]:
     return dict(zip([*inputs, TARGET], values, strict=False))
 
 
-def _joined(name: str, parts: Sequence[Mapping[str, np.ndarray]], open_axes: Sequence[int]) -> np.ndarray:
+def _joined(
+    name: str, parts: Sequence[Mapping[str, np.ndarray]], open_axes: Sequence[int], axis: int | None
+) -> np.ndarray:
     arrays = [part[name] for part in parts]
+    if axis is None and all(np.array_equal(array, arrays[0]) for array in arrays):
+        return arrays[0]
     if flat := [array for array in arrays if array.ndim == 0]:
         raise DataError(f"array {name!r} of a batch is the single number {flat[0]}; its first axis counts samples")
-    if len({array.ndim for array in arrays}) == 1 and len({array.shape[1:] for array in arrays}) > 1:
+    if not axis and len({array.ndim for array in arrays}) == 1 and len({array.shape[1:] for array in arrays}) > 1:
         arrays = _padded(name, arrays, parts, open_axes)
     try:
-        return np.concatenate(arrays)
+        return np.concatenate(arrays, axis or 0)
     except ValueError as exc:
-        shapes = sorted({array.shape[1:] for array in arrays}, key=str)[:3]
+        shapes = sorted({array.shape for array in arrays}, key=str)[:3]
         raise DataError(f"batches of {name!r} have different shapes {shapes}; give all samples one shape") from exc
 
 

@@ -207,4 +207,4 @@ def _filled(chunk: Samples, size: int) -> Samples:
 
 
 def _contiguous(samples: Samples) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array) for name, array in samples.inputs.items()}
+    return {name: np.require(array, requirements="C") for name, array in samples.inputs.items()}

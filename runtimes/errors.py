@@ -36,6 +36,7 @@ class OnnxSpdyError(Exception):
     |- UnknownPruner            no pruner has that name
     |- PrunerFailed             a pruner returned weights that are not what its level says
     |- PrunerResult             a pruner returned no weights
+    |- UnusableHessian          inputs of a layer that no pruner can compute with
     |- MemoryTooSmall           the memory that was given doesn't suffice for one layer
     |- UnknownSearch            no search has that name
     |- InvalidCosts             times or errors that nothing can be solved with

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from .base import Arrays, ModelRefused, one_line
+from .batch_axes import batch_axes, fixed_batch
 from .random_zeros import impose_zeros
 from .workload import Workload, WorkloadError
 
@@ -43,7 +44,7 @@ class FixedModel:
 
 
 def fix_model(path: Path, workload: Workload, zeros: Mapping[str, float] | None = None, seed: int = 0) -> FixedModel:
-    """Read a model and fix its input shapes: the first axis to the batch, others as in the inputs; draw the zeros.
+    """Read a model and fix its input shapes: the axis of samples to the batch, others as in the inputs; draw the zeros.
 
     Raises:
         ModelRefused: the file is missing or broken, has another fixed batch, or an axis that the inputs
@@ -86,12 +87,13 @@ def _fix_inputs(
     if unknown := set(given) - set(names):
         raise WorkloadError(f"inputs {sorted(unknown)} are not in the graph, whose inputs are {names}")
     _check_batch(graph_inputs, workload.batch)
+    axes = batch_axes(graph_inputs)
     random = np.random.default_rng(INPUT_SEED)
     examples = {}
     for value in graph_inputs:
-        sample = given.get(value.name)
-        shape = _fixed_shape(value, workload.batch, sample, sizes)
-        examples[value.name] = _fill(value, shape, sample, random)
+        sample, axis = given.get(value.name), axes[value.name]
+        shape = _fixed_shape(value, axis, workload.batch, sample, sizes)
+        examples[value.name] = _fill(value, shape, axis, sample, random)
     return examples
 
 
@@ -180,14 +182,12 @@ def check_inputs(given: Arrays, expected: Mapping[str, np.ndarray]) -> None:
 
 def _check_batch(inputs: Sequence[onnx.ValueInfoProto], batch: int) -> None:
     """A file whose inputs are all fixed runs one batch only; one dynamic input makes the batch free."""
-    first_axes = [value.type.tensor_type.shape.dim[0] for value in inputs if value.type.tensor_type.shape.dim]
-    if first_axes and all(axis.dim_value > 0 for axis in first_axes) and first_axes[0].dim_value != batch:
-        fixed = first_axes[0].dim_value
+    if (fixed := fixed_batch(inputs)) not in (None, batch):
         raise ModelRefused(f"the model has a fixed batch of {fixed}, not {batch}; use {fixed} or export a dynamic one")
 
 
 def _fixed_shape(
-    value: onnx.ValueInfoProto, batch: int, sample: np.ndarray | None, sizes: dict[str, int]
+    value: onnx.ValueInfoProto, batch_axis: int | None, batch: int, sample: np.ndarray | None, sizes: dict[str, int]
 ) -> tuple[int, ...]:
     """Write the input's sizes into `value`, and the named ones into `sizes`."""
     tensor = value.type.tensor_type
@@ -198,7 +198,7 @@ def _fixed_shape(
     for number, axis in enumerate(tensor.shape.dim):
         if axis.dim_value > 0:
             continue
-        if number == 0:
+        if number == batch_axis:
             size = batch
         elif sample is not None:
             size = sample.shape[number]
@@ -218,7 +218,11 @@ def _fixed_shape(
 
 
 def _fill(
-    value: onnx.ValueInfoProto, shape: tuple[int, ...], sample: np.ndarray | None, random: np.random.Generator
+    value: onnx.ValueInfoProto,
+    shape: tuple[int, ...],
+    batch_axis: int | None,
+    sample: np.ndarray | None,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """One batch for an input: the samples, repeated to fill it, or random values."""
     try:
@@ -234,14 +238,16 @@ def _fill(
         return random.standard_normal(shape).astype(dtype)
     if sample.dtype != dtype:
         raise WorkloadError(f"the array for input {value.name!r} is {sample.dtype}; the graph takes {dtype}")
-    if sample.ndim and sample.shape[0] == 0:
-        raise WorkloadError(f"the array for input {value.name!r} has 0 samples; give at least one")
-    filled = sample.take(np.arange(shape[0]), axis=0, mode="wrap") if sample.ndim else sample
+    filled = sample
+    if batch_axis is not None:
+        if sample.shape[batch_axis] == 0:
+            raise WorkloadError(f"the array for input {value.name!r} has 0 samples; give at least one")
+        filled = sample.take(np.arange(shape[batch_axis]), axis=batch_axis, mode="wrap")
     if filled.shape != shape:
         raise WorkloadError(
             f"the array for input {value.name!r} is {list(sample.shape)}; the graph takes {list(shape)}"
         )
-    return np.ascontiguousarray(filled)
+    return np.require(filled, requirements="C")  # unlike ascontiguousarray it leaves a single number one
 
 
 def _precision(model: onnx.ModelProto) -> str:

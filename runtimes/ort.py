@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from . import host
+from .atomic import WorkFolder
 from .base import (
     Arrays,
     Closing,
     Environment,
     LayerTime,
     ModelRefused,
+    RuntimeFailure,
     RuntimeUnavailable,
     check_iterations,
     one_line,
@@ -85,7 +87,7 @@ class OnnxRuntime(WatchesLoad):
         fixed = fix_model(Path(model), workload, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
-        with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+        with WorkFolder() as folder:
             options = session_options(workload.threads_or_cores)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
@@ -93,8 +95,15 @@ class OnnxRuntime(WatchesLoad):
             session = create_session(fixed.to_bytes(), options)
             for _ in range(warmup + iterations):
                 run_session(session, fixed.inputs)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+            profile = Path(session.end_profiling())
+            try:  # ONNX Runtime doesn't say that it couldn't write them
+                events = json.loads(profile.read_text(encoding="utf-8"))
+                optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+            except (OSError, ValueError, DecodeError) as exc:
+                raise RuntimeFailure(
+                    f"onnxruntime's profile in {Path(folder).parent} is cut off or missing ({one_line(str(exc))}); "
+                    "set TMPDIR to a folder with room"
+                ) from exc
         return _rows(events, warmup, fixed.proto.graph, optimized.graph)
 
     def close(self) -> None:

@@ -25,9 +25,9 @@ class Workload:
     Attributes:
         batch: samples a run.
         threads: None for the physical cores that the process may use, wherever the engine runs.
-        inputs: input name -> samples to time with (first axis = samples, repeated where they are fewer than `batch`),
-            for some or all inputs. Needed where another axis than the first is dynamic; fixed random values are taken
-            for the others.
+        inputs: input name -> samples to time with, for some or all inputs. They lie on the axis that `batch_axes`
+            names, most often the first, and are repeated where they are fewer than `batch`. Needed where another axis
+            is dynamic; fixed random values are taken for inputs that aren't given.
 
     Raises:
         WorkloadError: `batch` or `threads` is less than 1.

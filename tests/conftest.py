@@ -11,6 +11,8 @@ import pytest
 
 # Before transformers is imported, here and in the processes that tests start.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+# Networks here are small: a second thread gains little, and where the machine is busy, threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A reason that matches the pattern is counted as the name; the first one counts. Others are counted as they are.
 GROUPS = {

@@ -15,8 +15,9 @@ ALLOWED = {
     "pipeline": {"pipeline", "models", "runtimes"},
     "tools": {"tools", "pipeline", "models", "runtimes"},
 }
-# Every error has one base, and every file is written in one way; both travel with the runtimes.
-EXCEPTIONS = {("models", "onnx_spdy.runtimes.errors"), ("models", "onnx_spdy.runtimes.atomic")}
+# Every error has one base, every file is written in one way, and samples lie on one axis for all; these travel with
+# the runtimes.
+EXCEPTIONS = {("models", f"onnx_spdy.runtimes.{name}") for name in ("errors", "atomic", "batch_axes")}
 # Rooms of the pipeline from the top floor down; whatever else is there is used by all of them, and uses none.
 STAGES = (
     "run", "front", "report", "target", "search", "stitch", "training", "database", "latency",

@@ -63,7 +63,7 @@ def test_the_sparse_engine_runs_what_was_promised(deepsparse: Runtime, tmp_path:
     for before, after in [(3, 64), (64, 96), (96, 96)]:
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10)).eval()
-    dense = Prepared(prepare(export_module(module, (torch.zeros(2, 3, 16, 16),))))
+    dense = prepare(export_module(module, (torch.zeros(2, 3, 16, 16),)))
     rng = np.random.default_rng(0)
     images = rng.normal(size=(64, 3, 16, 16)).astype(np.float32)
     samples = Samples({"input": images}, rng.integers(0, 10, 64))

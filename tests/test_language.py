@@ -77,7 +77,7 @@ def test_several_outputs_are_compared_by_their_squared_error(tmp_path: Path, mon
 
 @pytest.mark.engine
 def test_the_sparse_engine_optimises_norms_and_activations(tmp_path: Path) -> None:
-    save_model(prepare(export_module(*encoder(embedding=False))), tmp_path / "dense.onnx")
+    save_model(prepare(export_module(*encoder(embedding=False))).proto, tmp_path / "dense.onnx")
     inputs = sentences(8)
     with open_runtime("deepsparse") as sparse, open_runtime("onnxruntime") as oracle:
         try:

@@ -30,7 +30,7 @@ from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, SEARCHES
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES
 from onnx_spdy.pipeline.training.repair import NO_REPAIR, REPAIRS
 from onnx_spdy.runtimes import RUNTIMES
-from onnx_spdy.tools import cli, operator_list
+from onnx_spdy.tools import cli, commands, operator_list
 from onnx_spdy.tools.bench.__main__ import BENCHMARKS, command_line
 from onnx_spdy.tools.bench.__main__ import main as bench_main
 from onnx_spdy.tools.fuzz.__main__ import app as fuzz_app
@@ -76,7 +76,7 @@ def commands_in(page: str, text: str) -> list[Command]:
 
 COMMANDS = [command for page, text in PAGES.items() for command in commands_in(page, text)]
 APPS = {
-    "onnx-spdy": typer.main.get_command(cli.app),
+    "onnx-spdy": typer.main.get_command(commands.app),
     "onnx_spdy.tools.bench": typer.main.get_command(command_line(*BENCHMARKS)),
     "onnx_spdy.tools.fuzz": typer.main.get_command(fuzz_app),
 }
@@ -299,7 +299,7 @@ def test_the_training_loop_that_is_shown_runs(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16 * 36, 10))
     batches = [torch.randn(4, 3, 8, 8) for _ in range(12)]
     teacher = copy.deepcopy(module).eval()
-    dense = prepare(export_module(module, batches[0]))
+    dense = prepare(export_module(module, batches[0])).proto
     save_model(dense, tmp_path / "dense.onnx")
     level = Level("unstructured", 0.75)
     levels = {layer.name: level for layer in find_layers(dense) if layer.prunable}

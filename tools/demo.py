@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 
-from onnx_spdy.models import Prepared, export_module, input_dtypes, input_shapes, prepare
+from onnx_spdy.models import export_module, input_dtypes, input_shapes, prepare
 from onnx_spdy.pipeline.data import Samples, as_samples, workload_of
 from onnx_spdy.pipeline.metric import Evaluation, top1
 from onnx_spdy.pipeline.progress import Watch
@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
     (images, labels), (test_images, test_labels) = digits()
     print(f"training a small network on {len(images)} digits")
     network = train(images, labels)
-    dense = Prepared(prepare(export_module(network, (torch.zeros(2, 1, 8, 8),))))
+    dense = prepare(export_module(network, (torch.zeros(2, 1, 8, 8),)))
     shapes, dtypes = input_shapes(dense.proto), input_dtypes(dense.proto)
     samples = as_samples({"input": images, "target": labels}, shapes, dtypes)
     evaluation = as_samples({"input": test_images, "target": test_labels}, shapes, dtypes)

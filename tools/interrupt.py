@@ -1,13 +1,33 @@
-"""Ctrl-C once: a search stops and keeps the best so far. Twice: everything stops at once."""
+"""Ctrl-C once: a search stops and keeps the best so far; elsewhere, or twice, everything stops at once."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code by which shells know it
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process meanwhile, without a word: while modules are imported there is nothing to clean up yet.
+
+    An exception wouldn't do: some libraries take one during their import for something else.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Interrupt:

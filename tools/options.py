@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -11,12 +13,81 @@ import typer
 from onnx_spdy.pipeline.database.pruners import PRUNERS
 
 T = TypeVar("T")
+LARGEST_SEED = 2**63 - 1  # that every generator takes
+MOST_THREADS = 1024  # engines hang or crash at absurd numbers; the machine may be another one, so its cores don't tell
+
+
+def not_empty(text: str) -> str:
+    """What was typed.
+
+    Raises:
+        BadParameter: nothing, as from a shell variable that isn't set: never a default.
+    """
+    if not text.strip():
+        raise typer.BadParameter("it is empty")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path to read from; ~ is the home in quotes too.
+
+    Raises:
+        BadParameter: it is empty, or there is no such home.
+    """
+    try:
+        return Path(not_empty(text)).expanduser()
+    except RuntimeError as exc:
+        raise typer.BadParameter(f"{text!r}: {exc}") from exc
+
+
+def out_file(text: str) -> Path:
+    """A path to write a file to.
+
+    Raises:
+        BadParameter: a file can't be written there. It is better known before the work than after it.
+    """
+    if (found := path(text)).is_dir():
+        raise typer.BadParameter(f"{text!r} is a folder; give the path of a file")
+    return _writable(found)
+
+
+def out_folder(text: str) -> Path:
+    """A path to write a folder to.
+
+    Raises:
+        BadParameter: there can't be a folder, or nothing can be written in it.
+    """
+    if (found := path(text)).exists() and not found.is_dir():
+        raise typer.BadParameter(f"{text!r} is a file; give the path of a folder")
+    return _writable(found / "file").parent
+
+
+def _writable(file: Path) -> Path:
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise typer.BadParameter(f"{str(above)!r} is a file, so there can be nothing below it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"nothing can be written in {str(above)!r}")
+    return file
+
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="FILE.onnx, or FILE.py:FUNCTION -> (module, example_inputs)")
+    str,
+    typer.Argument(
+        metavar="MODEL", parser=not_empty, help="FILE.onnx, or FILE.py:FUNCTION -> (module, example_inputs)"
+    ),
 ]
-Data = Annotated[str, typer.Option("--data", metavar="DATA", help="calibration samples: FILE.npz or FILE.py:FUNCTION")]
-Evaluation = Annotated[str, typer.Option("--eval", metavar="DATA", help="samples for the metric")]
+Data = Annotated[
+    str,
+    typer.Option("--data", metavar="DATA", parser=not_empty, help="calibration samples: FILE.npz or FILE.py:FUNCTION"),
+]
+ExampleData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="DATA", parser=not_empty, help="samples to try the network on; default: random values"
+    ),
+]
+Evaluation = Annotated[str, typer.Option("--eval", metavar="DATA", parser=not_empty, help="samples for the metric")]
 MetricName = Annotated[str, typer.Option("--metric", metavar="M", help="top1 or FILE.py:FUNCTION")]
 RuntimeName = Annotated[
     str,
@@ -28,8 +99,8 @@ RuntimeName = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="default: all physical cores")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="default: all physical cores")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED)]
 Pattern = Annotated[str, typer.Option("--pattern", help="unstructured, block4 or N:M; several joined by commas")]
 PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]
 Memory = Annotated[
@@ -53,18 +124,38 @@ TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTE
 
 
 def gib(value: float | None) -> int | None:
-    """GiB as bytes."""
-    return None if value is None else int(value * 2**30)
+    """GiB as bytes.
+
+    Raises:
+        BadParameter: infinite or not a number.
+    """
+    if value is None:
+        return None
+    if not math.isfinite(value * 2**30):
+        raise typer.BadParameter(f"{value:g} is not an amount of memory", param_hint="'--memory'")
+    return int(value * 2**30)
 
 
 def minutes(value: float | None) -> float | None:
-    """Minutes as seconds."""
-    return None if value is None else 60 * value
+    """Minutes as seconds.
+
+    Raises:
+        BadParameter: not a positive number.
+    """
+    if value is None:
+        return None
+    if not (math.isfinite(60 * value) and value > 0):
+        raise typer.BadParameter(f"{value:g} is not a positive number of minutes", param_hint="'--time-limit'")
+    return 60 * value
 
 
-def several(text: str, kind: Callable[[str], T], option: str) -> list[T]:
+def several(text: str, kind: Callable[[str], T], option: str, what: str = "a number") -> list[T]:
     """The values that X[,X...] names.
 
+    Args:
+        kind: makes a value of its text, or raises ValueError.
+        option: for the message.
+        what: a value is, for the message.
     Raises:
         BadParameter: one of them is no `kind`.
     """
@@ -73,7 +164,7 @@ def several(text: str, kind: Callable[[str], T], option: str) -> list[T]:
         try:
             values.append(kind(part.strip()))
         except ValueError as exc:
-            raise typer.BadParameter(f"{part!r} is not a number", param_hint=f"'{option}'") from exc
+            raise typer.BadParameter(f"{part!r} is not {what}", param_hint=f"'{option}'") from exc
     return values
 
 
@@ -83,11 +174,15 @@ def speedups(text: str) -> list[float]:
     Raises:
         BadParameter: one of them is no speedup.
     """
-    targets = set(several(text, float, "--speedup"))
-    if wrong := [one for one in targets if not (math.isfinite(one) and one >= 1)]:
-        raise typer.BadParameter(f"'{wrong[0]:g}' is not a number of at least 1", param_hint="'--speedup'")
+    targets = set(several(text, _speedup, "--speedup", "a number of at least 1"))
     if len({f"{one:g}" for one in targets}) < len(targets):
         raise typer.BadParameter(
             f"{text} names targets that share a folder, they are too close", param_hint="'--speedup'"
         )
     return sorted(targets)
+
+
+def _speedup(text: str) -> float:
+    if not (math.isfinite(number := float(text)) and number >= 1):
+        raise ValueError(text)
+    return number

@@ -13,6 +13,7 @@ import typer
 
 from onnx_spdy.pipeline.artifact import read_json, replacing, write_json
 from onnx_spdy.runtimes import cpu_model, instruction_set, physical_cores
+from onnx_spdy.tools.options import out_file
 from onnx_spdy.tools.report.page import svg_plot
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 VERSION = 1
 PACKAGES = ("onnx-spdy", "torch", "onnxruntime")
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="all figures, as JSON")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="a picture of them")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", parser=out_file, help="all figures, as JSON")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", parser=out_file, help="a picture of them")]
 
 
 def write_results(path: Path | None, kind: str, content: Mapping[str, Any], seed: int | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from onnx_spdy.pipeline.artifact import locked
-from onnx_spdy.pipeline.data import workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
@@ -33,6 +32,7 @@ from onnx_spdy.tools.options import (
     Finetune,
     LossName,
     Memory,
+    MetricName,
     ModelArgument,
     Pattern,
     PrunerName,
@@ -45,12 +45,14 @@ from onnx_spdy.tools.options import (
     TimeLimit,
     gib,
     minutes,
+    not_empty,
+    out_folder,
     speedups,
 )
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.report.front import write_front_html
 from onnx_spdy.tools.report.page import write_report_html
-from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
+from onnx_spdy.tools.specs import load_inputs, load_loss, load_metric, load_pruner, load_samples, load_workload
 
 
 def run(
@@ -60,11 +62,16 @@ def run(
     speedup: Annotated[
         str, typer.Option("--speedup", metavar="X[,X...]", help="dense seconds / pruned seconds; several make a front")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="with several targets DIR/Xx for each")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", parser=out_folder, help="with several targets DIR/Xx for each"),
+    ],
     batch: Batch = 1,
     threads: Threads = None,
-    evaluation: Annotated[str | None, typer.Option("--eval", metavar="DATA", help="samples for the metric")] = None,
-    metric: Annotated[str, typer.Option("--metric", metavar="M", help="top1 or FILE.py:FUNCTION")] = "top1",
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", metavar="DATA", parser=not_empty, help="samples for the metric")
+    ] = None,
+    metric: MetricName = "top1",
     loss: LossName = None,
     pattern: Pattern = DEFAULT_PATTERN,
     pruner: PrunerName = DEFAULT_PRUNER,
@@ -85,10 +92,9 @@ def run(
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         engine.check()
         warn_without_kernels(engine, compression.levels)
-        dense = load_network(model)
-        samples = load_samples(data, dense)
+        dense, samples = load_inputs(model, data)
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
-        workload = workload_of(samples, batch, threads)
+        workload = load_workload(samples, dense, batch, threads)
 
         def meet(target: float, folder: Path) -> Report:
             found = run_pipeline(

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onnx_spdy.models import Prepared, export_module, input_dtypes, input_shapes, load_model, prepare
+import onnx
+import psutil
+
+from onnx_spdy.models import (
+    Prepared,
+    check_interface,
+    export_module,
+    fixed_batch,
+    input_axes,
+    input_dtypes,
+    input_shapes,
+    load_model,
+    prepare,
+)
 from onnx_spdy.pipeline.artifact import file_sha256
-from onnx_spdy.pipeline.data import Samples, as_samples, read_npz
+from onnx_spdy.pipeline.data import Samples, as_samples, read_npz, workload_of
 from onnx_spdy.pipeline.database.pruners import NamedPruner, one_level, pruner_named
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
+from onnx_spdy.runtimes import Workload, WorkloadError
 from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+EXAMPLES = 2  # samples on which the prepared network is compared with the original
 
 _numbers = itertools.count()
 
@@ -78,11 +95,30 @@ def _described(exc: BaseException) -> str:
 def load_network(spec: str) -> Prepared:
     """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs[, open_axes]).
 
+    It is compared with the original on random inputs; see `load_inputs`.
+
     Raises:
         SpecError, ModelError: it is neither, or not a network that can be used.
     """
+    return prepare(_load_graph(spec))
+
+
+def load_inputs(model: str, data: str) -> tuple[Prepared, Samples]:
+    """MODEL, prepared and compared with the original on some samples of DATA, and DATA as samples.
+
+    Raises:
+        SpecError, ModelError, DataError: as `load_network` and `load_samples`.
+    """
+    graph = _load_graph(model)
+    check_interface(graph, "the model")
+    samples = _load_data(data, graph)
+    some = samples.take(slice(0, fixed_batch(graph) or EXAMPLES))
+    return prepare(graph, some.inputs, samples.axes), samples
+
+
+def _load_graph(spec: str) -> onnx.ModelProto:
     if spec.endswith(".onnx"):
-        return Prepared(prepare(load_model(Path(spec).expanduser())))
+        return load_model(Path(spec).expanduser())
     if ".py:" not in spec:
         raise SpecError(f"model {spec!r} is neither a path ending in .onnx nor FILE.py:FUNCTION")
     result = load_function(spec, "model")()
@@ -91,7 +127,7 @@ def load_network(spec: str) -> Prepared:
             f"model {spec!r} must return (module, example_inputs), or open axes as a third, "
             f"it returned {type(result).__name__}"
         )
-    return Prepared(prepare(export_module(*result)))
+    return export_module(*result)
 
 
 def load_samples(spec: str, network: Prepared) -> Samples:
@@ -100,6 +136,10 @@ def load_samples(spec: str, network: Prepared) -> Samples:
     Raises:
         SpecError, DataError: it is neither, or doesn't fit the network.
     """
+    return _load_data(spec, network.proto)
+
+
+def _load_data(spec: str, graph: onnx.ModelProto) -> Samples:
     if spec.endswith(".npz"):
         data: Any = read_npz(Path(spec).expanduser())
     elif ".py:" in spec:
@@ -111,7 +151,27 @@ def load_samples(spec: str, network: Prepared) -> Samples:
             )
     else:
         raise SpecError(f"data {spec!r} is neither a path ending in .npz nor FILE.py:FUNCTION")
-    return as_samples(data, input_shapes(network.proto), input_dtypes(network.proto))
+    return as_samples(data, input_shapes(graph), input_dtypes(graph), input_axes(graph))
+
+
+def load_workload(samples: Samples | None, network: Prepared, batch: int, threads: int | None) -> Workload:
+    """What to time a network with: samples, or random values.
+
+    Raises:
+        WorkloadError: this machine has no memory for the inputs of one run.
+    """
+    shapes, dtypes = input_shapes(network.proto), input_dtypes(network.proto)
+    if samples is None:
+        sizes = [math.prod(size or 1 for size in shapes[name][1:]) * dtypes[name].itemsize for name in shapes]
+    else:
+        sizes = [array.nbytes // len(samples) for array in samples.inputs.values()]
+    need, there = batch * sum(sizes), psutil.virtual_memory().total
+    if need > there:
+        raise WorkloadError(
+            f"batch {batch} takes {need / 2**30:.3g} GiB for the inputs of one run, this machine has "
+            f"{there / 2**30:.3g} GiB of memory; take a smaller --batch"
+        )
+    return workload_of(samples, batch, threads)
 
 
 def load_metric(spec: str) -> Metric:

@@ -10,7 +10,6 @@ import typer
 
 from onnx_spdy.models import Prepared, load_model, save_model
 from onnx_spdy.pipeline.artifact import check_same, write_json
-from onnx_spdy.pipeline.data import workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
@@ -41,6 +40,7 @@ from onnx_spdy.tools.options import (
     AllowBusy,
     Batch,
     Data,
+    ExampleData,
     Finetune,
     LossName,
     Memory,
@@ -55,27 +55,40 @@ from onnx_spdy.tools.options import (
     TimeLimit,
     gib,
     minutes,
+    not_empty,
+    out_file,
+    out_folder,
+    path,
     speedups,
 )
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.report.front import write_front_html
 from onnx_spdy.tools.report.page import write_report_html
-from onnx_spdy.tools.specs import load_loss, load_metric, load_network, load_pruner, load_samples
+from onnx_spdy.tools.specs import (
+    load_inputs,
+    load_loss,
+    load_metric,
+    load_network,
+    load_pruner,
+    load_samples,
+    load_workload,
+)
 
 
-def inspect(model: ModelArgument) -> None:
+def inspect(model: ModelArgument, data: ExampleData = None) -> None:
     """The layers that can be pruned, those that can't and why."""
-    show.layers(load_network(model))
+    show.layers(load_inputs(model, data)[0] if data else load_network(model))
 
 
 def measure(
     model: ModelArgument,
     runtime: RuntimeName,
-    out: Annotated[Path, typer.Option("--out", metavar="latency.json")],
+    out: Annotated[Path, typer.Option("--out", metavar="latency.json", parser=out_file)],
     batch: Batch = 1,
     threads: Threads = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="samples to time with; default: random values")
+        str | None,
+        typer.Option("--data", metavar="DATA", parser=not_empty, help="samples to time with; default: random values"),
     ] = None,
     pattern: Pattern = DEFAULT_PATTERN,
     seed: Seed = 0,
@@ -86,8 +99,8 @@ def measure(
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         engine.check()
         warn_without_kernels(engine, levels)
-        dense = load_network(model)
-        workload = workload_of(load_samples(data, dense) if data else None, batch, threads)
+        dense, samples = load_inputs(model, data) if data else (load_network(model), None)
+        workload = load_workload(samples, dense, batch, threads)
         table = measure_latency(
             dense, engine, levels, workload,
             seed=seed, save=out, allow_busy=allow_busy, progress=bars.stage("measure"),
@@ -98,15 +111,15 @@ def measure(
 def database(
     model: ModelArgument,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=out_folder)],
     pattern: Pattern = DEFAULT_PATTERN,
     pruner: PrunerName = DEFAULT_PRUNER,
     memory: Memory = None,
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
-    network = Network(load_network(model))
-    samples = load_samples(data, network.prepared)
+    dense, samples = load_inputs(model, data)
+    network = Network(dense)
     with ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"))
     print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
@@ -115,10 +128,12 @@ def database(
 def search(
     model: ModelArgument,
     data: Data,
-    latency: Annotated[Path, typer.Option("--latency", metavar="F")],
-    database: Annotated[Path, typer.Option("--database", metavar="DIR")],
+    latency: Annotated[Path, typer.Option("--latency", metavar="F", parser=path)],
+    database: Annotated[Path, typer.Option("--database", metavar="DIR", parser=path)],
     speedup: Annotated[str, typer.Option("--speedup", metavar="X[,X...]")],
-    out: Annotated[Path, typer.Option("--out", metavar="F", help="profile; with several targets F-Xx.json each")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="F", parser=out_file, help="profile; with several targets F-Xx.json each")
+    ],
     name: Annotated[str, typer.Option("--search", metavar="NAME")] = DEFAULT_SEARCH,
     loss: LossName = None,
     search_samples: SearchSamples = SEARCH_SAMPLES,
@@ -130,29 +145,32 @@ def search(
     settings = SearchSettings(name, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
     targets = speedups(speedup)
     table, weights = LatencyTable.load(latency), open_database(database)
-    network = Network(load_network(model))
-    samples = load_samples(data, network.prepared)
+    dense, samples = load_inputs(model, data)
+    network = Network(dense)
     with ProgressBars() as bars:
         finder = ProfileSearch(
             network, table, weights, samples, settings,
             state=out.with_name(f"{out.stem}.search.json"), progress=bars.stage("search"), listen=Interrupt(),
         )  # fmt: skip
-        paths = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
-        found = {path: finder.find_or_load(target, path) for path, target in reversed(paths.items())}
-    for path, profile in reversed(found.items()):
+        files = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
+        found = {file: finder.find_or_load(target, file) for file, target in reversed(files.items())}
+    for file, profile in reversed(found.items()):
         held_out = "" if profile.held_out_loss is None else f", on held-out samples {profile.held_out_loss:.6f}"
         print(
-            f"{path}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}{held_out}"
+            f"{file}: predicted {profile.predicted_speedup:.3f}x, {profile.loss_name} loss {profile.loss:.6f}{held_out}"
         )
 
 
 def deploy(
     model: ModelArgument,
-    database: Annotated[Path, typer.Option("--database", metavar="DIR")],
-    profile: Annotated[Path, typer.Option("--profile", metavar="F")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
+    database: Annotated[Path, typer.Option("--database", metavar="DIR", parser=path)],
+    profile: Annotated[Path, typer.Option("--profile", metavar="F", parser=path)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", parser=out_file)],
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="for the correction of statistics and the repair")
+        str | None,
+        typer.Option(
+            "--data", metavar="DATA", parser=not_empty, help="for the correction of statistics and the repair"
+        ),
     ] = None,
     finetune: Finetune = NO_REPAIR,
     seed: Seed = 0,
@@ -161,8 +179,8 @@ def deploy(
     check_repair(finetune)
     if finetune != NO_REPAIR and not data:
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
-    network = Network(load_network(model))
-    chosen, samples = Profile.load(profile), load_samples(data, network.prepared) if data else None
+    dense, samples = load_inputs(model, data) if data else (load_network(model), None)
+    network, chosen = Network(dense), Profile.load(profile)
     pruned = CorrectedStitcher(network, open_database(database), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
@@ -177,10 +195,13 @@ def deploy(
 def finetune(
     model: ModelArgument,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")],
-    pruned: Annotated[Path | None, typer.Argument(metavar="PRUNED", help="starts from it; its zeros stay")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", parser=out_file)],
+    pruned: Annotated[
+        Path | None, typer.Argument(metavar="PRUNED", parser=path, help="starts from it; its zeros stay")
+    ] = None,
     profile: Annotated[
-        Path | None, typer.Option("--profile", metavar="F", help="prune gradually to it, from PRUNED or from MODEL")
+        Path | None,
+        typer.Option("--profile", metavar="F", parser=path, help="prune gradually to it, from PRUNED or from MODEL"),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="passes over the data")] = EPOCHS,
     learning_rate: Annotated[
@@ -195,8 +216,9 @@ def finetune(
         raise typer.BadParameter("give PRUNED, the network to train, or --profile, what to prune MODEL to gradually")
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise typer.BadParameter(f"--learning-rate {learning_rate} is not a positive number")
-    dense = load_network(model)
-    start, samples = load_model(pruned) if pruned else dense.proto, load_samples(data, dense)
+    seconds = minutes(time_limit)
+    dense, samples = load_inputs(model, data)
+    start = load_model(pruned) if pruned else dense.proto
     goal = Profile.load(profile) if profile else None
     if goal and profile:
         check_same(profile, {"model_sha256": (goal.made_from["model_sha256"], dense.sha256)})
@@ -205,7 +227,7 @@ def finetune(
         found = finetune_network(
             dense, start, samples, levels=goal.levels if goal else None,
             epochs=epochs, rate=learning_rate, batch=batch, seed=seed, checkpoint=checkpoint,
-            time_limit_seconds=minutes(time_limit), progress=bars.stage("finetune"),
+            time_limit_seconds=seconds, progress=bars.stage("finetune"),
         )  # fmt: skip
     save_model(found.model, out)
     show.training(f"learnt from {found.learnt_from}", found.training)
@@ -217,14 +239,14 @@ def finetune(
 
 
 def validate(
-    dense: Annotated[Path, typer.Argument(metavar="DENSE")],
-    pruned: Annotated[Path, typer.Argument(metavar="PRUNED")],
+    dense: Annotated[Path, typer.Argument(metavar="DENSE", parser=path)],
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED", parser=path)],
     runtime: RuntimeName,
     batch: Batch = 1,
     threads: Threads = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="DATA")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DATA", parser=not_empty)] = None,
     metric: Annotated[str, typer.Option("--metric", metavar="M")] = "top1",
-    json: Annotated[Path | None, typer.Option("--json", metavar="F")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="F", parser=out_file)] = None,
 ) -> None:
     """Measure both networks in turns in the runtime, and the metric of both."""
     measure_metric = load_metric(metric)
@@ -235,8 +257,8 @@ def validate(
         samples = load_samples(data, reference) if data else None
         values = None
         if samples:  # before the measurement: a metric may not fit the data
-            values = [evaluate(path, samples, measure_metric) for path in (dense, pruned)]
-        workload = workload_of(samples, batch, threads)
+            values = [evaluate(file, samples, measure_metric) for file in (dense, pruned)]
+        workload = load_workload(samples, reference, batch, threads)
         found = validate_network(dense, pruned, engine, workload, progress=bars.stage("validate"))
     metrics = {} if values is None else {"metric_name": metric, "metric_dense": values[0], "metric_pruned": values[1]}
     if json:
@@ -244,7 +266,7 @@ def validate(
     show.validation({**found.to_json(), **metrics})
 
 
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path)]) -> None:
     """Show the report of a run, or the front of one with several targets, and write its page again."""
     if (folder / FRONT).exists() and not (folder / "report.json").exists():
         front = Front.load(folder / FRONT)
@@ -256,9 +278,13 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     show.report(found.content, folder)
 
 
-def prepare(model: ModelArgument, out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx")]) -> None:
+def prepare(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", parser=out_file)],
+    data: ExampleData = None,
+) -> None:
     """Write the prepared dense network: constants folded, cleaned up, checked against the original."""
-    prepared = load_network(model)
+    prepared = load_inputs(model, data)[0] if data else load_network(model)
     save_model(prepared.proto, out)
     print(f"{out} written with {len(prepared.layers)} layers that carry weights")
 

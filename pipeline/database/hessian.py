@@ -60,14 +60,14 @@ def collect_hessians(
         for name in layer.nodes
     ]
     try:
-        done = 0
-        for batch in samples.batches(network.batch_size()):
+        done, batches = 0, network.batches(samples)
+        for batch in batches:
             for one in sums.values():
-                one.padding = Padding(batch.inputs)
+                one.padding = Padding(batch.samples_first)
             with torch.inference_mode():
                 network.run(batch)
             done += len(batch)
-            progress(done, len(samples), "")
+            progress(done, sum(map(len, batches)), "")
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from onnx_spdy.models import Layer, from_canonical, to_canonical
 from onnx_spdy.pipeline.artifact import (
@@ -29,12 +28,13 @@ from onnx_spdy.pipeline.artifact import (
     file_sha256,
     locked,
     read_json,
-    replacing,
     write_json,
+    write_tensors,
 )
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network
@@ -126,6 +126,7 @@ def build_database(
         progress: called with (done, total, what).
     Raises:
         ArtifactError: the folder holds a database that was made from something else, or another one builds there.
+        UnusableHessian: a layer's inputs are NaN, infinite, or beyond what can be computed with.
         MemoryTooSmall: not even the widest layer alone fits.
     """
     made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": compression.pruner.name}
@@ -210,15 +211,18 @@ def _build_layer(
     single = hessian.float()
     errors = [0.0]
     tensors: dict[str, torch.Tensor] = {}
-    pruned = compression.pruner.prune(dense, hessian, compression.levels[1:])
-    for level, weight in zip(compression.levels[1:], pruned, strict=True):
-        _check(layer, level, weight)
-        change = (weight - dense).flatten(1)
-        errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
-        tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
+    try:
+        check_hessian(hessian)
+        pruned = compression.pruner.prune(dense, hessian, compression.levels[1:])
+        for level, weight in zip(compression.levels[1:], pruned, strict=True):
+            _check(layer, level, weight)
+            change = (weight - dense).flatten(1)
+            errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
+            tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
+    except UnusableHessian as exc:
+        raise UnusableHessian(f"layer {layer.name!r} can't be pruned: {exc}") from exc
     name = f"{number:04d}.safetensors"  # node names may hold anything, also path separators
-    with replacing(folder / name) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / name, tensors)
     return {
         "file": name, "sha256": file_sha256(folder / name), "initializer": layer.weight,
         "shape": list(layer.shape), "errors": errors,

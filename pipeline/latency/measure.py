@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,6 +46,7 @@ from onnx_spdy.runtimes import (
     reason_in,
     resolved,
 )
+from onnx_spdy.runtimes.atomic import WorkFolder
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 VERSION = 3
@@ -105,7 +105,7 @@ def measure_latency(
     if len(patterns := sorted({level.pattern for level in levels} - {DENSE.pattern})) > 1:
         raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
     keep = save and save.with_suffix(PARTIAL)
-    with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+    with WorkFolder() as folder:
         work = _Work(dense, runtime, levels, workload, seed, Path(folder), allow_busy, progress)
         try:
             table = work.measure(keep)

@@ -142,7 +142,7 @@ class LatencyTable:
         slower = np.flatnonzero(~faster)  # the dense level is one of them
         return self.levels[slower[-1] + 1] if slower[-1] + 1 < len(self.levels) else None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write latency.json."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         content = {
@@ -156,7 +156,7 @@ class LatencyTable:
         write_json(path, "latency", VERSION, content)
 
     @classmethod
-    def load(cls, path: Path) -> LatencyTable:
+    def load(cls, path: Path | str) -> LatencyTable:
         """The table in a file.
 
         Raises:

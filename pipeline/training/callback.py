@@ -15,7 +15,7 @@ class GradualCallback:
     """Prunes the trained module gradually to a profile.
 
     Args:
-        model: the ONNX network of the profile, with its dense weights.
+        model: the ONNX graph of the profile, with its dense weights; see `GradualPruning`.
         levels: layer name -> level.
         share: of the training's steps after which the profile is reached.
         names: see `GradualPruning`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from onnx_spdy.pipeline.artifact import ArtifactError, arrays_sha256, check_same, replacing
+from onnx_spdy.pipeline.artifact import CHECKSUM, ArtifactError, arrays_sha256, check_same, write_tensors
 
-VERSION = 2
+VERSION = 3
 
 
 class Checkpoint:
@@ -44,8 +44,8 @@ class Checkpoint:
             "format": "onnx_spdy.training", "version": VERSION, "made_from": self.made_from,
             "tensors_sha256": _sha256(contiguous), **numbers,
         }  # fmt: skip
-        with replacing(self.path) as temporary:
-            save_file(contiguous, temporary, metadata={"training": json.dumps(header)})
+        text = json.dumps(header)
+        write_tensors(self.path, contiguous, {"training": text, CHECKSUM: _text_sha256(text)})
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Raises ArtifactError: see `check`."""
@@ -60,12 +60,20 @@ class Checkpoint:
     def _header(self) -> dict[str, Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("training", "{}"))
+                metadata = file.metadata() or {}
+            text = metadata.get("training", "{}")
+            header = json.loads(text)
         except (OSError, SafetensorError, ValueError) as exc:
             raise ArtifactError(f"{self.path} can't be read ({exc}); delete it to start again") from exc
         if (header.get("format"), header.get("version")) != ("onnx_spdy.training", VERSION):
             raise ArtifactError(f"{self.path} is no checkpoint of a training of version {VERSION}; delete it")
+        if metadata.get(CHECKSUM) != _text_sha256(text):
+            raise ArtifactError(f"{self.path} is not as it was written: its checksum differs; delete it to start again")
         return header
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -43,7 +43,7 @@ class Capture:
         """Tensor name -> value; in bfloat16 where the CPU multiplies it itself."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             outputs = self._network.forward(batch)
-        padding = Padding(batch.inputs)
+        padding = Padding(batch.samples_first)
         found = {name: padding.zeroed(values) for name, values in self._found.items()} | outputs
         self._found.clear()
         return found

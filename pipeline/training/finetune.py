@@ -197,9 +197,8 @@ def _start(network: Network, pruned: onnx.ModelProto) -> Weights:
 def _fitted_loss(network: Network, samples: Samples, outputs: DenseOutputs) -> FittedLoss:
     """What is learnt from the dense network, chosen and scaled by its outputs for the first samples."""
     size = network.batch_size()
-    count = min(len(samples), max(size, FITTED_SAMPLES))
-    ends = range(size, count + 1, size) if count >= size else [count]
-    references = [outputs(np.arange(max(0, end - size), end)) for end in ends]
+    index = network.whole(np.arange(min(len(samples), max(size, FITTED_SAMPLES))))
+    references = [outputs(index[begin : begin + size]) for begin in range(0, len(index), size)]
     return fit_loss(None, references, numbers(samples.target))
 
 
@@ -208,7 +207,7 @@ def _has_labels(network: Network, samples: Samples, outputs: DenseOutputs) -> bo
     target = samples.target
     if target is None or target.ndim != 1 or target.dtype.kind not in "iu":
         return False
-    first = outputs(np.arange(min(network.batch_size(), len(samples))))
+    first = outputs(network.whole(np.arange(min(network.batch_size(), len(samples))))[: network.batch_size()])
     classes = next(value for value in first.values() if value.is_floating_point()).shape[-1]
     return 0 <= int(target.min()) <= int(target.max()) < classes
 

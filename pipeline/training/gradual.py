@@ -67,7 +67,8 @@ class GradualPruning:
 
     Args:
         module: yours, in any training state; its weights become sparse in place.
-        model: the ONNX network of the profile, with its dense weights: `dense.onnx` of a run.
+        model: the ONNX graph of the profile, with its dense weights: `load_model` of a run's `dense.onnx`, or the
+            `proto` of what `prepare` returns.
         levels: layer name -> level, as `Profile.levels` has it.
         steps: optimizer steps until every layer is at its level; 0 prunes at once.
         every: steps between two choices of masks; by default there are `UPDATES`.

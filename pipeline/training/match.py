@@ -73,12 +73,6 @@ def match_weights(
         else:
             canonical = _dense(layer, stored)
             found[name] = _by_name(layer, canonical, parameters) or _by_values(layer, canonical, parameters)
-    owners: dict[str, str] = {}
-    for name, weight in found.items():
-        if (other := owners.setdefault(weight.name, name)) != name:
-            raise ParameterMismatch(
-                f"layers {other!r} and {name!r} are both parameter {weight.name!r}; give names={{layer: parameter}}"
-            )
     for name, weight in found.items():
         if (whole := parametrisation_of(module, weight.name)) is not None:
             raise ParameterMismatch(
@@ -87,8 +81,14 @@ def match_weights(
             )
         if (other_layer := _same_weight(known[name], known.values(), stored)) is not None:
             raise ParameterMismatch(
-                f"layers {name!r} and {other_layer!r} are both parameter {weight.name!r}, each with a norm of its own "
-                "folded into it, so they can't be pruned apart; give each its own layer before the export"
+                f"layers {name!r} and {other_layer!r} are both parameter {weight.name!r}, each with a norm folded into "
+                "it, so they can't be pruned apart; give each its own layer before the export"
+            )
+    owners: dict[str, str] = {}
+    for name, weight in found.items():
+        if (other := owners.setdefault(weight.name, name)) != name:
+            raise ParameterMismatch(
+                f"layers {other!r} and {name!r} are both parameter {weight.name!r}; give names={{layer: parameter}}"
             )
     return found
 

@@ -131,7 +131,8 @@ def _criterion(network: Network, samples: Samples, dense: DenseOutputs) -> Crite
     Channels are scaled by the dense outputs of the first batch.
     """
     names = network.graph.output_names
-    first = dense(np.arange(min(len(samples), network.batch_size(FITTED_SAMPLES))))
+    some = np.arange(min(len(samples), network.batch_size(FITTED_SAMPLES)))
+    first = dense(network.whole(some)[: network.batch_size(FITTED_SAMPLES)])
     own = {name: first[name] for name in names if first[name].is_floating_point()}
     per_channel: FittedLoss | None = fit_loss(SQUARED_ERROR, [own]) if own else None
 

@@ -216,35 +216,30 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.state.slower * schedule
         self.optimizer.zero_grad()
-        used = len(index) - len(index) % self.network.batch_size(len(index))
+        index = self.network.whole(index)
         for part, outputs, dense, target in self._parts(capture, index):
-            (self.criterion(outputs, dense, target) * (len(part) / used)).backward()
+            (self.criterion(outputs, dense, target) * (len(part) / len(index))).backward()
         self.optimizer.step()
 
     def _parts(
         self, capture: Capture, index: np.ndarray
     ) -> Iterator[tuple[np.ndarray, Outputs, Outputs, torch.Tensor | None]]:
-        """The samples at `index` with both networks' outputs, in one part unless the graph fixes a smaller batch.
-
-        What is left over when a fixed batch doesn't divide their number is left out.
-        """
+        """The samples at `index` with both networks' outputs, in one part unless the graph fixes a smaller batch."""
         size = self.network.batch_size(len(index))
-        for begin in range(0, len(index) - len(index) % size, size):
+        for begin in range(0, len(index), size):
             part = index[begin : begin + size]
             batch = self.samples.take(part)
             target = numbers(batch.target)
             yield part, capture(batch), self.dense(part), target
 
     def _held_out_loss(self, capture: Capture) -> float:
-        total, count = 0.0, 0
+        index, total = self.network.whole(self.held_index), 0.0
+        size = self.network.batch_size(self.batch)
         with torch.no_grad():
-            for begin in range(0, len(self.held_index), self.batch):
-                for part, outputs, dense, target in self._parts(capture, self.held_index[begin : begin + self.batch]):
+            for begin in range(0, len(index), size):
+                for part, outputs, dense, target in self._parts(capture, index[begin : begin + size]):
                     total += float(self.criterion(outputs, dense, target)) * len(part)
-                    count += len(part)
-        if not count:
-            raise DataError(f"{len(self.held_index)} held-out samples don't fill one batch of the network; give more")
-        return total / count
+        return total / len(index)
 
     def _fraction(self, elapsed: float) -> float:
         """How much of the work is done, 0 to 1: of the steps, or of the time where that ends first."""

@@ -53,6 +53,7 @@ import time
 
 # Before the import of deepsparse: it would look up the machine's external address and post usage events.
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it imports ONNX Runtime, which would write into the user's cache
 if "--diagnose" in sys.argv[1:]:
     os.environ["NM_LOGGING_LEVEL"] = "diagnose"
 
@@ -107,7 +108,7 @@ def open_session(request):
     inputs = [decode(array) for array in request["inputs"]]
     with ModelInMemory(model_of(request)) as path:
         try:
-            engine = Engine(path, batch_size=request["batch"], num_cores=request["threads"])
+            engine = Engine(path, batch_size=batch_of(request, inputs), num_cores=request["threads"])
         except (RuntimeError, ValueError) as exc:
             raise RefusedError(f"{exc}") from exc
     number = max(sessions, default=0) + 1
@@ -119,6 +120,12 @@ def open_session(request):
         "inputs": list(engine.input_names),
         "outputs": list(engine.output_names),
     }
+
+
+def batch_of(request, inputs):
+    """The batch as the engine knows it: the first axis of every input; None where one has another there, or none."""
+    batch = request["batch"]
+    return batch if all(array.ndim and len(array) == batch for array in inputs) else None
 
 
 def run(request):
@@ -145,12 +152,13 @@ def layers(request):
     """The engine's own profile: one row a layer, in the order in which they run."""
     from deepsparse.engine import model_debug_analysis
 
+    inputs = [decode(array) for array in request["inputs"]]
     with ModelInMemory(model_of(request)) as path:
         try:
             analysis = model_debug_analysis(
                 path,
-                [decode(array) for array in request["inputs"]],
-                batch_size=request["batch"],
+                inputs,
+                batch_size=batch_of(request, inputs),
                 num_cores=request["threads"],
                 num_iterations=request["iterations"],
                 num_warmup_iterations=request["warmup"],

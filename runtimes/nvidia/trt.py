@@ -12,7 +12,6 @@ import importlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ..atomic import WorkFolder
 from ..base import (
     Arrays,
     Closing,
@@ -170,7 +170,7 @@ class TensorRt(UnknownLoad):
         model = in_half_precision(fixed.proto, self.precision)
         self._check(fixed, model)
         number_nodes(model.graph)
-        folder = tempfile.TemporaryDirectory(prefix="onnx-spdy-")
+        folder = WorkFolder()
         try:
             file = Path(folder.name) / "network.onnx"
             onnx.save(model, file, save_as_external_data=model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF)
@@ -198,7 +198,7 @@ class _Network:
     model: onnx.ModelProto
     fixed: FixedModel
     precision: str
-    folder: tempfile.TemporaryDirectory[str]
+    folder: WorkFolder
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs by name.

@@ -12,7 +12,7 @@ def start(hello):
 
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0])
-    with tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"onnx-spdy-{os.getpid()}-") as folder:
         with zipfile.ZipFile(io.BytesIO(base64.b64decode(hello["package"]))) as package:
             package.extractall(folder)
         sys.path.insert(0, folder)

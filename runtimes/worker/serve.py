@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import WORK, hold_folder, remove_left
 from ..base import Runtime, Session
 from ..registry import open_runtime
 from ..workload import Workload
@@ -38,6 +39,8 @@ Request = Mapping[str, Any]
 def main(hello: Request, folder: str) -> None:
     """Serve the runtime that `hello` names until stdin ends; every temporary file is made below `folder`."""
     tempfile.tempdir = os.environ["TMPDIR"] = folder  # also of engines, which aren't written in Python
+    hold_folder(folder)
+    remove_left(Path(folder).parent, f"{WORK}*")
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     try:

@@ -47,19 +47,19 @@ def test_keys_are_transposed_once_and_no_guard_is_left(split: bool, is_open: boo
     module = Attention(split).eval()
     model = export_module(module, example, axes)
     assert operators(model)["IsNaN"]
-    prepared = prepare(model)
+    prepared = prepare(model).proto
     found = operators(prepared)
     assert (found["IsNaN"], found["Transpose"], found["Reshape"]) == (0, 4 + (not split), 4)
     inputs = {"x": np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)}
     inputs["mask"] = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     np.testing.assert_allclose(results(prepared, inputs), results(model, inputs), atol=1e-6)
-    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()
+    assert prepare(prepared).proto.SerializeToString() == prepared.SerializeToString()
 
 
 def test_a_guard_stays_where_a_row_may_be_ruled_out_by_minus_infinity() -> None:
     scores = torch.zeros(2, 1, 5, 5)
     model = export_module(Attention(True).eval(), (torch.rand(2, 5, 16), scores))
-    prepared = prepare(model)
+    prepared = prepare(model).proto
     assert operators(prepared)["IsNaN"] == operators(model)["IsNaN"]
     inputs = {"x": np.ones((2, 5, 16), np.float32), "mask": np.full((2, 1, 5, 5), -np.inf, np.float32)}
     assert np.isfinite(results(prepared, inputs)).all() == np.isfinite(results(model, inputs)).all()

@@ -114,7 +114,7 @@ def test_scan_backwards():
 @pytest.mark.parametrize("number", range(len(examples())))
 def test_networks_with_a_bit_of_everything(number):
     """Attention, recurrence, quantised numbers, control flow, functions, half precision: prepared, as in the engine."""
-    graph = prepare(examples()[number])
+    graph = prepare(examples()[number]).proto
     if number == 3:
         assert sum(node.op_type == "If" for node in graph.graph.node) == 1  # the one with a constant condition is gone
     inputs = {"x": x(2, *(dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim[1:]))}
@@ -192,7 +192,7 @@ def test_a_scripted_loop_of_the_older_exporter():
     with warnings.catch_warnings():  # PyTorch would rather have it exported by the newer one
         warnings.simplefilter("ignore")
         script = torch.jit.script(Scripted().eval())
-    graph = prepare(exported(script, inputs, dynamo=False, opset_version=17, input_names=["x", "steps"]))
+    graph = prepare(exported(script, inputs, dynamo=False, opset_version=17, input_names=["x", "steps"])).proto
     assert any(node.op_type == "Loop" for node in graph.graph.node)
     for steps in (0, 1, 4):
         found = TorchGraph(graph)({"x": inputs[0], "steps": torch.tensor(steps)})
@@ -201,7 +201,7 @@ def test_a_scripted_loop_of_the_older_exporter():
 
 def test_a_condition_of_the_newer_exporter():
     module, one = Conditional().eval(), torch.from_numpy(x(2, 16))
-    graph = prepare(exported(module, (one,), dynamo=True, verbose=False))
+    graph = prepare(exported(module, (one,), dynamo=True, verbose=False)).proto
     assert any(node.op_type == "If" for node in graph.graph.node)
     for inputs in (one.abs(), -one.abs()):
         (found,) = TorchGraph(graph)({graph.graph.input[0].name: inputs}).values()
@@ -257,7 +257,7 @@ def test_weights_that_only_inner_graphs_read_stay(case, large, monkeypatch):
         monkeypatch.setattr(graph_module, "LARGEST_PROTOBUF_BYTES", 2000)
         monkeypatch.setattr(sys.modules[prepare.__module__], "LARGEST_PROTOBUF_BYTES", 2000)
         monkeypatch.setattr(sys.modules[prepare.__module__], "UNTOUCHED_BYTES", 1000)
-    prepared = prepare(network)
+    prepared = prepare(network).proto
     stored = {tensor.name for tensor in graph_module.all_tensors(prepared)}
     assert stored >= {name for name in weights if f", {name})" in text}
     x = rng.standard_normal((3, 16), np.float32)
@@ -267,4 +267,4 @@ def test_weights_that_only_inner_graphs_read_stay(case, large, monkeypatch):
             ort.InferenceSession(one.SerializeToString()).run(None, inputs)[0] for one in (prepared, network)
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()
+    assert prepare(prepared).proto.SerializeToString() == prepared.SerializeToString()

@@ -19,11 +19,11 @@ import torch
 from onnx import numpy_helper
 
 from onnx_spdy.models import (
-    Prepared,
     TorchGraph,
     differences,
     export_module,
     find_layers,
+    fixed_batch,
     load_model,
     prepare,
     write_module,
@@ -106,14 +106,16 @@ def goes_all_the_way(module: torch.nn.Module, inputs: dict[str, torch.Tensor], m
     expected = outputs_of(model, arrays)
     with torch.no_grad():
         assert_close(module(*inputs.values()), expected)
-        for graph in (model, prepare(model)):
+        prepared = prepare(model).proto
+        assert fixed_batch(prepared) == fixed_batch(model)
+        for graph in (model, prepared):
             given = {name: torch.from_numpy(array) for name, array in arrays.items()}
             assert_close(TorchGraph(graph)(given).values(), expected)
     samples = Samples({name: np.concatenate([array] * 4) for name, array in arrays.items()})
     options = {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9}
     with open_runtime("fake", **options) as runtime:
         run(
-            Prepared(prepare(model)), samples, runtime, workload_of(samples, len(next(iter(arrays.values())))),
+            prepare(model), samples, runtime, workload_of(samples, len(next(iter(arrays.values())))),
             Target(1.2, out), search=SearchSettings(time_limit_seconds=2),
         )  # fmt: skip
     dense, pruned = load_model(out / "dense.onnx"), load_model(out / "model.onnx")

@@ -60,7 +60,7 @@ def test_names_and_open_batch(block):
 
 
 def test_prunable_layers_keep_the_names_of_the_parameters(block):
-    layers = find_layers(prepare(block[1]), minimum_weights=1)
+    layers = find_layers(prepare(block[1]).proto, minimum_weights=1)
     assert [layer.weight for layer in layers] == ["conv.weight", "fc.weight"]
 
 
@@ -143,7 +143,7 @@ class Masked(nn.Module):
 def test_more_axes_can_be_open_and_linear_layers_keep_their_names():
     module = Masked()
     inputs = {"ids": torch.randint(0, 20, (2, 7)), "mask": torch.ones(2, 7)}
-    model = prepare(export_module(module, inputs, {"ids": {1: "sequence"}, "mask": {1: "sequence"}}))
+    model = prepare(export_module(module, inputs, {"ids": {1: "sequence"}, "mask": {1: "sequence"}})).proto
     for value in model.graph.input:
         assert [dim.dim_param for dim in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
     assert [layer.weight for layer in find_layers(model)] == ["fc.weight.T"]

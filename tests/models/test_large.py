@@ -43,19 +43,19 @@ def small(build) -> onnx.ModelProto:
 
 def test_weights_that_are_set_aside_come_back_as_they_were(build, monkeypatch):
     model = small(build)
-    expected = prepare(model)
+    expected = prepare(model).proto
     monkeypatch.setattr(graph, "LARGEST_PROTOBUF_BYTES", 2000)
     monkeypatch.setattr(sys.modules[prepare.__module__], "LARGEST_PROTOBUF_BYTES", 2000)
     monkeypatch.setattr(sys.modules[prepare.__module__], "UNTOUCHED_BYTES", 1000)
     before = model.SerializeToString()
-    prepared = prepare(model)
+    prepared = prepare(model).proto
     assert model.SerializeToString() == before
     assert [node.op_type for node in prepared.graph.node] == ["MatMul", "Mul", "MatMul"]
     assert prepared.graph.node == expected.graph.node and prepared.graph.input == expected.graph.input
     stored = {tensor.name: tensor for tensor in prepared.graph.initializer}
     assert set(stored) == {tensor.name for tensor in expected.graph.initializer} and "unused" not in stored
     assert all(stored[tensor.name].raw_data == tensor.raw_data for tensor in expected.graph.initializer)
-    assert prepare(prepared).SerializeToString() == prepared.SerializeToString()
+    assert prepare(prepared).proto.SerializeToString() == prepared.SerializeToString()
 
 
 # In a process of its own, so that its peak of memory is its own.
@@ -66,7 +66,7 @@ from pathlib import Path
 from onnx_spdy.models import TorchGraph, changed_initializers, differences, find_layers, load_model, prepare
 from onnx_spdy.models import save_model, write_weights
 path = Path(sys.argv[1])
-model = prepare(load_model(path))
+model = prepare(load_model(path)).proto
 layers = find_layers(model)
 print(len(layers), sum(layer.prunable for layer in layers))
 x = torch.randn(1, 8192)

@@ -178,7 +178,7 @@ def test_a_conv_weight_is_canonical_as_it_is(small_cnn):
     [("resnet20_cifar10", 20, 20), ("dscnn_kws", 10, 6), ("mobilenet_v2_ilsvrc", 53, 36), ("yolox_nano_coco", 113, 80)],
 )
 def test_layers_of_real_networks(real_file, file, all_layers, prunable):
-    layers = find_layers(prepare(load_model(real_file(f"{file}.onnx"))))
+    layers = prepare(load_model(real_file(f"{file}.onnx"))).layers
     assert len(layers) == all_layers
     assert sum(layer.prunable for layer in layers) == prunable
 
@@ -220,7 +220,7 @@ def test_prepare_brings_hidden_weights_into_sight(build, hidden):
     }
     nodes, initializers = before[hidden]
     model = build([*nodes, node("MatMul", ["x", "v"], "y", "m")], {"x": [2, 16]}, {"y": [2, 32]}, initializers)
-    (layer,) = find_layers(prepare(model))
+    (layer,) = prepare(model).layers
     assert layer.prunable and layer.shape == (32, 16)
 
 
@@ -237,3 +237,19 @@ def test_what_onnx_runtime_has_optimised_says_to_prune_before(build):
     message = r"com\.microsoft\.nchwc\.Conv \(node 'conv'\): .*prune before optimising, that is give the original file"
     with pytest.raises(UnsupportedOperator, match=message):
         TorchGraph(model)
+
+
+@pytest.mark.parametrize("readers", ["embedding", "none"])
+def test_a_tied_embedding_is_called_that_and_not_computed(build, readers):
+    nodes = [
+        node("Transpose", ["table"], "turned", "turn", perm=[1, 0]),
+        node("MatMul", ["x", "turned"], "a" if readers == "embedding" else "y", "head"),
+    ]
+    extra = {"table": ones(40, 16)}
+    if readers == "embedding":
+        nodes += [node("Gather", ["table", "ids"], "g", "look up"), node("MatMul", ["a", "g"], "y", "other")]
+        extra["ids"] = np.arange(40)
+    model = build(nodes, {"x": [4, 16]}, {"y": [4, 16 if readers == "embedding" else 40]}, extra)
+    head = next(layer for layer in find_layers(model) if layer.name == "head")
+    assert ("embedding 'table'" in head.skip and "'look up'" in head.skip) == (readers == "embedding")
+    assert ("computed" in head.skip) == (readers == "none")

@@ -49,7 +49,7 @@ def images(*shape: int) -> np.ndarray:
 )
 def test_real_networks_agree_with_onnx_runtime(real_file, file, shape, prepared):
     model = load_model(real_file(f"{file}.onnx"))
-    agrees(prepare(model) if prepared else model, {"input": images(*shape)})
+    agrees(prepare(model).proto if prepared else model, {"input": images(*shape)})
 
 
 def test_a_real_detector_agrees_with_onnx_runtime(real_file):
@@ -60,7 +60,7 @@ def test_a_real_detector_agrees_with_onnx_runtime(real_file):
 
 def test_a_real_pytorch_network_agrees_with_itself(real_networks):
     module, (example,) = real_networks.resnet18_imagenette()
-    graph = TorchGraph(prepare(export_module(module, (example,))))
+    graph = TorchGraph(prepare(export_module(module, (example,))).proto)
     batch = torch.from_numpy(images(2, 3, 160, 160))
     with torch.no_grad():
         assert_close(graph({"input": batch}), {"output": module(batch).numpy()})
@@ -70,7 +70,7 @@ def test_a_suspended_run_goes_on_to_the_same_outputs_with_other_weights_from_the
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
     )
-    graph = TorchGraph(prepare(export_module(module.eval(), (torch.zeros(2, 3, 8, 8),))))
+    graph = TorchGraph(prepare(export_module(module.eval(), (torch.zeros(2, 3, 8, 8),))).proto)
     inputs = {name: torch.from_numpy(images(2, 3, 8, 8)) for name in graph.input_names}
     steps = range(1, graph.step_of([step.module.node.name for step in graph._steps][-1]) + 1)
     kept = []
@@ -160,7 +160,7 @@ def test_exported_networks_agree_with_onnx_runtime(name):
     model = export_module(make(), tuple(inputs.values()))
     arrays = {key: value.numpy() for key, value in inputs.items()}
     agrees(model, arrays)
-    agrees(prepare(model), arrays)
+    agrees(prepare(model).proto, arrays)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -181,7 +181,7 @@ def test_networks_of_the_older_exporter_agree_with_onnx_runtime(name, tmp_path):
     model = load_model(tmp_path / "model.onnx")
     arrays = {key: value.numpy() for key, value in inputs.items()}
     agrees(model, arrays)
-    agrees(prepare(model), arrays)
+    agrees(prepare(model).proto, arrays)
 
 
 def test_parameters_have_the_names_of_the_initializers(small_cnn):

@@ -46,7 +46,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_module_is_exported_like_the_module_itself(wrapper: str) -> None:
     module = Network().eval()
-    model = prepare(export_module(WRAPPERS[wrapper](module), (X[:2],)))
+    model = prepare(export_module(WRAPPERS[wrapper](module), (X[:2],))).proto
     found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": X.numpy()})[0]
     np.testing.assert_allclose(found, module(X).detach().numpy(), atol=1e-5)
     assert {layer.weight for layer in find_layers(model)} == {"up.weight", "down.weight"}
@@ -57,7 +57,7 @@ def test_torchscript_from_a_file_and_example_arrays_are_taken(tmp_path: Path) ->
     quietly(torch.jit.save, quietly(torch.jit.trace, module, X), tmp_path / "net.pt")
     loaded = quietly(torch.jit.load, tmp_path / "net.pt")
     for given, example in ((loaded, X[:2].numpy()), (module, {"x": X[:2].numpy()}), (module, [X[:2].numpy()])):
-        model = prepare(export_module(given, example))  # type: ignore[arg-type]
+        model = prepare(export_module(given, example)).proto  # type: ignore[arg-type]
         found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": X.numpy()})[0]
         np.testing.assert_allclose(found, module(X).detach().numpy(), atol=1e-5)
 

@@ -56,7 +56,7 @@ def test_the_module_computes_what_the_pruned_file_computes(bias):
     torch.manual_seed(0)
     module = Network(bias).eval()
     x = torch.randn(2, 3, 8, 8)
-    dense = prepare(export_module(module, (x,)))
+    dense = prepare(export_module(module, (x,))).proto
     pruned = half_of_it(dense)
     changed = write_module(module, dense, pruned)
     assert {"conv.weight", "plain.weight", "plain.bias", "fc.weight", "fc.bias"} <= set(changed)
@@ -68,7 +68,7 @@ def test_the_module_computes_what_the_pruned_file_computes(bias):
 
 def test_a_tied_weight_is_refused_and_the_module_stays():
     module = Tied()
-    dense = prepare(export_module(module, (torch.randint(0, 40, (2, 6)),)))
+    dense = prepare(export_module(module, (torch.randint(0, 40, (2, 6)),))).proto
     before = module.tokens.weight.clone()
     assert [layer.skip for layer in find_layers(dense)] == [None]
     with pytest.raises(ModelError, match=r"tokens\.weight.*untie"):
@@ -78,7 +78,7 @@ def test_a_tied_weight_is_refused_and_the_module_stays():
 
 def test_another_module_is_refused():
     torch.manual_seed(0)
-    dense = prepare(export_module(Network(True), (torch.randn(2, 3, 8, 8),)))
+    dense = prepare(export_module(Network(True), (torch.randn(2, 3, 8, 8),))).proto
     torch.manual_seed(1)
     with pytest.raises(ModelError, match="no parameter of Network"):
         write_module(Network(True), dense, half_of_it(dense))
@@ -101,7 +101,7 @@ class Levels(nn.Module):
 def test_a_convolution_with_several_norms_is_refused_and_the_module_stays():
     torch.manual_seed(0)
     module = Levels().eval()
-    dense = prepare(export_module(module, (torch.randn(2, 3, 8, 8),)))
+    dense = prepare(export_module(module, (torch.randn(2, 3, 8, 8),))).proto
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in dense.graph.initializer}
     before = module.shared.weight.clone()
     convolutions = [name for name, values in stored.items() if values.ndim == 4]
@@ -116,6 +116,6 @@ def test_a_convolution_with_several_norms_is_refused_and_the_module_stays():
 def test_a_weight_that_is_computed_from_parameters_is_refused():
     torch.manual_seed(0)
     module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))).eval()
-    dense = prepare(export_module(module, (torch.randn(2, 32),)))
+    dense = prepare(export_module(module, (torch.randn(2, 32),))).proto
     with pytest.raises(ModelError, match="remove the parametrisation first"):
         write_module(module, dense, half_of_it(dense))

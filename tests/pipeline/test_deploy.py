@@ -155,7 +155,7 @@ def test_a_batch_is_corrected_by_its_own_statistics_as_if_the_weights_had_been(
         del model.graph.node[0].input[2]
         del model.graph.initializer[1]
     network, batch = Network(Prepared(model)), samples.take(slice(0, 64))
-    within = BatchCorrection(network, [Padding(batch.inputs)])
+    within = BatchCorrection(network, [Padding(batch.samples_first)])
     with torch.inference_mode():
         with within.remember(0):
             dense = network.run(batch)["output"]

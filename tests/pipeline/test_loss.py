@@ -10,9 +10,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_spdy.models import Prepared
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import (
     KL,
+    LOSSES,
     PER_CHANNEL,
     LossError,
     cross_entropy,
@@ -195,12 +197,11 @@ def test_the_objective_sees_a_lost_branch_whatever_the_others_unit_is() -> None:
     samples = Samples({"x": noise(64, 20, 32).numpy()})
     lost = []
     for size in (1.0, 640.0):
-        network = Network(two_branches(size))
+        network = Network(Prepared(two_branches(size)))
         objective = Objective(network, samples, corrected=False)
         assert objective.name == PER_CHANNEL
-        assert objective() == pytest.approx(0, abs=1e-6)
-        network.set("ws", torch.zeros_like(network.dense("ws")))
-        lost.append(objective())
+        assert objective({}) == pytest.approx(0, abs=1e-6)
+        lost.append(objective({"ws": torch.zeros_like(network.dense("ws"))}))
     assert lost[0] == pytest.approx(lost[1], rel=0.05)
     assert lost[0] > 0.4
 
@@ -237,3 +238,23 @@ def test_a_users_loss_gets_copies_and_must_return_a_number() -> None:
     for wrong in ("0.5", None, noise(3), torch.tensor(1j), [0.5], True, {"loss": 0.5}):
         with pytest.raises(LossError, match="one real number"):
             fit_loss(lambda o, d, t, value=wrong: value, [dense])(dense, dense)
+
+
+@pytest.mark.parametrize("loss", [None, *LOSSES])
+def test_outputs_of_another_size_in_each_network_are_refused_by_name(loss) -> None:
+    dense = [{"found": torch.rand(size, 4, generator=torch.Generator().manual_seed(size))} for size in (7, 9)]
+    fitted = fit_loss(loss, dense)
+    with pytest.raises(LossError, match=r"'found'.*\(7, 4\).*\(5, 4\).*NonMaxSuppression"):
+        fitted({"found": torch.rand(5, 4)}, dense[0], torch.zeros(5))
+
+
+def test_batches_in_which_nothing_is_found_scale_no_loss() -> None:
+    some, none = {"found": torch.rand(1, 6, 4)}, {"found": torch.zeros(1, 0, 4)}
+    fitted = fit_loss("squared-error", [some, none])
+    assert float(fitted(none, none)) == 0 and float(fitted({"found": some["found"] + 1}, some)) > 0
+    with pytest.raises(LossError, match="no floating-point output"):
+        fit_loss("squared-error", [none])
+
+
+def test_widths_that_differ_from_batch_to_batch_are_no_classes() -> None:
+    assert fit_loss(None, [{"y": torch.randn(4, 5)}, {"y": torch.randn(4, 6)}]).name == PER_CHANNEL

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_spdy.models import Prepared, export_module, prepare
+from onnx_spdy.models import export_module, prepare
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
@@ -20,7 +20,7 @@ MASK = np.array([[1, 1, 0], [1, 0, 0]])
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    return Network(Prepared(prepare(export_module(*encoder()))))
+    return Network(prepare(export_module(*encoder())))
 
 
 def samples(padding: int = 0, count: int = 64) -> Samples:

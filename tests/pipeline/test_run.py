@@ -11,6 +11,7 @@ from onnx_spdy.models import Prepared, load_model
 from onnx_spdy.pipeline.artifact import ArtifactError, FolderInUse
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, pruner_named
 from onnx_spdy.pipeline.deploy import check_deployed
 from onnx_spdy.pipeline.latency.load_or_measure import load_or_measure
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
@@ -26,12 +27,19 @@ OVERHEADLESS = {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9}
 
 
 def do(
-    model: onnx.ModelProto, samples: Samples, out: Path, speedup: float = 1.5, pattern: str = DEFAULT_PATTERN, **more
+    model: onnx.ModelProto,
+    samples: Samples,
+    out: Path,
+    speedup: float = 1.5,
+    pattern: str = DEFAULT_PATTERN,
+    pruner: str = DEFAULT_PRUNER,
+    **more,
 ) -> Report:
     with open_runtime("fake", **OVERHEADLESS) as runtime:
         return run(
             Prepared(model), samples, runtime, workload_of(samples, 8), Target(speedup, out),
-            compression=Compression(levels_for(pattern)), evaluation=Evaluation(samples, top1, "top1"), **more,
+            compression=Compression(levels_for(pattern), pruner_named(pruner)),
+            evaluation=Evaluation(samples, top1, "top1"), **more,
         )  # fmt: skip
 
 
@@ -158,28 +166,32 @@ def test_other_patterns_go_the_same_way(model: onnx.ModelProto, samples: Samples
 
 
 def test_repair_comes_after_the_measurement_and_keeps_its_zeros(
-    model: onnx.ModelProto, finished: tuple[Path, Samples], tmp_path: Path
+    model: onnx.ModelProto, samples: Samples, tmp_path: Path
 ) -> None:
-    out, samples = finished
-    report = do(model, samples, tmp_path, finetune="gap").content
+    """With the magnitude pruner, which leaves something to repair."""
+    plainly, out = tmp_path / "plain", tmp_path / "repaired"
+    do(model, samples, plainly, pruner="magnitude")
+    report = do(model, samples, out, pruner="magnitude", finetune="gap").content
     assert [stage["name"] for stage in report["stages"]][3:5] == ["validate", "repair"]
     assert report["repair"]["loss_after"] < report["repair"]["loss_before"]
     plain, repaired = (
         {t.name: onnx.numpy_helper.to_array(t) for t in load_model(folder / "model.onnx").graph.initializer}
-        for folder in (out, tmp_path)
+        for folder in (plainly, out)
     )
     pruned = [layer["initializer"] for layer in report["layers"] if layer["level"] != "dense"]
     for name in pruned:
         assert ((plain[name] == 0) == (repaired[name] == 0)).all()
         assert not np.array_equal(plain[name], repaired[name])
     check_deployed(
-        Prepared(load_model(tmp_path / "dense.onnx")), load_model(tmp_path / "model.onnx"),
-        Profile.load(tmp_path / "profile.json").levels,
+        Prepared(load_model(out / "dense.onnx")), load_model(out / "model.onnx"),
+        Profile.load(out / "profile.json").levels,
     )  # fmt: skip
-    content = (tmp_path / "model.onnx").read_bytes()
-    again = do(model, samples, tmp_path, finetune="gap").content  # from the checkpoint, not trained again
-    assert again["repair"] == report["repair"]
-    assert (tmp_path / "model.onnx").read_bytes() == content
+    content = (out / "model.onnx").read_bytes()
+    again = do(
+        model, samples, out, pruner="magnitude", finetune="gap"
+    ).content  # from the checkpoint, not trained again
+    assert again["repair"] == report["repair"]  # from the checkpoint, not trained again
+    assert (out / "model.onnx").read_bytes() == content
 
 
 def test_two_runs_in_one_folder_do_not_meet(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:

@@ -146,14 +146,77 @@ def test_a_mask_that_is_added_may_hold_minus_infinity() -> None:
             as_samples({"mask": np.full_like(added, bad)}, {"mask": (None, 3, 3)}, {"mask": np.dtype("f4")})
 
 
-@pytest.mark.parametrize("shape", [(), (2,), (2, None, 3)])
-def test_inputs_without_samples_first_are_one_line(shape: tuple) -> None:
-    shapes, dtypes = SHAPES | {"extra": shape}, DTYPES | {"extra": np.dtype("f4")}
-    extra = np.ones([12 if size is None else size for size in shape], "f4")
-    with pytest.raises(DataError, match=r"input 'extra' has .*; export the network with this input as a constant"):
-        as_samples({"input": X, "extra": extra}, shapes, dtypes)
-    as_samples({"input": X, "extra": np.ones((12, 3))}, SHAPES | {"extra": (None, 3)}, dtypes)
-    as_samples({"input": X, "extra": np.ones((12, 3))}, {"input": (4, 1, 4, 4), "extra": (4, 3)}, dtypes)
+numbers = np.arange(12, dtype="f4")
+same = np.full(12, 3, "f4")
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "axis", "kept"),
+    [
+        ((), np.float32(3), None, ()),
+        ((), same, None, ()),
+        ((2,), np.ones(2, "f4"), None, (2,)),
+        ((2,), np.ones((12, 2), "f4"), None, (2,)),
+        ((1,), np.ones(1, "f4"), None, (1,)),
+        ((1,), same, None, (1,)),
+        ((1,), numbers, 0, (12,)),
+        ((1, 2), np.ones((12, 2), "f4"), None, (1, 2)),
+        ((1, 2), np.stack([numbers, numbers], 1), 0, (12, 2)),
+        ((5, 5), np.ones((5, 5), "f4"), None, (5, 5)),
+        ((2, None, 3), np.ones((2, 12, 3), "f4"), 1, (2, 12, 3)),
+        ((2, None, 3), np.ones((2, 7, 3), "f4"), None, (2, 7, 3)),
+        ((None, 3), np.ones((12, 3), "f4"), 0, (12, 3)),
+    ],
+)
+def test_samples_lie_on_the_axis_that_shapes_and_data_tell(shape, extra, axis, kept) -> None:
+    samples = as_samples({"input": X, "extra": extra}, SHAPES | {"extra": shape}, DTYPES | {"extra": np.dtype("f4")})
+    assert (len(samples), samples.axes) == (12, {"input": 0, "extra": axis})
+    assert samples.inputs["extra"].shape == kept
+    part = samples.take(slice(3, 5)).inputs["extra"]
+    expected = samples.inputs["extra"] if axis is None else samples.inputs["extra"].take([3, 4], axis)
+    np.testing.assert_array_equal(part, expected)
+    assert [len(batch) for batch in samples.batches(5)] == [5, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "axis"),
+    [((1,), np.ones(1, "f4"), None), ((1, 2), np.ones((12, 2), "f4"), 0), ((2, 1, 3), np.ones((2, 12, 3), "f4"), 1)],
+)
+def test_a_fixed_batch_of_one_is_told_by_the_data(shape, extra, axis) -> None:
+    shapes, dtypes = {"input": (1, 1, 4, 4), "extra": shape}, DTYPES | {"extra": np.dtype("f4")}
+    assert as_samples({"input": X, "extra": extra}, shapes, dtypes).axes == {"input": 0, "extra": axis}
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "message"),
+    [
+        ((), numbers, "it has no axis of samples, so one value serves all"),
+        ((2,), np.stack([numbers, numbers], 1), "it has no axis of samples, so one value serves all"),
+        ((2,), np.ones(3, "f4"), "it has no axis of samples"),
+        ((None, 3), np.ones((11, 3), "f4"), "different or zero numbers of samples"),
+        ((None,), np.ones(1, "f4"), "different or zero numbers of samples"),
+    ],
+)
+def test_an_input_whose_samples_are_nowhere_is_one_line(shape, extra, message) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        as_samples({"input": X, "extra": extra}, SHAPES | {"extra": shape}, DTYPES | {"extra": np.dtype("f4")})
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_of_batches_are_joined_on_their_axis_and_what_all_share_is_kept_once() -> None:
+    shapes = SHAPES | {"scale": (), "state": (2, None, 3)}
+    parts = [{"input": X[:4], "scale": np.float32(2), "state": np.full((2, 4, 3), i, "f4")} for i in range(3)]
+    dtypes = {name: np.dtype("f4") for name in shapes}
+    found = as_samples(parts, shapes, dtypes, {"input": 0, "scale": None, "state": 1})
+    assert {name: array.shape for name, array in found.inputs.items()} == {
+        "input": (12, 1, 4, 4), "scale": (), "state": (2, 12, 3),
+    }  # fmt: skip
+    np.testing.assert_array_equal(found.inputs["state"][0, :, 0], np.repeat([0, 1, 2], 4))
+
+
+def test_the_checksum_tells_on_which_axis_samples_lie() -> None:
+    arrays = {"x": np.ones((4, 4), "f4")}
+    assert Samples(arrays, axes={"x": 0}).sha256 == Samples(arrays).sha256 != Samples(arrays, axes={"x": 1}).sha256
 
 
 def test_integers_that_do_not_fit_are_refused() -> None:

@@ -90,6 +90,36 @@ def test_outputs_agree_with_onnx_runtime(session, conv_net):
     np.testing.assert_allclose(outputs["y"], expected, rtol=1e-4, atol=tolerance)
 
 
+def test_inputs_without_samples_and_with_samples_second_run(runtime, tmp_path):
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["x", "scale"], ["scaled"]),
+        node("ReduceMean", ["state"], ["mean"], axes=[0], keepdims=0),
+        node("Add", ["scaled", "mean"], ["h"]),
+        node("MatMul", ["h", "w"], ["y"]),
+    ]
+    shapes = {"x": ["batch", 16], "scale": [], "state": [2, "batch", 16]}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((16, 8)).astype(np.float32), "w")
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])
+    graph = helper.make_graph(nodes, "graph", values, [output], [weight])
+    path = tmp_path / "state.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    arrays = {
+        "x": rng.standard_normal((BATCH, 16)).astype(np.float32),
+        "scale": np.array(2, np.float32),
+        "state": rng.standard_normal((2, BATCH, 16)).astype(np.float32),
+    }
+    (expected,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, arrays)
+    for inputs in (None, arrays):
+        with runtime.open(path, Workload(BATCH, 1, inputs)) as session:
+            found = session.run(arrays)["y"]
+            half = session.environment.precision in ("bf16", "fp16")
+            tolerance = HALF_TOLERANCE * np.abs(expected).max() if half else 1e-4
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=tolerance)
+
+
 def test_times_are_positive_and_as_many_as_asked(session):
     seconds = session.seconds(4, warmup=2)
     assert len(seconds) == 4

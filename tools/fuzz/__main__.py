@@ -19,7 +19,7 @@ import typer
 from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.fuzz.graphs import examples
 from onnx_spdy.tools.fuzz.inspect import Outcome, fuzz
-from onnx_spdy.tools.options import Seed
+from onnx_spdy.tools.options import Seed, out_folder, path
 from onnx_spdy.tools.results import Json, write_results
 from onnx_spdy.tools.table import print_table
 
@@ -31,17 +31,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     models: Annotated[
-        list[Path] | None, typer.Argument(metavar="MODEL.onnx", help="to damage; default: networks of its own")
+        list[Path] | None,
+        typer.Argument(metavar="MODEL.onnx", parser=path, help="to damage; default: networks of its own"),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="files")] = 2000,
     seed: Seed = 0,
     first: Annotated[int, typer.Option("--first", min=0, help="number of the first file")] = 0,
     workers: Annotated[int, typer.Option("--workers", min=1, help="files at the same time")] = 1,
-    keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="for files that make trouble")] = None,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", parser=out_folder, help="for files that make trouble")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Show what became of damaged files. Exit code 1 where one made trouble."""
-    chosen = [onnx.load(path) for path in models] if models else examples()
+    chosen = [onnx.load(model) for model in models] if models else examples()
     found: dict[int, Outcome] = {}
     troubles = []
     for number, one in fuzz(chosen, count, seed, first, workers, keep):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnx_spdy.runtimes.atomic import WORK, WorkFolder
 from onnx_spdy.tools.fuzz.damage import DATA_FILE, Files, damaged
 
 MEMORY_BYTES = 2 << 30
@@ -109,7 +110,9 @@ def _inspect(path: Path, output: Path) -> None:
         code = 90
     message = errors.getvalue()
     os.write(2, message.encode(errors="replace"))
-    own = [name for name in written if not name.startswith("/dev/")]
+    work = f"{tempfile.gettempdir()}/{WORK}"  # folders of ours, where graphs are tried; they have to be gone now
+    left = [name for name in written if not name.startswith(work) or Path(name).exists()]
+    own = [name for name in left if not name.startswith("/dev/")]
     lines = [line for line in message.splitlines() if line.strip() and not line.startswith("WARNING")]
     if own:
         os.write(2, f"\nwrote {own}".encode())
@@ -132,14 +135,14 @@ def fuzz(
     import onnxslim  # noqa: F401
     import torch
 
-    import onnx_spdy.tools.cli  # noqa: F401
+    import onnx_spdy.tools.commands  # noqa: F401
 
     torch.set_num_threads(1)
 
     def one(number: int) -> tuple[int, Outcome]:
         rng = np.random.default_rng([seed, number])
         files = damaged(models[number % len(models)], rng)
-        with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
+        with WorkFolder() as folder:
             outcome = inspected(files, Path(folder) / "case")
         if outcome.trouble and keep is not None:
             (keep / f"{number}").mkdir(parents=True, exist_ok=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from onnx_spdy.pipeline.artifact import replacing
 from onnx_spdy.runtimes import Environment, Measurement
+from onnx_spdy.runtimes.atomic import WorkFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -250,12 +254,29 @@ def plain_axes(axes: Axes) -> None:
     axes.grid(axis="y", color=colour("faint"), lw=0.7)
 
 
+def _import_matplotlib() -> ModuleType:
+    """matplotlib, which would write a list of fonts into the user's cache when it is imported."""
+    variable = "MPLCONFIGDIR"
+    if "matplotlib" in sys.modules or variable in os.environ:
+        import matplotlib
+
+        return matplotlib
+    with WorkFolder() as folder:
+        os.environ[variable] = folder
+        try:
+            import matplotlib
+            import matplotlib.font_manager
+        finally:
+            del os.environ[variable]
+    return matplotlib
+
+
 def svg_plot(draw: Callable[[Figure], None], *, height: float, label: str, alone: bool = False) -> str:
     """An <svg> element that can stand in a page: no ids or styles that meet those around it, colours as variables.
 
     With `alone` it is the text of a file: with a namespace and fixed colours.
     """
-    import matplotlib
+    matplotlib = _import_matplotlib()
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from onnx_spdy.pipeline.database.pruners.quadratic import check_hessian
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import select_mask
 
@@ -32,6 +33,7 @@ def adaprune(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Level
     Where a pattern begins that doesn't contain the one before (2:4 after unstructured, for instance), it starts from
     the dense weights.
     """
+    check_hessian(hessian)
     dense, curvature = weight.flatten(1).float(), hessian.float()
     power = float(((dense @ curvature) * dense).sum())
     current, pattern = weight.float(), "dense"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from onnx_spdy.pipeline.database.pruners.quadratic import inverse, solve_nested
+from onnx_spdy.pipeline.database.pruners.quadratic import cholesky, inverse, solve_nested
 from onnx_spdy.pipeline.level import Level
 
 PANEL = 64  # removals that are found together
@@ -253,7 +253,7 @@ class _Rows:
         size = self.weight.shape[2]
         flat = _flat(found, size)
         columns = self.inverse_at(found, factor, by_all=True)
-        pivots = torch.linalg.cholesky(columns.gather(2, flat.unsqueeze(1).expand(-1, flat.shape[1], -1)))
+        pivots = cholesky(columns.gather(2, flat.unsqueeze(1).expand(-1, flat.shape[1], -1)))
         identity = torch.eye(flat.shape[1], dtype=pivots.dtype)
         unfactor = torch.linalg.solve_triangular(pivots, identity, upper=False)
         new = unfactor @ columns  # (rows, count, left)

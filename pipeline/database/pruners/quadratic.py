@@ -10,7 +10,45 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+LARGEST = 1e30  # of the mean square of a layer's inputs; beyond this, and below its inverse, float32 runs out
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that the samples barely saw from being overfitted
+
+
+class UnusableHessian(OnnxSpdyError, ArithmeticError):
+    """A layer's Hessian holds what no mean of squares can be, or what can't be computed with in float32."""
+
+
+def check_hessian(hessian: torch.Tensor) -> None:
+    """Refuse a Hessian from which a pruner would make anything.
+
+    Raises:
+        UnusableHessian: NaN, infinite or negative squares, or means beyond `LARGEST`.
+    """
+    diagonal = hessian.diagonal().double()
+    if not bool(torch.isfinite(hessian).all()):
+        raise UnusableHessian("the layer's inputs are NaN or infinite for some samples, or overflow when squared")
+    if bool((diagonal < 0).any()):
+        raise UnusableHessian(f"its Hessian has a negative mean square, {float(diagonal.min()):.1e}")
+    mean = float(diagonal.mean())
+    if mean > LARGEST or 0 < mean < 1 / LARGEST:
+        raise UnusableHessian(
+            f"the mean square of the layer's inputs is {mean:.1e}, too {'large' if mean > 1 else 'small'} to compute "
+            "with in float32: scale the data or the layer before it"
+        )
+
+
+def cholesky(matrix: torch.Tensor, *, upper: bool = False) -> torch.Tensor:
+    """The Cholesky factor of (..., d, d).
+
+    Raises:
+        UnusableHessian: it isn't positive definite.
+    """
+    try:
+        return torch.linalg.cholesky(matrix, upper=upper)
+    except torch.linalg.LinAlgError as exc:
+        raise UnusableHessian("its Hessian is not positive definite, even with damping") from exc
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -18,7 +56,11 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
 
     An input that is always zero has only the damping as curvature: its weights cost next to nothing and go first. A
     layer whose inputs are all zero gets the identity, so its weights go by magnitude.
+
+    Raises:
+        UnusableHessian: see `check_hessian`.
     """
+    check_hessian(hessian)
     result = hessian.double().clone()
     diagonal = result.diagonal()
     alive = diagonal > 0
@@ -28,7 +70,7 @@ def damped(hessian: torch.Tensor) -> torch.Tensor:
 
 def inverse(hessian: torch.Tensor) -> torch.Tensor:
     """(..., d, d) H^-1 of positive definite H."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.cholesky_inverse(cholesky(hessian))
 
 
 def inflation(hessian: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
@@ -94,7 +136,7 @@ def solve_nested(
         (d,) for each count.
     """
     order = order[: max(counts, default=0)]
-    factor = torch.linalg.cholesky(hessian[order.unsqueeze(1), order])
+    factor = cholesky(hessian[order.unsqueeze(1), order])
     halfway = torch.linalg.solve_triangular(factor, target[order].unsqueeze(1), upper=False)
     found = []
     for count in counts:

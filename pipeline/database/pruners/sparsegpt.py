@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from onnx_spdy.pipeline.database.pruners.quadratic import damped, inverse
+from onnx_spdy.pipeline.database.pruners.quadratic import cholesky, damped, inverse
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import select_mask
 
@@ -30,7 +30,7 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, levels: Sequence[Leve
     channels, positions = weight.shape[1], weight[0, 0].numel()
     order = torch.arange(channels * positions).view(channels, positions).T.flatten()  # (position, channel)
     curvature = damped(hessian)[order][:, order]
-    factor = torch.linalg.cholesky(inverse(curvature), upper=True).float()  # (d, d), U
+    factor = cholesky(inverse(curvature), upper=True).float()  # (d, d), U
     dense = weight.flatten(1).float()[:, order]
     for start in range(0, len(levels), at_once):
         some = levels[start : start + at_once]

@@ -11,7 +11,7 @@ from onnx_spdy.pipeline.database.pruners.elimination import Units, eliminate, el
 from onnx_spdy.pipeline.database.pruners.low_rank import LowRank
 from onnx_spdy.pipeline.database.pruners.obc import eliminated, obc
 from onnx_spdy.pipeline.database.pruners.obs import obs
-from onnx_spdy.pipeline.database.pruners.quadratic import damped, reconstruct, solve_nested
+from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, damped, reconstruct, solve_nested
 from onnx_spdy.pipeline.level import Level, levels_for
 
 
@@ -208,3 +208,32 @@ def test_a_users_function_is_a_pruner() -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UnknownPruner, match="magnitude, adaprune"):
         pruner_named("best")
+
+
+@pytest.mark.parametrize("name", ["adaprune", "sparsegpt", "obc", "obs"])
+@pytest.mark.parametrize("wrong", ["nan", "infinite", "negative", "huge", "tiny"])
+def test_a_hessian_that_no_inputs_can_have_is_refused_by_every_pruner_that_reads_it(name: str, wrong: str) -> None:
+    weight, hessian = layer((4, 12))
+    if wrong in ("huge", "tiny"):
+        hessian *= {"huge": 1e60, "tiny": 1e-60}[wrong]
+    else:
+        hessian[3, 3] = {"nan": float("nan"), "infinite": float("inf"), "negative": -1.0}[wrong]
+    with pytest.raises(UnusableHessian):
+        list(pruner_named(name).prune(weight, hessian, [Level.parse("unstructured@0.5")]))
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "obc", "obs"])
+def test_a_hessian_that_is_not_positive_definite_is_refused_where_it_is_inverted(name: str) -> None:
+    weight, hessian = layer((4, 12))
+    hessian[3, 4] = hessian[4, 3] = 100 * hessian.diagonal().max()
+    with pytest.raises(UnusableHessian, match="positive definite"):
+        list(pruner_named(name).prune(weight, hessian, [Level.parse("unstructured@0.5")]))
+
+
+@pytest.mark.parametrize("name", ["adaprune", "sparsegpt", "obc", "obs"])
+def test_inputs_of_low_rank_or_none_at_all_are_pruned(name: str) -> None:
+    weight, hessian = layer((4, 12))
+    vector = hessian[0]
+    for singular in (vector[:, None] * vector, torch.zeros_like(hessian)):
+        (found,) = pruner_named(name).prune(weight, singular, [Level.parse("unstructured@0.5")])
+        assert bool(torch.isfinite(found).all()) and float((found == 0).float().mean()) == 0.5

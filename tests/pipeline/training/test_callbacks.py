@@ -31,7 +31,7 @@ def network() -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def model() -> onnx.ModelProto:
-    return prepare(export_module(network(), torch.zeros(2, 16)))
+    return prepare(export_module(network(), torch.zeros(2, 16))).proto
 
 
 def levels(model: onnx.ModelProto) -> dict[str, Level]:

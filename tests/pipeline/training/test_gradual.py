@@ -63,13 +63,13 @@ def trained(module: nn.Module, shape: tuple[int, ...], seed: int = 0) -> nn.Modu
 @pytest.fixture(scope="module")
 def convolutions() -> tuple[nn.Module, onnx.ModelProto]:
     module = trained(Convolutions(), (3, 8, 8))
-    return module, prepare(export_module(module, torch.randn(2, 3, 8, 8)))
+    return module, prepare(export_module(module, torch.randn(2, 3, 8, 8))).proto
 
 
 @pytest.fixture(scope="module")
 def sequences() -> tuple[nn.Module, onnx.ModelProto]:
     module = trained(Sequences(), (5, 32))
-    return module, prepare(export_module(module, torch.randn(2, 5, 32)))
+    return module, prepare(export_module(module, torch.randn(2, 5, 32))).proto
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -110,7 +110,7 @@ def test_a_module_pruned_in_its_own_loop_exports_to_the_profile(
     names = [layer.name for layer in find_layers(model) if layer.weight in ("second.weight", "third.weight")]
     pruning = GradualPruning(module, model, dict.fromkeys(names, level), steps=20, every=2)
     train(module, pruning, torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=0.1), 30, 0)
-    exported = prepare(export_module(module.eval(), torch.randn(2, 3, 8, 8)))
+    exported = prepare(export_module(module.eval(), torch.randn(2, 3, 8, 8))).proto
     assert [node.name for node in exported.graph.node] == [node.name for node in model.graph.node]
     network = Network(Prepared(exported))
     images = torch.randn(4, 3, 8, 8)
@@ -190,7 +190,7 @@ def test_transposed_weights_are_found_by_their_values(sequences: tuple[nn.Module
     module = copied(module)
     GradualPruning(module, model, dict.fromkeys(prunable(model), level), steps=0)
     assert all(level_violation(part.weight.detach().numpy(), level) is None for part in module.children())
-    network = Network(Prepared(prepare(export_module(module, torch.randn(2, 5, 32)))))
+    network = Network(prepare(export_module(module, torch.randn(2, 5, 32))))
     for layer in network.layers:
         assert level_violation(to_canonical(layer, network.dense(layer.weight)).numpy(), level) is None
 
@@ -236,7 +236,7 @@ class Levels(nn.Module):
 
 def test_one_convolution_with_several_norms_is_not_pruned_for_one_of_them() -> None:
     module = trained(Levels(), (3, 8, 8))
-    model = prepare(export_module(module, torch.randn(2, 3, 8, 8)))
+    model = prepare(export_module(module, torch.randn(2, 3, 8, 8))).proto
     shared = [layer.name for layer in find_layers(model) if layer.shape == (16, 3, 3, 3)]
     assert len(shared) == 2
     for name in shared:
@@ -252,7 +252,7 @@ def test_one_convolution_with_several_norms_is_not_pruned_for_one_of_them() -> N
 def test_a_weight_that_is_computed_from_parameters_is_refused(norm) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(norm(nn.Linear(32, 32)), nn.ReLU(), nn.Linear(32, 16)).eval()
-    model = prepare(export_module(module, torch.randn(2, 32)))
+    model = prepare(export_module(module, torch.randn(2, 32))).proto
     with pytest.raises(ParameterMismatch, match="remove the parametrisation first"):
         GradualPruning(module, model, dict.fromkeys(prunable(model), HALF), steps=0)
 
@@ -312,7 +312,7 @@ def test_distillation_is_the_divergence_from_the_dense_network() -> None:
 def test_a_written_file_keeps_every_zero(convolutions: tuple[nn.Module, onnx.ModelProto], tmp_path: Path) -> None:
     module, model = copied(convolutions[0]), convolutions[1]
     GradualPruning(module, model, dict.fromkeys(prunable(model), HALF), steps=0)
-    save_model(prepare(export_module(module, torch.randn(2, 3, 8, 8))), tmp_path / "pruned.onnx")
+    save_model(prepare(export_module(module, torch.randn(2, 3, 8, 8))).proto, tmp_path / "pruned.onnx")
     written = {t.name: onnx.numpy_helper.to_array(t) for t in load_model(tmp_path / "pruned.onnx").graph.initializer}
     for name in ("first.weight", "second.weight", "third.weight"):
         expected = dict(module.named_parameters())[name].detach().numpy() == 0

@@ -309,7 +309,7 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path, monkeypatch):
     stand_in.write_text('#!/bin/sh\nfor command; do :; done\neval "$command"\n')  # runs its last argument here
     stand_in.chmod(0o755)
     monkeypatch.setenv("ONNX_SPDY_SSH", str(stand_in))
-    expected = r"fake on board died .*'/.*/python' needs Python 3\.11 or later with onnx"
+    expected = r"fake on board died .*'/.*/python' needs Python 3\.10 or later with onnx"
     with (
         open_runtime("ssh://board/fake", python=str(tmp_path / "python")) as runtime,
         pytest.raises(RuntimeUnavailable, match=expected),

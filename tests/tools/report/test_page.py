@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.metric import top1
-from onnx_spdy.pipeline.run import run
+from onnx_spdy.models import Prepared
+from onnx_spdy.pipeline.artifact import CHECKSUM
+from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.pruners import pruner_named
+from onnx_spdy.pipeline.metric import Evaluation, top1
+from onnx_spdy.pipeline.run import Target, run
+from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.runtimes import Measurement, open_runtime, ratio_confidence
 from onnx_spdy.tools.report import page as page_module
 from onnx_spdy.tools.report.page import render, write_report_html
@@ -130,12 +135,13 @@ def test_the_report_made_by_hand_here_has_the_keys_of_a_real_one(tmp_path: Path)
     samples = Samples({"input": rng.normal(size=(32, 3, 12, 12)).astype(np.float32)}, rng.integers(0, 10, 32))
     with open_runtime("fake", layer_overhead_seconds=0.0, node_seconds=1e-9) as runtime:
         run(
-            build_model(), samples, runtime, 1.2, tmp_path, batch=8, evaluation=samples, metric=top1,
-            metric_name="top1", pruner="magnitude", search="uniform",
+            Prepared(build_model()), samples, runtime, workload_of(samples, 8), Target(1.2, tmp_path),
+            compression=Compression(pruner=pruner_named("magnitude")), search=SearchSettings("uniform"),
+            evaluation=Evaluation(samples, top1, "top1"),
         )  # fmt: skip
     real = json.loads((tmp_path / "report.json").read_text())
     made = realistic()
-    assert set(made) - {"alternatives"} == set(real) - {"alternatives"}
+    assert set(made) - {"alternatives"} == set(real) - {"alternatives", CHECKSUM}
     for part in ("layers", "rest", "stages", "attempts"):
         assert set(made[part][0]) == set(real[part][0]), part
     assert set(made["environment"]) <= set(real["environment"])
