@@ -13,8 +13,10 @@ from onnx_spdy.models.graph import (
     node_names,
     save_model,
 )
+from onnx_spdy.models.groups import Group, GroupError, find_groups
 from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
 from onnx_spdy.models.load import load_model
+from onnx_spdy.models.narrow import masked, narrowed
 from onnx_spdy.models.patches import InputPatches
 from onnx_spdy.models.prepare import prepare
 from onnx_spdy.models.prepared import Prepared
@@ -23,6 +25,8 @@ from onnx_spdy.models.write_back import changed_initializers, differences, write
 from onnx_spdy.models.write_module import write_module
 
 __all__ = [
+    "Group",
+    "GroupError",
     "InputPatches",
     "Layer",
     "ModelError",
@@ -34,6 +38,7 @@ __all__ = [
     "check_interface",
     "differences",
     "export_module",
+    "find_groups",
     "find_layers",
     "fixed_batch",
     "from_canonical",
@@ -41,7 +46,9 @@ __all__ = [
     "input_dtypes",
     "input_shapes",
     "load_model",
+    "masked",
     "model_sha256",
+    "narrowed",
     "node_names",
     "prepare",
     "save_model",

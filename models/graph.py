@@ -3,7 +3,8 @@
 Errors:
 
     ModelError(ValueError)            everything that is wrong with a model that a user gave
-    └── UnsupportedOperator           TorchGraph has no function for an operator
+    ├── UnsupportedOperator           TorchGraph has no function for an operator
+    └── GroupError                    a group that doesn't exist or can't shrink, or units that it doesn't have
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ def settle_axes(
         guessed: axes by the graph alone; they stay where nothing else fits.
         target: whose first axis counts samples, or None.
     """
-    count = len(target) if target is not None else max(_counts(arrays, shapes, guessed), default=0)
-    found = {name: _settled(arrays[name], shapes[name], guessed[name], count) for name in shapes}
+    batches = {1} | {shapes[name][axis] for name, axis in guessed.items() if axis is not None} - {None}
+    fitting = {name: _fitting(arrays[name], shapes[name], batches) for name in shapes}
+    count = len(target) if target is not None else max(_counts(arrays, shapes, guessed, fitting), default=0)
+    found = {name: _settled(arrays[name], shapes[name], guessed[name], fitting[name], count) for name in shapes}
     return {name: array for name, (array, _) in found.items()}, {name: axis for name, (_, axis) in found.items()}
 
 
@@ -40,23 +42,29 @@ def fits(array: tuple[int, ...], shape: Shape, axis: int | None) -> bool:
 
 
 def _counts(
-    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], guessed: Mapping[str, int | None]
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Shape],
+    guessed: Mapping[str, int | None],
+    fitting: Mapping[str, list[int]],
 ) -> Iterator[int]:
     for name, array in arrays.items():
         axis = guessed[name]
         if axis is not None and not fits(array.shape, shapes[name], axis):
-            others = _fitting(array, shapes[name])
-            axis = others[0] if len(others) == 1 else None
+            axis = fitting[name][0] if len(fitting[name]) == 1 else None
         if axis is not None and axis < array.ndim:
             yield array.shape[axis]
 
 
-def _fitting(array: np.ndarray, shape: Shape) -> list[int]:
-    return [axis for axis in range(array.ndim) if fits(array.shape, shape, axis)]
+def _fitting(array: np.ndarray, shape: Shape, batches: set[int | None]) -> list[int]:
+    """The axes on which samples may lie: open ones; where all sizes are fixed, those as long as a batch."""
+    able = [size is None or (None not in shape and size in batches) for size in shape]
+    return [axis for axis in range(min(array.ndim, len(shape))) if able[axis] and fits(array.shape, shape, axis)]
 
 
-def _settled(array: np.ndarray, shape: Shape, guess: int | None, count: int) -> tuple[np.ndarray, int | None]:
-    possible = [axis for axis in _fitting(array, shape) if array.shape[axis] == count]
+def _settled(
+    array: np.ndarray, shape: Shape, guess: int | None, fitting: list[int], count: int
+) -> tuple[np.ndarray, int | None]:
+    possible = [axis for axis in fitting if array.shape[axis] == count]
     if guess in possible:
         return array, guess
     if fits(array.shape, shape, None) and (guess is None or shape[guess] == 1):

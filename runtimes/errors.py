@@ -12,7 +12,9 @@ class OnnxSpdyError(Exception):
     OnnxSpdyError
     |- ModelError               models: the network is damaged, or holds what isn't known here
     |  |- UnsupportedOperator   ... an operator
-    |  `- RunFailed             ... ONNX Runtime can't run it
+    |  |- GroupError            ... a group of units that doesn't exist or can't shrink, or hasn't these units
+    |  |- RunFailed             ... ONNX Runtime can't run it
+    |  `- InputTooLarge         ... random values for an input would take too much memory
     |- RuntimeFailure           runtimes: an engine did not do what it was asked to do
     |  |- RuntimeUnavailable    ... it can't be used on this machine
     |  |- ModelRefused          ... it (or we, on its behalf) won't take this model

@@ -66,7 +66,7 @@ def test_this_version_of_onnx_runtime_would_write_there_or_is_too_old_for_it(hom
     assert files(home) or tuple(map(int, version.split(".")[:2])) < (1, 32)
 
 
-@pytest.mark.parametrize("room", ["runtimes", "models", "pipeline.run", "tools.cli", "runtimes.worker.serve"])
+@pytest.mark.parametrize("room", ["runtimes", "models", "pipeline.run", "tools.commands", "runtimes.worker.serve"])
 def test_importing_one_of_ours_before_onnx_runtime_keeps_its_telemetry_off(room, home):
     run(home, "-c", f"import onnx_spdy.{room}, onnxruntime")
     assert files(home) == []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_spdy.models import Prepared, to_canonical
+from onnx_spdy.models import Group, Prepared, find_groups, to_canonical
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import level_violation
@@ -53,6 +53,18 @@ def layers(network: Prepared) -> None:
     for pattern in N_OF_M:
         if patterns[pattern]:
             print(f"{patterns[pattern]} of them are {pattern} along their input channels, as GPUs want it")
+    groups(find_groups(network))
+
+
+def groups(found: Sequence[Group]) -> None:
+    """What can only be removed together: channels, feed-forward units, attention heads, coupled widths."""
+    rows = [(one.name, one.kind, one.units, _named(one.producers), one.skip or "can shrink") for one in found]
+    print_table("Groups", ("group", "kind", "units", "layers that make them", "why"), rows)
+    print(f"{sum(one.prunable for one in found)} groups of units that can be removed")
+
+
+def _named(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''}"
 
 
 def pattern_of(weight: np.ndarray) -> str:
@@ -98,7 +110,7 @@ def table(found: LatencyTable) -> None:
         share = min(1.0, float(found.seconds[rows, 0].sum()) / found.dense_seconds)  # each is fitted with an error
         print(
             f"pruning gains nothing in {len(gainless)} of {len(found.layers)} layers, {share:.0%} of the time: "
-            f"{', '.join(gainless[:NAMED])}{' ...' if len(gainless) > NAMED else ''}"
+            f"{_named(gainless)}"
         )
     if is_busy(found.foreign_cores, found.environment.cores):
         print(

@@ -9,7 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 WIDTH = 140  # where nobody watches a terminal
-WORDS = ("op", "why", "why not", "note", "kernel")  # columns that hold no numbers, beside the first
+WORDS = (
+    "op",
+    "kind",
+    "layers that make them",
+    "why",
+    "why not",
+    "note",
+    "kernel",
+)  # columns that hold no numbers, beside the first
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

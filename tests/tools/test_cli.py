@@ -246,10 +246,11 @@ def test_inspect_shows_the_pattern_along_the_input_channels(folder: Path, cli: C
     path = folder / "patterns.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
     done = cli("inspect", path, cwd=folder)
-    rows = {line.split()[1]: line for line in done.out.splitlines() if line.split()[1:2] and "n_" in line}
+    layers = done.out[: done.out.index("Groups")]
+    rows = {line.split()[1]: line for line in layers.splitlines() if line.split()[1:2] and "n_" in line}
     assert {name for name, line in rows.items() if "2:4" in line} == {"n_conv", "n_gemm_t", "n_gemm", "n_matmul"}
     assert {name for name, line in rows.items() if "unstructured" in line} == {"n_across", "n_wrong"}
-    assert "4 of them are 2:4" in done.out
+    assert "4 of them are 2:4" in layers
 
 
 def test_inspect_says_why_layers_are_skipped(folder: Path, cli: Cli) -> None:
@@ -265,6 +266,15 @@ def test_inspect_says_why_layers_are_skipped(folder: Path, cli: Cli) -> None:
     assert done.code == 0, done.err
     assert "depthwise convolution" in done.out
     assert "0 prunable layers" in done.out
+
+
+def test_inspect_shows_what_shrinks_together(folder: Path, cli: Cli) -> None:
+    done = cli("inspect", "user.py:network", cwd=folder)
+    assert done.code == 0, done.err
+    groups = done.out[done.out.index("Groups") :]
+    assert "inner" in groups
+    assert "keeps its shape" in " ".join(groups.split())
+    assert "groups of units that can be removed" in groups
 
 
 def test_a_pruned_network_is_trained_and_keeps_its_zeros(folder: Path, cli: Cli) -> None:

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "database": "What a layer database costs, and how good its layers are on samples that it hasn't seen.",
     "gpu": "What 2:4 gains on a GPU, layer by layer and in whole encoders.",
     "gradual": "Which profile ends higher when the network is pruned gradually to it and trained.",
+    "groups": "What channels and heads can be removed from networks, and how much work that saves at most.",
     "latency": "How well a latency table predicts networks that it has never seen.",
     "read-trtexec": "What trtexec said of 2:4, layer by layer.",
     "repair": "What correction and repair give back, with few samples.",

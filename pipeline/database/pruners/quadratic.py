@@ -16,7 +16,7 @@ LARGEST = 1e30  # of the mean square of a layer's inputs; beyond this, and below
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that the samples barely saw from being overfitted
 
 
-class UnusableHessian(OnnxSpdyError, ArithmeticError):
+class UnusableHessian(OnnxSpdyError, ValueError):
     """A layer's Hessian holds what no mean of squares can be, or what can't be computed with in float32."""
 
 
