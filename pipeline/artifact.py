@@ -94,7 +94,9 @@ def read_json(path: Path | str, kind: str, version: int) -> dict[str, Any]:
     found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
     if found != (f"onnx_spdy.{kind}", version):
         raise ArtifactError(f"{path} is not onnx_spdy.{kind} version {version} but {found}; give the right file")
-    if document.pop(CHECKSUM, None) != _checksum(document):
+    if CHECKSUM not in document:
+        raise ArtifactError(f"{path} has no checksum: an earlier version wrote it; delete it to have it made again")
+    if document.pop(CHECKSUM) != _checksum(document):
         raise ArtifactError(f"{path} is not as it was written: its checksum differs; delete it to have it made again")
     return document
 

@@ -1,7 +1,8 @@
-"""Files of a stage on a disk that has no room for them."""
+"""Files of the stages: those that a full disk leaves, and those that an earlier version wrote."""
 
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +60,10 @@ def test_a_report_keeps_the_attempts_of_an_earlier_call_for_the_same_question():
     for name in QUESTION:
         other = Report({**question(**{name: "other"}), "attempts": [attempt(2.0, 1.8)]})
         assert now.after(other) == now
+
+
+def test_a_file_of_an_earlier_version_is_told_from_one_that_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text('{"format": "onnx_spdy.report", "version": 1, "runtime": "fake"}')
+    with pytest.raises(ArtifactError, match="has no checksum: an earlier version wrote it"):
+        read_json(path, "report", 1)
