@@ -129,20 +129,11 @@ def _metric_change(report: Mapping[str, Any]) -> str:
 
 
 def _parts(report: Mapping[str, Any]) -> list[Part]:
-    """Where the pruned network's time goes, slowest first.
-
-    The rows outside the layers come from one profile, their total is the median of many: they are scaled to
-    it, so that all parts add up to the time that the table predicts.
-    """
+    """Where the pruned network's time goes by the table, slowest first."""
     found = [(layer["name"], layer["kernel"], layer["seconds"], True) for layer in report["layers"]]
     found += [
         (row["outputs"] or "no tensor of its own", row["kernel"], row["seconds"], False) for row in report["rest"]
     ]
-    listed = math.fsum(row["seconds"] for row in report["rest"])
-    scale = report["rest_seconds"] / listed if listed else 0.0
-    found = [(name, kernel, seconds if layer else seconds * scale, layer) for name, kernel, seconds, layer in found]
-    if not listed and report["rest_seconds"]:
-        found.append(("everything else", "", report["rest_seconds"], False))
     total = math.fsum(seconds for _, _, seconds, _ in found) or 1.0
     parts = [Part(name, kernel, seconds, seconds / total, layer) for name, kernel, seconds, layer in found]
     return sorted(parts, key=lambda part: -part.seconds)
