@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tomllib
 import torch
 import typer
 from onnx import TensorProto, helper, numpy_helper
@@ -246,11 +245,15 @@ def test_what_is_not_run_is_there() -> None:
     assert set(NOT_RUN) == {one.name for one in CALLS} & set(NOT_RUN)
 
 
-def test_make_targets_and_extras_exist() -> None:
+def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf8")
     targets = [one.arguments[0] for one in COMMANDS if one.program == "make"]
     assert targets
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_what_pip_installs_exists() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="no tomllib before Python 3.11")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]["optional-dependencies"]
     assert set(re.findall(r"onnx-spdy\[(\w+)\]", "".join(PAGES.values()))) <= set(extras)
     for command in (one for one in COMMANDS if one.program == "pip"):
