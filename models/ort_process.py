@@ -45,9 +45,8 @@ class OrtProcess:
         self._what = ""
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the folder of the script, whose files have names of libraries, isn't searched.
         return subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("ort_worker.py"))],
+            [sys.executable, str(Path(__file__).with_name("ort_worker.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True,
         )  # fmt: skip
 

@@ -19,6 +19,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+# The files beside this one have names of libraries.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+
 import numpy as np
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which would write into the user's cache

@@ -77,7 +77,7 @@ def test_a_value_that_the_user_has_set_stays(home):
 
 
 def test_the_process_that_tries_graphs_keeps_it_off_by_itself(home):
-    run(home, "-P", str(Path(ort_process.__file__).with_name("ort_worker.py")))  # its stdin is at its end
+    run(home, str(Path(ort_process.__file__).with_name("ort_worker.py")))  # its stdin is at its end
     assert files(home) == []
 
 
