@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import io
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,12 +204,23 @@ def called(command: Command) -> tuple[int, str]:
     return 0, errors.getvalue()
 
 
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """`contextlib.chdir`, which Python has from 3.11 on."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Command, tuple[int, str]]:
     """What became of each command; all in one folder, because they go on from each other's files."""
     folder, found, page = tmp_path_factory.mktemp("readme"), {}, ""
     prepared(folder)
-    with contextlib.chdir(folder):
+    with inside(folder):
         for command in CALLS:
             if command.name in NOT_RUN:
                 continue
