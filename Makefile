@@ -16,7 +16,7 @@ test: $(STAMP) lint types
 	$(VENV)/bin/python -m pytest -q
 
 # The tests with the oldest versions that pyproject.toml allows. Makes an environment of its own and, on x86-64, gets
-# about 3 GB for it: that torch is there for CUDA only, with NVIDIA's libraries. Old packages warn, so warnings pass.
+# about 3 GB for it: that torch is there for CUDA only, with NVIDIA's libraries. Old packages warn, so warnings pass; torch 2.9 imports setuptools.
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -q -o filterwarnings=
 
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(STAMP)
 	test -x $(OLDEST)/bin/python || $(VENV)/bin/uv venv -q --python $(OLDEST_PYTHON) $(OLDEST)
 	$(VENV)/bin/uv pip install -q --python $(OLDEST) -c constraints-oldest.txt -e . openvino scikit-learn \
-		hypothesis pytest pytest-cov
+		hypothesis pytest pytest-cov 'setuptools<81'
 	touch $@
 
 clean:
