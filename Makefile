@@ -16,7 +16,8 @@ test: $(STAMP) lint types
 	$(VENV)/bin/python -m pytest -q
 
 # The tests with the oldest versions that pyproject.toml allows. Makes an environment of its own and, on x86-64, gets
-# about 3 GB for it: that torch is there for CUDA only, with NVIDIA's libraries. Old packages warn, so warnings pass; torch 2.9 imports setuptools.
+# about 3 GB for it: that torch is there for CUDA only, with NVIDIA's libraries. Old packages warn, so warnings pass;
+# torch 2.9 imports setuptools.
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -q -o filterwarnings=
 
