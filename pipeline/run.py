@@ -126,7 +126,7 @@ def run(
                 state=common / "search.json", progress=watch.stage("search"), listen=watch.listen,
             )  # fmt: skip
             first = finder.find_or_load(target.speedup, out / "profile.json")
-        stitcher = CorrectedStitcher(network, database, samples, search.loss)
+        stitcher = CorrectedStitcher(finder.stitcher, samples, search.loss)
         pruned = PrunedNetwork({}, {})
 
         def deploy_and_measure(profile: Profile) -> Validation:

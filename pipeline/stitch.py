@@ -64,16 +64,14 @@ class CorrectedStitcher:
     last `JUDGED_SAMPLES` calibration samples.
 
     Args:
-        network, database: what the profiles are for.
+        stitcher: of the network and database that the profiles are for; what it keeps unpacked serves a search as well.
         samples: calibration samples for the correction of statistics, or None for none.
         loss: see `Objective`.
     """
 
-    def __init__(
-        self, network: Network, database: LayerDatabase, samples: Samples | None, loss: str | Loss | None = None
-    ) -> None:
-        self._network, self._database = network, database
-        self._stitcher = Stitcher(network, database)
+    def __init__(self, stitcher: Stitcher, samples: Samples | None, loss: str | Loss | None = None) -> None:
+        self._stitcher = stitcher
+        self._network = network = stitcher.network
         self._correction: StatisticsCorrection | None = None
         self._uncorrected = "not applied: no data was given"
         if samples is not None:
@@ -90,13 +88,14 @@ class CorrectedStitcher:
         Raises:
             ArtifactError: the profile belongs to another network.
         """
+        database = self._stitcher.database
         check_same(
-            self._database.folder,
+            database.folder,
             {
                 "model_sha256": (profile.made_from["model_sha256"], self._network.sha256),
                 "layers": ([*profile.levels], [layer.name for layer in self._network.layers]),
-                "pruner": (profile.made_from["pruner"], self._database.made_from["pruner"]),
-                "data_sha256": (profile.made_from["database_data_sha256"], self._database.made_from["data_sha256"]),
+                "pruner": (profile.made_from["pruner"], database.made_from["pruner"]),
+                "data_sha256": (profile.made_from["database_data_sha256"], database.made_from["data_sha256"]),
             },
         )
         plain = PrunedNetwork(self._stitcher.weights([*profile.levels.values()]), profile.levels, self._uncorrected)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnx_spdy.runtimes.errors import OnnxSpdyError
+from onnx_spdy.runtimes.errors import OnnxSpdyError, described
 
 TARGET = "target"
 MOST_BYTES = 4 << 30  # of all batches of an iterable: a generator for training never ends
 MOST_BATCHES = 1_000_000
+DESCRIBED = 200  # characters of what the user's code raised
 MASK_NAME = re.compile(r"(attention|attn|input)_?mask\d*$", re.IGNORECASE)  # 1 for tokens, 0 for padding
 
 
@@ -70,7 +71,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
         if array.dtype == object:
             array = np.array(array.tolist())
     except Exception as exc:  # anything may be in there
-        raise DataError(f"array {name!r} can't be made an array: {_described(exc)}") from exc
+        raise DataError(f"array {name!r} can't be made an array: {described(exc, DESCRIBED)}") from exc
     if array.dtype == object:
         raise DataError(f"array {name!r} holds Python objects; give numbers")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -90,7 +91,7 @@ def _batches(data: Any, inputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]
         except DataError:
             raise
         except (Exception, SystemExit) as exc:
-            raise DataError(f"the data raised {_described(exc)} after {number} batches") from exc
+            raise DataError(f"the data raised {described(exc, DESCRIBED)} after {number} batches") from exc
         batch = _batch(value, inputs)
         held += sum(array.nbytes for array in batch.values())
         if held > MOST_BYTES or number >= MOST_BATCHES:
@@ -159,8 +160,3 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, np.ndarray)) or (
         isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float))
     )
-
-
-def _described(exc: BaseException) -> str:
-    text = " ".join(str(exc).split())[:200]
-    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__

@@ -52,3 +52,9 @@ class OnnxSpdyError(Exception):
     |- TrainingDiverged         the loss of a training is no finite number
     `- SpecError                tools: an argument names nothing that can be used
     """
+
+
+def described(exc: BaseException, limit: int | None = None) -> str:
+    """An exception in one line: its type, and its message where it has one, cut at `limit` characters."""
+    text = " ".join(str(exc).split())[:limit]
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__

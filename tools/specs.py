@@ -30,7 +30,7 @@ from onnx_spdy.pipeline.database.pruners import NamedPruner, one_level, pruner_n
 from onnx_spdy.pipeline.loss import LOSSES, Loss, LossError
 from onnx_spdy.pipeline.metric import METRICS, Metric, MetricError
 from onnx_spdy.runtimes import Workload, WorkloadError
-from onnx_spdy.runtimes.errors import OnnxSpdyError
+from onnx_spdy.runtimes.errors import OnnxSpdyError, described
 
 EXAMPLES = 2  # samples on which the prepared network is compared with the original
 
@@ -61,7 +61,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as exc:
-        raise SpecError(f"{what} {spec!r}: importing {file} raised {_described(exc)}") from exc
+        raise SpecError(f"{what} {spec!r}: importing {file} raised {described(exc)}") from exc
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
@@ -80,16 +80,11 @@ def _translating(function: Callable[..., Any], what: str, identity: str) -> Call
         try:
             return function(*args)
         except (Exception, SystemExit) as exc:
-            raise SpecError(f"{what} raised {_described(exc)}") from exc
+            raise SpecError(f"{what} raised {described(exc)}") from exc
 
     called.__name__ = getattr(function, "__name__", "custom")
     called.identity = identity  # type: ignore[attr-defined]
     return called
-
-
-def _described(exc: BaseException) -> str:
-    text = " ".join(str(exc).split())
-    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
 def load_network(spec: str) -> Prepared:

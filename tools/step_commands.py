@@ -26,7 +26,7 @@ from onnx_spdy.pipeline.report import Report
 from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
-from onnx_spdy.pipeline.stitch import CorrectedStitcher
+from onnx_spdy.pipeline.stitch import CorrectedStitcher, Stitcher
 from onnx_spdy.pipeline.training.finetune import EPOCHS, RATE
 from onnx_spdy.pipeline.training.finetune import finetune as finetune_network
 from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
@@ -181,7 +181,7 @@ def deploy(
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
     dense, samples = load_inputs(model, data) if data else (load_network(model), None)
     network, chosen = Network(dense), Profile.load(profile)
-    pruned = CorrectedStitcher(network, open_database(database), samples).stitch(chosen)
+    pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
         with ProgressBars() as bars:

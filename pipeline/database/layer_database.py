@@ -62,6 +62,7 @@ class LayerDatabase:
     layers: Mapping[str, Mapping[str, Any]]
     made_from: Mapping[str, str]
     _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
+    _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # layers whose file was compared
 
     def errors(self, names: Sequence[str]) -> np.ndarray:
         """(layers, levels) relative squared output error of each layer on the calibration samples."""
@@ -77,8 +78,9 @@ class LayerDatabase:
             return network.dense(layer.weight)
         path = self.folder / self.layers[layer.name]["file"]
         try:
-            if path not in self._open:
+            if layer.name not in self._verified:
                 self._verify(layer.name)
+            if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
             file = self._open[path]
             values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
@@ -99,6 +101,7 @@ class LayerDatabase:
         path = self.folder / self.layers[name]["file"]
         if not path.is_file() or file_sha256(path) != self.layers[name]["sha256"]:
             raise ArtifactError(f"{path} is missing or damaged; delete {self.folder / INDEX} and build it again")
+        self._verified.add(name)
 
 
 def open_database(folder: Path) -> LayerDatabase:
@@ -149,7 +152,7 @@ def build_database(
                 found[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), compression, folder)
                 _write_index(path, levels, found, made_from)
                 progress(len(found), len(network.layers), "layers")
-        return LayerDatabase(folder, levels, found, made_from)
+        return LayerDatabase(folder, levels, found, made_from, _verified={*found})
 
 
 def _told(progress: Progress, what: str, done: int, total: int, note: str) -> None:

@@ -82,7 +82,7 @@ class ProfileSearch:
         self._settings, self._progress, self._listen = settings, progress, listen
         self.best_loss = math.inf
         selection, held_out = split(samples, settings.samples, settings.seed)
-        self._stitcher = stitcher = Stitcher(network, database)
+        self.stitcher = stitcher = Stitcher(network, database)
         self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss))
         fitted = self._score.objective.loss
         self._held_out = ProfileLoss(stitcher, Objective(network, held_out, fitted)) if held_out else None
@@ -177,7 +177,7 @@ class ProfileSearch:
         choice = [self._table.levels.index(level) if level in self._table.levels else -1 for level in levels]
         if [*kept.levels] != self._names or -1 in choice:
             return False
-        loss = self._score.objective(self._stitcher.weights(levels))  # really run, whatever was scored before
+        loss = self._score.objective(self.stitcher.weights(levels))  # really run, whatever was scored before
         found = loss, self._table.predict(choice)
         return bool(np.allclose(found, (kept.loss, kept.predicted_seconds), rtol=SAME_LOSS, atol=1e-12))
 

@@ -27,7 +27,7 @@ from ..load import WatchesLoad
 from ..model_file import FixedModel, check_inputs, fix_model, prepare_zeros
 from ..opset import lower_versions
 from ..worker.loop import PROTOCOL, decode_array, encode_array
-from ..worker.process import WorkerProcess, WorkerSession
+from ..worker.process import OwnsWorker, WorkerProcess, WorkerSession
 from ..worker.uv_command import find_uv
 from ..workload import Workload
 from .graph import decompose_unsupported
@@ -47,7 +47,7 @@ _SOURCE_LOCATION = re.compile(r"(NM: error: )|(/\S+\.(cc|cpp|h|hpp):\d+ .*\) )|(
 _ORDINAL = re.compile(r"[_ ]\d+$")
 
 
-class DeepSparse(WatchesLoad):
+class DeepSparse(OwnsWorker, WatchesLoad):
     """DeepSparse 1.8.0 in a worker that `uv` gives its own Python 3.11 and dependencies.
 
     Args:
@@ -75,8 +75,6 @@ class DeepSparse(WatchesLoad):
         self._download = download
         self._start_seconds = start_seconds
         self._request_seconds = request_seconds
-        self._process: WorkerProcess | None = None
-        self._hello: dict[str, Any] = {}
 
     def check(self) -> str:
         """The engine's version; starts the worker, which takes a second or two once it is installed."""
@@ -135,20 +133,6 @@ class DeepSparse(WatchesLoad):
         )  # fmt: skip
         return _layer_times(fixed, tensors, answer["rows"])
 
-    def close(self) -> None:
-        """End the worker, and every session with it."""
-        if self._process:
-            self._process.close()
-        self._process = None
-
-    def worker(self) -> WorkerProcess:
-        """The running worker; starts one if there is none, or if the last one died."""
-        if self._process and self._process.alive:
-            return self._process
-        self.close()
-        self._process, self._hello = self._start([])
-        return self._process
-
     def ask(self, worker: WorkerProcess, op: str, **fields: Any) -> dict[str, Any]:
         """A request with this runtime's time limit; the engine's reasons without its source locations."""
         try:
@@ -156,7 +140,7 @@ class DeepSparse(WatchesLoad):
         except ModelRefused as exc:
             raise ModelRefused(_SOURCE_LOCATION.sub("", str(exc))) from exc
 
-    def _start(self, arguments: list[str]) -> tuple[WorkerProcess, dict[str, Any]]:
+    def _start(self, *arguments: str) -> tuple[WorkerProcess, dict[str, Any]]:
         worker = WorkerProcess(self.name, [*self._command_line(), *arguments], _worker_environment())
         try:
             hello = worker.request("hello", timeout_seconds=self._start_seconds)
@@ -201,7 +185,7 @@ class DeepSparse(WatchesLoad):
 
     def _explain(self, supported: float, fixed: FixedModel, workload: Workload) -> str:
         """Open the model once more in a worker that logs its reasons: the level is read at import only."""
-        worker, _ = self._start(["--diagnose"])
+        worker, _ = self._start("--diagnose")
         with worker:
             self._ask_with(worker, fixed, "open", workload, zeros={}, seed=0)
         reasons = "; ".join(fallback_reasons(worker.stderr_lines)) or "the engine gives no reason"

@@ -235,6 +235,30 @@ class WorkerProcess(Closing):
             self.stderr_lines.append(line.decode(errors="replace").rstrip("\n"))
 
 
+class OwnsWorker(Closing):
+    """A runtime's one worker, started when it is first needed, and again where it died."""
+
+    _process: WorkerProcess | None = None
+    _hello: Mapping[str, Any] = {}  # what the worker says of itself
+
+    def worker(self) -> WorkerProcess:
+        """The running worker; starts one if there is none, or if the last one died."""
+        if self._process and self._process.alive:
+            return self._process
+        self.close()
+        self._process, self._hello = self._start()
+        return self._process
+
+    def close(self) -> None:
+        """End the worker, and every session with it."""
+        if self._process:
+            self._process.close()
+        self._process = None
+
+    def _start(self) -> tuple[WorkerProcess, dict[str, Any]]:
+        raise NotImplementedError(f"{type(self).__name__} doesn't say how its worker starts")
+
+
 class WorkerSession(Closing):
     """One network that a worker holds; a subclass says how samples travel.
 

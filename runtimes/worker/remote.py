@@ -16,7 +16,6 @@ import numpy as np
 
 from ..base import (
     Arrays,
-    Closing,
     EngineCrashed,
     EngineHung,
     Environment,
@@ -28,11 +27,11 @@ from ..base import (
 from ..model_file import read_model, serialized
 from ..workload import Workload
 from .loop import decode_array, encode_array
-from .process import WorkerProcess, WorkerSession
+from .process import OwnsWorker, WorkerProcess, WorkerSession
 from .ssh import PREFIX, PYTHON_VARIABLE, SSH_FAILED, SSH_VARIABLE, Address, first_request, ssh_command
 
 
-class RemoteRuntime(Closing):
+class RemoteRuntime(OwnsWorker):
     """The runtime of an address.
 
     Args:
@@ -65,8 +64,6 @@ class RemoteRuntime(Closing):
         self._command = command
         self._start_seconds = start_seconds
         self._request_seconds = request_seconds
-        self._process: WorkerProcess | None = None
-        self._hello: dict[str, Any] = {}  # what the other end says of itself
 
     @property
     def location(self) -> str:
@@ -119,20 +116,6 @@ class RemoteRuntime(Closing):
     def foreign_cores(self) -> float | None:
         """See `Runtime.foreign_cores`; of that machine."""
         return self.ask(self.worker(), "foreign_cores")["cores"]
-
-    def close(self) -> None:
-        """Disconnect, which ends everything there."""
-        if self._process:
-            self._process.close()
-        self._process = None
-
-    def worker(self) -> WorkerProcess:
-        """The connection; connects if there is none, or if the last one was lost."""
-        if self._process and self._process.alive:
-            return self._process
-        self.close()
-        self._process, self._hello = self._start()
-        return self._process
 
     def ask(self, worker: WorkerProcess, op: str, **fields: Any) -> dict[str, Any]:
         """A request with this runtime's time limit; a lost connection is told as one."""

@@ -27,7 +27,7 @@ from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
 from onnx_spdy.pipeline.solve import InfeasibleTarget
-from onnx_spdy.pipeline.stitch import CorrectedStitcher
+from onnx_spdy.pipeline.stitch import CorrectedStitcher, Stitcher
 from onnx_spdy.tools.options import Data, LossName, ModelArgument, SearchImages, SearchSamples, several
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.results import Json, read_results, write_results
@@ -165,7 +165,7 @@ class Judge:
 
     def __init__(self, network: Network, weights: LayerDatabase, samples: Samples, unseen: Samples) -> None:
         self._network, self._unseen = network, unseen
-        self._stitcher = CorrectedStitcher(network, weights, samples)
+        self._stitcher = CorrectedStitcher(Stitcher(network, weights), samples)
         self._dense = [outputs for _, outputs in network.outputs(unseen)]
         self._loss = fit_loss(None, self._dense)
 

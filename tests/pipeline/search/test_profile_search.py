@@ -206,7 +206,7 @@ def test_statistics_are_corrected_only_where_that_lowers_the_loss(
     other = np.concatenate([10 + 5 * data.inputs["input"], data.inputs["input"][:JUDGED_SAMPLES]])
     for samples, better in ((data, True), (Samples({"input": other}), False)):
         network = Network(Prepared(model))
-        stitcher = CorrectedStitcher(network, database, samples)
+        stitcher = CorrectedStitcher(Stitcher(network, database), samples)
         for _ in range(2):
             pruned = stitcher.stitch(profile)
             assert (pruned.corrected == CORRECTED) is better
