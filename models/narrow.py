@@ -85,7 +85,8 @@ def _copy_and_removed(
     model: Prepared | onnx.ModelProto, keep: Keep
 ) -> tuple[onnx.ModelProto, list[tuple[Group, tuple[int, ...]]]]:
     """A copy of the graph, and for each group named what is removed of it."""
-    groups = {group.name: group for group in find_groups(model)}
+    found = model.groups if isinstance(model, Prepared) else find_groups(model)
+    groups = {group.name: group for group in found}
     for name in keep:
         if name not in groups:
             known = ", ".join(one.name for one in groups.values() if one.prunable)

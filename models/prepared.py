@@ -1,4 +1,4 @@
-"""A network as the pipeline takes it: its graph, its layers and its checksum, each found once."""
+"""A network as the pipeline takes it: its graph, its layers, its groups and its checksum, each found once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 import onnx
 
 from onnx_spdy.models.graph import model_sha256
+from onnx_spdy.models.groups import Group, find_groups
 from onnx_spdy.models.layers import Layer, find_layers
 
 
@@ -30,6 +31,11 @@ class Prepared:
     def prunable(self) -> tuple[Layer, ...]:
         """The layers that can be pruned."""
         return tuple(layer for layer in self.layers if layer.prunable)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """What can shrink, and what can't and why; see `find_groups`."""
+        return tuple(find_groups(self.proto))
 
     @cached_property
     def sha256(self) -> str:

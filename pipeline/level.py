@@ -4,6 +4,7 @@ dense                    nothing is removed
 unstructured@0.8700      87 % of the weights are zero, anywhere
 block4@0.9000            zeros come in runs of 4 consecutive input channels
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
+channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 LOWEST_SPARSITY = 0.40
 HIGHEST_SPARSITY = 0.99
 SPARSE_LEVELS = 41
+WIDTH_LEVELS = 39
+CHANNELS = "channels"
+GRADED = ("unstructured", "block4", CHANNELS)  # patterns with a sparsity of their choice
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -29,8 +33,8 @@ class Level:
     """One compression level of a layer. Ordered by sparsity within a list; `str` and `parse` are exact inverses.
 
     Attributes:
-        pattern: "dense", "unstructured", "block4" or "N:M".
-        sparsity: fraction of zeros in [0, 1), to 4 decimals.
+        pattern: "dense", "unstructured", "block4", "N:M" or "channels".
+        sparsity: fraction of zeros, or of units that are removed, in [0, 1), to 4 decimals.
     """
 
     pattern: str
@@ -42,15 +46,15 @@ class Level:
             kept, group = int(shape[1]), int(shape[2])
             if not 0 < kept < group or self.sparsity != round(1 - kept / group, 4):
                 raise LevelError(f"level {self.pattern!r} keeps {kept} of {group}; N:M needs 0 < N < M")
-        elif self.pattern not in ("dense", "unstructured", "block4"):
-            raise LevelError(f"unknown pattern {self.pattern!r}; known: dense, unstructured, block4, N:M such as 2:4")
+        elif self.pattern not in ("dense", *GRADED):
+            raise LevelError(f"unknown pattern {self.pattern!r}; known: dense, {', '.join(GRADED)}, N:M such as 2:4")
         elif (self.sparsity == 0) != (self.pattern == "dense") or not 0 <= self.sparsity < 1:
             raise LevelError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
         if self.sparsity != round(self.sparsity, 4):
             raise LevelError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
 
     def __str__(self) -> str:
-        return f"{self.pattern}@{self.sparsity:.4f}" if self.pattern in ("unstructured", "block4") else self.pattern
+        return f"{self.pattern}@{self.sparsity:.4f}" if self.pattern in GRADED else self.pattern
 
     @classmethod
     def parse(cls, text: str) -> Level:
@@ -79,6 +83,11 @@ class Level:
     def is_n_of_m(self) -> bool:
         return ":" in self.pattern
 
+    @property
+    def is_width(self) -> bool:
+        """Whether it is for a group of units, which then are missing, and not for the weights of one layer."""
+        return self.pattern == CHANNELS
+
     def zeros(self, count: int) -> int:
         """How many of `count` weights this level sets to zero (unstructured; patterns may differ at ragged edges)."""
         return round(self.sparsity * count)
@@ -92,7 +101,8 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     """The levels of a search over one or more patterns, dense first, then from lowest to highest sparsity.
 
     Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
-    fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Patterns that are joined by commas,
+    fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Widths get 39, a fortieth apart; how many
+    units that leaves of a group depends on what engines reward, see `Site.kept`. Patterns that are joined by commas,
     such as `unstructured,2:4`, make one list; of levels that are equally sparse those of the pattern that was
     named first come first.
 
@@ -101,14 +111,18 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     names = [name.strip() for name in pattern.split(",")]
     if len(set(names)) < len(names):
         raise LevelError(f"pattern {pattern!r} names one twice; name each once")
+    if CHANNELS in names and len(names) > 1:
+        raise LevelError(f"pattern {pattern!r}: a search over widths and zeros at once isn't built yet; name one kind")
     return DENSE, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
 
 
 def _levels_of(pattern: str) -> list[Level]:
     if pattern == "dense":
-        raise LevelError("pattern 'dense' leaves nothing to choose; use unstructured, block4 or N:M such as 2:4")
+        raise LevelError(f"pattern 'dense' leaves nothing to choose; use {', '.join(GRADED)} or N:M such as 2:4")
     if _N_OF_M.fullmatch(pattern):
         return [Level.parse(pattern)]
+    if pattern == CHANNELS:
+        return [Level(CHANNELS, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
     kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]
     return [Level(pattern, round(1 - k, 4)) for k in kept]

@@ -21,7 +21,7 @@ from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, fixed_batch
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
-from onnx_spdy.runtimes.errors import OnnxSpdyError
+from onnx_spdy.pipeline.site import NothingToPrune
 
 logger = logging.getLogger(__name__)
 
@@ -206,10 +206,6 @@ class PrunedNetwork:
     def pruned_layers(self, network: Network) -> list[Layer]:
         """The layers that aren't dense, in graph order."""
         return [layer for layer in network.layers if self.levels.get(layer.name, DENSE) != DENSE]
-
-
-class NothingToPrune(OnnxSpdyError, ValueError):
-    """No layer of the network can be pruned."""
 
 
 def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
