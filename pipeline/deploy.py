@@ -13,13 +13,16 @@ from onnx_spdy.models import (
     changed_initializers,
     differences,
     find_layers,
+    node_names,
     save_model,
     to_canonical,
     write_weights,
 )
+from onnx_spdy.models.graph import FLOATS
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import PrunedNetwork
+from onnx_spdy.pipeline.widths import touched
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 
@@ -42,8 +45,12 @@ def deploy(
     Raises:
         DeployError: something else than the pruned layers' parameters would change, or zeros are missing.
     """
-    written = write_weights(dense.proto, {name: values.numpy(force=True) for name, values in pruned.weights.items()})
-    check_deployed(dense, written, pruned.levels)
+    weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
+    written = write_weights(pruned.base.proto, weights)
+    if pruned.widths:
+        check_narrow(dense, pruned, written)
+    else:
+        check_deployed(dense, written, pruned.levels)
     if measured is not None:
         check_zeros_kept(measured, written)
     save_model(written, path)
@@ -77,6 +84,39 @@ def check_deployed(dense: Prepared, pruned: onnx.ModelProto, levels: Mapping[str
         weight = to_canonical(layer, onnx.numpy_helper.to_array(arrays[layer.weight]))
         if problem := level_violation(weight, level):
             raise DeployError(f"layer {name!r} is not {level}: {problem}")
+
+
+def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProto) -> None:
+    """Compare a network from which units were cut out with its dense original.
+
+    Raises:
+        DeployError: the first thing that isn't as the widths say.
+    """
+    if found := differences(pruned.base.proto, written):
+        raise DeployError(f"the narrow graph differs from the one that was cut out: {found[0]}")
+    if _nodes(dense.proto.graph) != _nodes(written.graph):
+        raise DeployError("the narrow graph has other nodes than the dense one")
+    sizes = {tensor.name: list(tensor.dims) for tensor in dense.proto.graph.initializer}
+    expected, changeable = dict(sizes), {layer.weight for layer in pruned.layers}
+    for group in dense.groups:
+        if group.name in pruned.widths:
+            gone = group.removed(pruned.widths[group.name])
+            for axis in group.axes:
+                changeable.add(axis.initializer)
+                size = list(expected[axis.initializer])
+                size[axis.axis] -= sum(len(axis.indices[unit]) for unit in gone)
+                expected[axis.initializer] = size
+    changeable |= {layer.bias for layer in touched(dense, pruned.widths) if layer.bias is not None}
+    weights = {tensor.name: tensor for tensor in written.graph.initializer if tensor.data_type in FLOATS}
+    for name, tensor in weights.items():
+        if list(tensor.dims) != expected.get(name):
+            raise DeployError(f"{name!r} has shape {list(tensor.dims)}, by its groups' widths {expected.get(name)}")
+    if surplus := set(changed_initializers(dense.proto, written)) & set(weights) - changeable:
+        raise DeployError(f"initializer {min(surplus)!r} changed, but belongs to no group that is narrower")
+
+
+def _nodes(graph: onnx.GraphProto) -> list[tuple[str, str]]:
+    return [(name, node.op_type) for name, node in zip(node_names(graph), graph.node, strict=True)]
 
 
 def check_zeros_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -68,6 +68,11 @@ class Network:
     def model(self) -> onnx.ModelProto:
         """The graph of the dense network; never changed."""
         return self.prepared.proto
+
+    @property
+    def trainable_names(self) -> Set[str]:
+        """Names of the weights and biases that the graph computes with."""
+        return self._parameters.keys()
 
     @property
     def sha256(self) -> str:
@@ -194,18 +199,26 @@ class PrunedNetwork:
     """What a pruned network has that the dense one hasn't.
 
     Attributes:
-        weights: initializer -> values as the file stores them, of every weight and bias that differs.
-        levels: layer name -> level, of all prunable layers.
+        base: the graph that the weights belong to: the dense one, or the one from which units were cut out.
+        weights: initializer -> values as the file stores them, of every weight and bias that differs from the base's.
+        levels: name of a site -> level, of all sites.
+        layers: those of the dense network in which weights were removed, in graph order.
+        widths: group -> units that stay, ascending, of the groups that are narrower.
         corrected: what was corrected in it, in words, or why nothing was.
     """
 
+    base: Prepared
     weights: Weights
     levels: Mapping[str, Level]
+    layers: tuple[Layer, ...] = ()
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     corrected: str = "not applied"
 
-    def pruned_layers(self, network: Network) -> list[Layer]:
-        """The layers that aren't dense, in graph order."""
-        return [layer for layer in network.layers if self.levels.get(layer.name, DENSE) != DENSE]
+    @classmethod
+    def with_zeros(cls, network: Network, weights: Weights, levels: Mapping[str, Level]) -> PrunedNetwork:
+        """A network whose layers are at these levels, of those that aren't widths."""
+        layers = tuple(layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE)
+        return cls(network.prepared, weights, levels, layers)
 
 
 def _tensors(samples: Samples) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
@@ -14,6 +16,7 @@ from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
+from onnx_spdy.pipeline.site import Site, find_sites
 from onnx_spdy.pipeline.target import Outcome
 from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import reason_in
@@ -88,9 +91,7 @@ def make_report(
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
-    weights = sum(int(network.dense(layer.weight).numel()) for layer in network.layers)
-    choice = [table.levels.index(profile.levels[layer.name]) for layer in network.layers]
-    zeros = sum(int((network.values(layer.weight, pruned.weights) == 0).sum()) for layer in network.layers)
+    choice = [table.levels.index(profile.levels[name]) for name in table.layers]
     return Report(
         {
             "runtime": validation.environment.runtime,
@@ -114,7 +115,7 @@ def make_report(
             "evaluations": profile.evaluations,
             "images": profile.samples_run,
             "seed": profile.seed,
-            "sparsity": zeros / weights,
+            "sparsity": _sparsity(network, pruned),
             "statistics_correction": pruned.corrected,
             "repair": repaired and vars(repaired),
             "made_from": dict(profile.made_from),
@@ -129,22 +130,28 @@ def make_report(
     )
 
 
+def _sparsity(network: Network, pruned: PrunedNetwork) -> float:
+    """The fraction of the prunable layers' weights that are zero or gone."""
+    layers = [layer for layer in network.prepared.layers if layer.shape] if pruned.widths else network.layers
+    dense = sum(int(np.prod(layer.shape)) for layer in layers)
+    if not pruned.widths:
+        return sum(int((network.values(layer.weight, pruned.weights) == 0).sum()) for layer in layers) / dense
+    return 1 - sum(int(np.prod(layer.shape)) for layer in pruned.base.layers if layer.shape) / dense
+
+
 def _layer_rows(
     network: Network, pruned: PrunedNetwork, table: LatencyTable, database: LayerDatabase, choice: Sequence[int]
 ) -> list[dict[str, Any]]:
     dense_seconds, seconds = table.costs.of_layers([0] * len(choice)), table.costs.of_layers(choice)
-    errors = database.errors([layer.name for layer in network.layers])
+    errors = database.errors(table.layers)
     rows = []
-    for row, (layer, column) in enumerate(zip(network.layers, choice, strict=True)):
-        weight, break_even = network.values(layer.weight, pruned.weights), table.break_even(row)
+    for row, (site, column) in enumerate(zip(find_sites(network.prepared, table.levels), choice, strict=True)):
+        break_even = table.break_even(row)
         rows.append(
             {
-                "name": layer.name,
-                "op": layer.op,
-                "initializer": layer.weight,
-                "shape": list(layer.shape),
+                "name": site.name,
+                **_what(site, network, pruned, table.levels[column]),
                 "level": str(table.levels[column]),
-                "sparsity": float((weight == 0).float().mean()),
                 "dense_seconds": float(dense_seconds[row]),
                 "seconds": float(seconds[row]),
                 "kernel": table.kernels[row][column],
@@ -155,6 +162,23 @@ def _layer_rows(
             }
         )
     return rows
+
+
+def _what(site: Site, network: Network, pruned: PrunedNetwork, level: Level) -> dict[str, Any]:
+    """What a site is, and what it lost."""
+    layer, group = site.layers[0], site.group
+    if group is None:
+        zeros = float((network.values(layer.weight, pruned.weights) == 0).float().mean())
+        return {"op": layer.op, "initializer": layer.weight, "shape": list(layer.shape), "sparsity": zeros}
+    kept = site.kept(level)
+    return {
+        "op": group.kind,
+        "initializer": layer.weight,
+        "shape": [group.units],
+        "units": group.units,
+        "kept": kept,
+        "sparsity": 1 - kept / group.units,
+    }
 
 
 def _why(table: LatencyTable, row: int, column: int, is_dense: bool) -> str:

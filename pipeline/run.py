@@ -127,7 +127,7 @@ def run(
             )  # fmt: skip
             first = finder.find_or_load(target.speedup, out / "profile.json")
         stitcher = CorrectedStitcher(finder.stitcher, samples, search.loss)
-        pruned = PrunedNetwork({}, {})
+        pruned = PrunedNetwork(dense, {}, {})
 
         def deploy_and_measure(profile: Profile) -> Validation:
             nonlocal pruned

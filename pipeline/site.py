@@ -8,11 +8,14 @@ width is the whole one with other weights, until the units are cut out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from onnx_spdy.models import Group, Layer, Prepared, find_layers
+import numpy as np
+import torch
+
+from onnx_spdy.models import Group, Layer, Prepared, find_layers, to_canonical
 from onnx_spdy.models.groups import FFN, HEADS, INNER
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.runtimes.errors import OnnxSpdyError
@@ -62,6 +65,20 @@ class Site:
         """(units) for each unit of the group the input channels of a layer, (out, in, *kernel), on which it lies."""
         assert self.group is not None
         return next(axis.indices for axis in self.group.axes if axis.initializer == layer.weight and axis.role == "in")
+
+    def magnitudes(self, dense: Callable[[str], torch.Tensor]) -> np.ndarray:
+        """What goes first where weights are judged by their size: of a layer |w|, of a group (units,) norms.
+
+        Args:
+            dense: initializer -> its dense values as the file stores them.
+        """
+        if self.group is None:
+            return dense(self.layers[0].weight).abs().numpy()
+        squares = np.zeros(self.group.units)
+        for layer in self.layers:
+            inputs = to_canonical(layer, dense(layer.weight)).float().square().transpose(0, 1).flatten(1).sum(1).numpy()
+            squares += [inputs[list(some)].sum() for some in self.inputs(layer)]
+        return np.sqrt(squares)
 
 
 def find_sites(prepared: Prepared, levels: Sequence[Level]) -> tuple[Site, ...]:

@@ -1,13 +1,17 @@
-"""Stitching: a profile's weights from the database make a pruned network, corrected where that is better."""
+"""Stitching: a profile's weights from the database make a pruned network, corrected where that is better.
+
+Widths are zeros for what is missing, as in a network of whole width, until here, where the units are cut out.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
@@ -17,6 +21,8 @@ from onnx_spdy.pipeline.loss import Loss, LossError
 from onnx_spdy.pipeline.network import Network, PrunedNetwork, Weights
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.site import find_sites
+from onnx_spdy.pipeline.widths import cut_out
 
 CORRECTED = "mean and variance of each pruned layer's output channels"
 JUDGED_SAMPLES = 128
@@ -28,32 +34,59 @@ class Stitcher:
 
     Args:
         network, database: the database was made for this network.
+    Attributes:
+        sites: what a level is chosen for, in the order of the database.
     """
 
     def __init__(self, network: Network, database: LayerDatabase) -> None:
         self.network, self.database = network, database
-        self._unpacked: OrderedDict[tuple[int, Level], torch.Tensor] = OrderedDict()  # last used last
+        self.sites = find_sites(network.prepared, database.levels)
+        self._unpacked: OrderedDict[tuple[int, Level], Weights] = OrderedDict()  # last used last
         self._unpacked_bytes = 0
 
     def weights(self, levels: Sequence[Level]) -> Weights:
-        """The weights of each prunable layer, in graph order, at its level; dense ones are left out."""
-        return {
-            layer.weight: self._weight(number, level)
-            for number, (layer, level) in enumerate(zip(self.network.layers, levels, strict=True))
-            if level != DENSE
-        }
+        """The weights of the network whose sites are at these levels; dense ones are left out.
 
-    def _weight(self, number: int, level: Level) -> torch.Tensor:
+        Where several groups feed one layer, side by side, what each of them changes there is added up.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for number, level in enumerate(levels):
+            if level == DENSE:
+                continue
+            for name, values in self._of(number, level).items():
+                found[name] = values if name not in found else _both(found[name], values, self.network.dense(name))
+        return found
+
+    def changed(self, levels: Mapping[str, Level]) -> tuple[Layer, ...]:
+        """The layers whose weights differ from the dense ones, in graph order."""
+        changed = [layer for site in self.sites if levels.get(site.name, DENSE) != DENSE for layer in site.layers]
+        return tuple(sorted(dict.fromkeys(changed), key=lambda layer: self.network.graph.step_of(layer.name)))
+
+    def widths(self, levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:
+        """The units that stay in each group that has fewer of them at its level."""
+        kept = {site: self.database.kept(site, levels[site.name]) for site in self.sites if site.group is not None}
+        return {site.name: units for site, units in kept.items() if site.group and len(units) < site.group.units}
+
+    def _of(self, number: int, level: Level) -> Weights:
         key = number, level
         if key in self._unpacked:
             self._unpacked.move_to_end(key)
             return self._unpacked[key]
-        weight = self.database.weight(self.network, self.network.layers[number], level)
-        self._unpacked[key] = weight
-        self._unpacked_bytes += weight.nbytes
+        weights = self.database.weights(self.network, self.sites[number], level)
+        self._unpacked[key] = weights
+        self._unpacked_bytes += _bytes(weights)
         while self._unpacked_bytes > WEIGHTS_BYTES:
-            self._unpacked_bytes -= self._unpacked.popitem(last=False)[1].nbytes
-        return weight
+            self._unpacked_bytes -= _bytes(self._unpacked.popitem(last=False)[1])
+        return weights
+
+
+def _both(one: torch.Tensor, other: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """A weight from which two groups took units: the sum of the changes, with the zeros of both."""
+    return (one + (other - dense)).masked_fill_((one == 0) | (other == 0), 0.0)
+
+
+def _bytes(weights: Weights) -> int:
+    return sum(values.nbytes for values in weights.values())
 
 
 class CorrectedStitcher:
@@ -70,7 +103,7 @@ class CorrectedStitcher:
     """
 
     def __init__(self, stitcher: Stitcher, samples: Samples | None, loss: str | Loss | None = None) -> None:
-        self._stitcher = stitcher
+        self._stitcher, self._samples = stitcher, samples
         self._network = network = stitcher.network
         self._correction: StatisticsCorrection | None = None
         self._uncorrected = "not applied: no data was given"
@@ -93,18 +126,23 @@ class CorrectedStitcher:
             database.folder,
             {
                 "model_sha256": (profile.made_from["model_sha256"], self._network.sha256),
-                "layers": ([*profile.levels], [layer.name for layer in self._network.layers]),
+                "layers": ([*profile.levels], [site.name for site in self._stitcher.sites]),
                 "pruner": (profile.made_from["pruner"], database.made_from["pruner"]),
                 "data_sha256": (profile.made_from["database_data_sha256"], database.made_from["data_sha256"]),
             },
         )
-        plain = PrunedNetwork(self._stitcher.weights([*profile.levels.values()]), profile.levels, self._uncorrected)
-        if self._correction is None:
-            return plain
-        corrected = self._correction.apply(plain.weights, plain.pruned_layers(self._network))
-        if self._loss(corrected) <= self._loss(plain.weights):
-            return PrunedNetwork(corrected, profile.levels, CORRECTED)
-        return PrunedNetwork(plain.weights, profile.levels, "not applied: the calibration loss is lower without it")
+        stitcher, levels = self._stitcher, profile.levels
+        layers = stitcher.changed(levels)
+        plain = stitcher.weights([*levels.values()])
+        weights, corrected = plain, self._uncorrected
+        if self._correction is not None:
+            weights = self._correction.apply(plain, layers)
+            corrected = CORRECTED
+            if self._loss(weights) > self._loss(plain):
+                weights, corrected = plain, "not applied: the calibration loss is lower without it"
+        pruned = PrunedNetwork(self._network.prepared, weights, levels, layers, corrected=corrected)
+        widths = stitcher.widths(levels)
+        return cut_out(pruned, widths, self._samples) if widths else pruned
 
     def _loss(self, weights: Weights) -> float:
         try:

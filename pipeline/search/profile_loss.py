@@ -43,7 +43,7 @@ class ProfileLoss:
         self._seen: dict[tuple[int, ...], list[float]] = {}  # loss of each batch, from the first on
         self._earlier: dict[tuple[tuple[int, ...], int], float] = {}
         network = stitcher.network
-        self._steps = [network.graph.step_of(layer.name) for layer in network.layers]
+        self._steps = [min(network.graph.step_of(layer.name) for layer in site.layers) for site in stitcher.sites]
         self._cuts: list[int] | None = None  # steps before which runs are suspended; found at the first run
         self._suspended: list[list[Suspended]] = [[] for _ in objective.batches]
         self._ran: list[tuple[int, ...] | None] = [None] * len(objective.batches)  # the choice of the last run
@@ -110,7 +110,7 @@ class ProfileLoss:
             kept.clear()
         else:
             changed = [step for step, old, new in zip(self._steps, ran, choice, strict=True) if old != new]
-            kept[:] = [one for one in kept if one.step <= min(changed, default=self._steps[-1])]
+            kept[:] = [one for one in kept if one.step <= min(changed, default=max(self._steps))]
         self._ran[number] = None  # in case the run fails
         start = max(kept, key=lambda one: one.step, default=None)
         if self._cuts is None:
@@ -134,7 +134,7 @@ class ProfileLoss:
         def keep(one: Suspended) -> None:
             sizes[one.step] = one.bytes
 
-        loss = self.objective.of_batch(number, weights, keep=keep, keep_before=self._steps[1:])
+        loss = self.objective.of_batch(number, weights, keep=keep, keep_before=sorted({*self._steps})[1:])
         share = PREFIX_BYTES * len(batches[number]) / sum(map(len, batches))
         steps = sorted(step for step in sizes if sizes[step] <= share / 4)
         affordable = (steps[n - 1 :: n] for n in range(1, len(steps) + 1))

@@ -68,10 +68,12 @@ class ProfileSearch:
         progress: Progress = ignore,
         listen: Listen = never,
     ) -> None:
+        self.stitcher = stitcher = Stitcher(network, database)
+        self._names = [site.name for site in stitcher.sites]
         check_same(
             database.folder,
             {
-                "layers": ([*table.layers], [layer.name for layer in network.layers]),
+                "layers": ([*table.layers], self._names),
                 "model_sha256": (database.made_from["model_sha256"], network.sha256),
                 "latency table's model_sha256": (table.model_sha256, network.sha256),
                 "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
@@ -82,12 +84,10 @@ class ProfileSearch:
         self._settings, self._progress, self._listen = settings, progress, listen
         self.best_loss = math.inf
         selection, held_out = split(samples, settings.samples, settings.seed)
-        self.stitcher = stitcher = Stitcher(network, database)
         self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss))
         fitted = self._score.objective.loss
         self._held_out = ProfileLoss(stitcher, Objective(network, held_out, fitted)) if held_out else None
         logger.info("%s", fitted)
-        self._names = [layer.name for layer in network.layers]
         self._made_from = {
             "model_sha256": network.sha256,
             "table_sha256": arrays_sha256(
@@ -223,7 +223,7 @@ class ProfileSearch:
             errors=self._database.errors(self._names),
             budget_seconds=self._table.budget(speedup),
             loss=self._score,
-            magnitudes=lambda index: network.dense(network.layers[index].weight).abs().numpy(),
+            magnitudes=lambda index: self.stitcher.sites[index].magnitudes(network.dense),
             rng=np.random.default_rng(self._settings.seed),
             stages=self._score.objective.stages,
             seen=[Seen(*one) for one in self._score.known],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
 
 CACHE_BYTES = 1 << 30
+NO_CHOICE: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Capture:
@@ -22,10 +23,14 @@ class Capture:
     Args:
         network: with the weights that its graph holds: it may be in training.
         layers: those whose outputs are wanted, under the names of their output tensors.
+        channels: initializer of a layer's weight -> the output channels that are wanted; all where it isn't named.
     """
 
-    def __init__(self, network: Network, layers: Sequence[Layer] = ()) -> None:
+    def __init__(
+        self, network: Network, layers: Sequence[Layer] = (), channels: Mapping[str, np.ndarray] = NO_CHOICE
+    ) -> None:
         self._network = network
+        self._channels = {name: torch.from_numpy(some) for name, some in channels.items()}
         self._found: dict[str, torch.Tensor] = {}
         self._hooks = [network.graph.node(layer.name).register_forward_hook(self._keeper(layer)) for layer in layers]
         self._bfloat16 = network.bfloat16
@@ -50,7 +55,9 @@ class Capture:
 
     def _keeper(self, layer: Layer):
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self._found[layer.output] = output
+            some = self._channels.get(layer.weight)
+            axis = 1 if layer.op == "Conv" else -1
+            self._found[layer.output] = output if some is None else output.index_select(axis, some.to(output.device))
 
         return hook
 
@@ -61,16 +68,21 @@ class DenseOutputs:
     Args:
         network: the dense one is a copy of its own, so that this one may be in training.
         samples: all that will be asked for.
-        layers: whose outputs are wanted beside the network's.
+        layers, channels: whose outputs are wanted beside the network's; see `Capture`.
         cache_bytes: outputs are kept if those of all samples fit in so much memory; otherwise each is computed
             when it is asked for.
     """
 
     def __init__(
-        self, network: Network, samples: Samples, layers: Sequence[Layer] = (), cache_bytes: int = CACHE_BYTES
+        self,
+        network: Network,
+        samples: Samples,
+        layers: Sequence[Layer] = (),
+        channels: Mapping[str, np.ndarray] = NO_CHOICE,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._samples, self._limit = samples, cache_bytes
-        self._capture = Capture(Network(network.prepared), layers)
+        self._capture = Capture(Network(network.prepared), layers, channels)
         self._cache: dict[str, torch.Tensor] | None = None
         self._known = np.zeros(len(samples), bool)
         self._fits: bool | None = None

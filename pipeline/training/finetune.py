@@ -31,6 +31,7 @@ from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
 from onnx_spdy.pipeline.training.repair import FixedMasks
 from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Pruning, Trainer, Training
+from onnx_spdy.pipeline.widths import is_narrower
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 EPOCHS = 10
@@ -130,7 +131,8 @@ def finetune(
 
     Args:
         dense: the prepared dense network, the teacher.
-        pruned: the same graph with the weights to start from; its zeros stay. The dense one itself with `levels`.
+        pruned: the same graph with the weights to start from; its zeros stay. The dense one itself with `levels`. Or
+            a narrower one, as `run` writes it for widths, which is trained as it is.
         samples: training samples; labels in `target` are used where the network is a classifier.
         levels: layer name -> level that is reached gradually; None keeps just the zeros that are there.
         epochs, rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
@@ -141,7 +143,11 @@ def finetune(
         ArtifactError: the checkpoint is of another training.
     """
     network = Network(dense)
-    start = _start(network, pruned)
+    narrow = is_narrower(pruned, dense.proto)
+    if levels is not None and (narrow or any(level.is_width for level in levels.values())):
+        raise FinetuneError("widths can't be reached gradually yet; give PRUNED, the narrow network, and no profile")
+    student = Network(Prepared(pruned)) if narrow else network
+    start = _start(network, student, pruned)
     saved = None
     if checkpoint:
         settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
@@ -153,17 +159,19 @@ def finetune(
     loss = _fitted_loss(network, samples, outputs)
     labels = loss.name == KL and _has_labels(network, samples, outputs)
     correction = None if levels is None else _correction(network, samples)
-    with network.trainable([*start], start) as parameters:
+    with student.trainable([*start], start) as parameters:
         if levels is None:
-            masks: Pruning = FixedMasks({layer.weight: parameters[layer.weight] for layer in network.layers})
+            masks: Pruning = FixedMasks({layer.weight: parameters[layer.weight] for layer in student.layers})
         else:
             masks = GradualMasks(network, parameters, levels, correction)
         training, weights = Trainer(
-            network, parameters, samples, outputs, _criterion(loss, labels), masks,
+            student, parameters, samples, outputs, _criterion(loss, labels), masks,
             epochs=epochs, rate=rate, batch=batch, seed=seed,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip
-    trained = write_weights(dense.proto, {name: values.numpy(force=True) for name, values in weights.items()})
+    trained = write_weights(
+        pruned if narrow else dense.proto, {name: values.numpy(force=True) for name, values in weights.items()}
+    )
     check_zeros_kept(pruned, trained)
     if levels is not None:
         _check_levels(network, weights, levels)
@@ -177,19 +185,21 @@ def _correction(network: Network, samples: Samples) -> StatisticsCorrection:
 
 def _trained(network: Network) -> list[str]:
     """Weights and biases of all layers, also of those that aren't pruned."""
-    stored = dict(network.graph.named_parameters())
-    layers = (*network.layers, *network.skipped)
-    names = dict.fromkeys(name for layer in layers for name in (layer.weight, layer.bias) if name in stored)
+    layers, known = (*network.layers, *network.skipped), network.trainable_names
+    names = dict.fromkeys(name for layer in layers for name in (layer.weight, layer.bias) if name in known)
     return [name for name in names if name is not None]
 
 
-def _start(network: Network, pruned: onnx.ModelProto) -> Weights:
+def _start(dense: Network, student: Network, pruned: onnx.ModelProto) -> Weights:
     """The pruned network's values of everything that is trained."""
-    names = _trained(network)
-    if found := differences(network.model, pruned):
-        raise FinetuneError(f"the pruned graph differs from the dense one: {found[0]}; give the dense.onnx of its run")
-    if other := set(changed_initializers(network.model, pruned)) - set(names):
-        raise FinetuneError(f"initializer {min(other)!r} of the pruned network differs, and belongs to no layer")
+    names = _trained(student)
+    if student is dense:
+        if found := differences(dense.model, pruned):
+            raise FinetuneError(
+                f"the pruned graph differs from the dense one: {found[0]}; give the dense.onnx of its run"
+            )
+        if other := set(changed_initializers(dense.model, pruned)) - set(names):
+            raise FinetuneError(f"initializer {min(other)!r} of the pruned network differs, and belongs to no layer")
     stored = {tensor.name: tensor for tensor in pruned.graph.initializer}
     return {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).copy()) for name in names}
 

@@ -28,6 +28,7 @@ from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import KeptZeros
 from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Trainer, Training
+from onnx_spdy.pipeline.widths import kept_outputs, touched
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 NO_REPAIR = "none"
@@ -82,7 +83,10 @@ def repair(
     checkpoint: Path | None = None,
     progress: Progress = ignore,
 ) -> tuple[PrunedNetwork, Training | None]:
-    """Repair a pruned network; zeros stay exactly zero, so its speed stays what it is.
+    """Repair a pruned network; zeros and widths stay, so its speed stays what it is.
+
+    Where units were cut out, the narrow network is trained, which takes less, and every layer that lost something; what
+    is compared are the outputs of the layers that took the units in, as far as they have them still.
 
     Args:
         network: the dense network.
@@ -95,14 +99,17 @@ def repair(
         The repaired network, and the mean relative squared error on held-out samples before and after; where nothing
         is pruned the same network, and None.
     """
-    layers = pruned.pruned_layers(network)
+    layers = pruned.layers
     if not layers:
         return pruned, None
     epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
-    names = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
+    student = Network(pruned.base) if pruned.widths else network
+    trained = touched(network.prepared, pruned.widths) if pruned.widths else layers
+    found = (name for layer in trained for name in (layer.weight, layer.bias) if name in student.trainable_names)
+    names = [name for name in dict.fromkeys(found) if name is not None]
     saved = None
     if checkpoint:
-        start = {name: network.values(name, pruned.weights).numpy(force=True) for name in names}
+        start = {name: student.values(name, pruned.weights).numpy(force=True) for name in names}
         made_from = {
             "model_sha256": network.sha256,
             "weights_sha256": arrays_sha256(start),
@@ -112,11 +119,11 @@ def repair(
         saved = Checkpoint(checkpoint, made_from | settings)
         if not saved.belongs():
             checkpoint.unlink(missing_ok=True)
-    dense = DenseOutputs(network, samples, layers)
-    with network.trainable(names, pruned.weights) as parameters:
-        masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in layers})
+    dense = DenseOutputs(network, samples, layers, kept_outputs(network.prepared, pruned.widths))
+    with student.trainable(names, pruned.weights) as parameters:
+        masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in trained if layer.weight in parameters})
         training, weights = Trainer(
-            network, parameters, samples, dense, _criterion(network, samples, dense), masks,
+            student, parameters, samples, dense, _criterion(network, samples, dense), masks,
             layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip

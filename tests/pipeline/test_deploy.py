@@ -25,7 +25,7 @@ def pruned_network(network: Network, level: Level = HALF) -> PrunedNetwork:
         dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
         pruned = torch.where(select_mask(dense.abs(), level), dense, 0.0)
         weights[layer.weight] = from_canonical(layer, pruned).contiguous()
-    return PrunedNetwork(weights, {layer.name: level for layer in network.layers})
+    return PrunedNetwork.with_zeros(network, weights, {layer.name: level for layer in network.layers})
 
 
 @pytest.mark.parametrize("level", [HALF, Level.parse("2:4"), Level("block4", 0.6)], ids=str)
@@ -51,7 +51,7 @@ def test_only_pruned_weights_change_and_engines_take_the_file(
 def test_missing_zeros_are_refused(network: Network, tmp_path: Path) -> None:
     layer = network.layers[0]
     with pytest.raises(DeployError, match=r"0 of 432 weights are zero, it promises 216"):
-        deploy(network.prepared, PrunedNetwork({}, {layer.name: HALF}), tmp_path / "model.onnx")
+        deploy(network.prepared, PrunedNetwork.with_zeros(network, {}, {layer.name: HALF}), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -121,7 +121,9 @@ def test_every_pruner_deploys_at_every_level(network: Network, tmp_path: Path) -
         for level, weight in zip(levels, prune(dense, hessian, levels), strict=True):
             values = from_canonical(layer, weight).contiguous()
             deploy(
-                network.prepared, PrunedNetwork({layer.weight: values}, {layer.name: level}), tmp_path / "model.onnx"
+                network.prepared,
+                PrunedNetwork.with_zeros(network, {layer.weight: values}, {layer.name: level}),
+                tmp_path / "model.onnx",
             )
 
 

@@ -100,7 +100,7 @@ def stitch(
 ) -> PrunedNetwork:
     """Each layer pruned to its level, or taken from the database."""
     weights = {}
-    for layer in PrunedNetwork({}, levels).pruned_layers(network):
+    for layer in PrunedNetwork.with_zeros(network, {}, levels).layers:
         level = levels[layer.name]
         if stored:
             weights[layer.weight] = stored.weight(network, layer, level)
@@ -108,7 +108,7 @@ def stitch(
             dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
             (pruned,) = prune(dense, hessians[layer.name], [level])
             weights[layer.weight] = from_canonical(layer, pruned)
-    return PrunedNetwork(weights, levels)
+    return PrunedNetwork.with_zeros(network, weights, levels)
 
 
 def steps(
@@ -122,7 +122,7 @@ def steps(
     seed: int,
 ) -> dict[str, float]:
     """The metric of the pruned network and after each step, and the seconds of repair."""
-    corrected = replace(pruned, weights=correction.apply(pruned.weights, pruned.pruned_layers(network)))
+    corrected = replace(pruned, weights=correction.apply(pruned.weights, pruned.layers))
     found = {"pruned": score(pruned.weights), "corrected": score(corrected.weights)}
     start = time.monotonic()
     with ProgressBars() as bars:

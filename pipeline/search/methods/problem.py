@@ -49,7 +49,7 @@ class SearchProblem:
         errors: (layers, levels), relative squared output error of each layer, by the database.
         budget_seconds: for all these layers together.
         loss: calibration loss of the network stitched to a choice.
-        magnitudes: layer index -> absolute values of its dense weights.
+        magnitudes: layer index -> absolute values of its dense weights; of a group (units,) their norms.
         rng: the only source of randomness.
         stages: numbers of samples that `loss` can be asked for, growing; the last is all of them.
         seen: profiles that were scored before the search began.

@@ -28,7 +28,7 @@ def prune(network: Network, layers, level: Level = HALF) -> PrunedNetwork:
         canonical = to_canonical(layer, network.dense(layer.weight))
         mask = to_canonical(layer, select_mask(canonical.abs(), level))
         weights[layer.weight] = network.dense(layer.weight) * mask
-    return PrunedNetwork(weights, {layer.name: level for layer in layers})
+    return PrunedNetwork.with_zeros(network, weights, {layer.name: level for layer in layers})
 
 
 def written(network: Network, pruned: PrunedNetwork) -> onnx.ModelProto:
@@ -77,7 +77,7 @@ def test_layers_that_stay_dense_are_not_touched(network: Network, samples: Sampl
 
 
 def test_a_network_that_is_dense_is_not_repaired(network: Network, samples: Samples) -> None:
-    dense = PrunedNetwork({}, dict.fromkeys((layer.name for layer in network.layers), DENSE))
+    dense = PrunedNetwork.with_zeros(network, {}, dict.fromkeys((layer.name for layer in network.layers), DENSE))
     assert repair(network, dense, samples) == (dense, None)
 
 
