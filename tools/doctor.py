@@ -59,8 +59,9 @@ def with_kernels_for(pattern: str) -> list[str]:
 
 
 def warn_without_kernels(engine: Runtime, levels: Sequence[Level]) -> None:
-    """Say which of these patterns the runtime has no kernels for."""
-    for pattern in sorted({level.pattern for level in levels} - {DENSE.pattern} - engine.patterns):
+    """Say which of these patterns the runtime has no kernels for; a narrower network needs none."""
+    zeros = {level.pattern for level in levels if not level.is_width}
+    for pattern in sorted(zeros - {DENSE.pattern} - engine.patterns):
         if ANY_ZEROS in engine.patterns:
             message = "takes its zeros as it takes any others: what they gain depends on how many there are"
         else:

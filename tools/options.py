@@ -101,7 +101,9 @@ RuntimeName = Annotated[
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="default: all physical cores")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED)]
-Pattern = Annotated[str, typer.Option("--pattern", help="unstructured, block4 or N:M; several joined by commas")]
+Pattern = Annotated[
+    str, typer.Option("--pattern", help="unstructured, block4, N:M (several joined by commas), or channels: widths")
+]
 PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]
 Memory = Annotated[
     float | None, typer.Option("--memory", metavar="GIB", min=0.1, help="of the process while it builds the database")

@@ -155,7 +155,7 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     """The report of a run."""
     rest = f"{1e3 * content['rest_seconds']:.3f}"
     rows = [
-        (layer["name"], layer["level"], f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
+        (layer["name"], _level(layer), f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
          f"{layer['error']:.4f}", layer["note"])
         for layer in content["layers"]
     ]  # fmt: skip
@@ -173,7 +173,12 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     if content.get("repair"):
         training("repair", Training(**content["repair"]))
     print(content["alternatives"]["verdict"])
-    print(f"sparsity of the prunable weights {content['sparsity']:.1%}; report: {folder / 'report.html'}")
+    print(f"{content['sparsity']:.1%} of the prunable weights are zero or gone; report: {folder / 'report.html'}")
+
+
+def _level(layer: Mapping[str, Any]) -> str:
+    kept = f" ({layer['kept']} of {layer['units']})" if "units" in layer and layer["kept"] < layer["units"] else ""
+    return f"{layer['level']}{kept}"
 
 
 def front(content: Mapping[str, Any], folder: Path) -> None:

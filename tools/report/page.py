@@ -176,7 +176,7 @@ def _layers_plot(report: Mapping[str, Any]) -> str:
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.5])
         above.bar(positions, [100 * layer["sparsity"] for layer in layers], 0.82, color=colour("sparsity"))
-        above.set(ylim=(0, 100), yticks=[0, 50, 100], ylabel="zeros, %")
+        above.set(ylim=(0, 100), yticks=[0, 50, 100], ylabel="removed, %")
         below.bar([x - 0.205 for x in positions], dense, 0.41, color=colour("dense"), label="dense")
         below.bar([x + 0.205 for x in positions], pruned, 0.41, color=colour("pruned"), label="pruned")
         below.bar([at_rest], [rest], 0.82, color=colour("rest"), label="everything else")
@@ -197,7 +197,9 @@ def _layers_plot(report: Mapping[str, Any]) -> str:
             plain_axes(axes)
             axes.tick_params(axis="x", length=0)
 
-    return svg_plot(draw, height=4.2, label="Bars for each layer: fraction of zeros, and time in ms dense and pruned")
+    return svg_plot(
+        draw, height=4.2, label="Bars for each layer or group: what was removed, and time in ms dense and pruned"
+    )
 
 
 def _rounds_plot(report: Mapping[str, Any]) -> str:
