@@ -171,11 +171,12 @@ class Judge:
 
     def __call__(self, profile: Profile) -> tuple[float, float | None]:
         """Loss, and top-1 where there are labels."""
-        pruned = self._stitcher.stitch(profile).weights
+        pruned = self._stitcher.stitch(profile)
+        network = Network(pruned.base) if pruned.widths else self._network
         losses: list[float] = []
         values: list[float] = []
         sizes: list[int] = []
-        for (batch, outputs), dense in zip(self._network.outputs(self._unseen, pruned), self._dense, strict=True):
+        for (batch, outputs), dense in zip(network.outputs(self._unseen, pruned.weights), self._dense, strict=True):
             losses.append(float(self._loss(outputs, dense, None)))
             sizes.append(len(batch))
             if batch.target is not None:
