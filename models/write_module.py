@@ -44,10 +44,18 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
     Raises:
         ModelError: a changed weight belongs to no parameter, or to one that is used in another place of the graph,
             where it wasn't pruned (tied weights, or one convolution with several BatchNormalizations); or a parameter
-            is only a part of a weight (a parametrisation). The module is left as it was.
+            is only a part of a weight (a parametrisation); or the pruned graph is narrower. The module is left as it
+            was.
     """
     old, new = _arrays(dense), _arrays(pruned)
     changed = changed_initializers(dense, pruned)
+    for name in changed:
+        if old[name].shape != new[name].shape:
+            raise ModelError(
+                f"'{name}' is {tuple(new[name].shape)} in the narrow network and {tuple(old[name].shape)} in the "
+                "module, which can't hold it; run or train the narrow network itself: TorchGraph(load_model(FILE)) is "
+                "a module too"
+            )
     parameters = dict(module.named_parameters())
     homes = {name: home for name in old if (home := _home(name, old[name], parameters)) is not None}
     tied = _tied(homes, changed)

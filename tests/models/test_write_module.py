@@ -10,7 +10,16 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from onnx_spdy.models import ModelError, export_module, find_layers, prepare, write_module, write_weights
+from onnx_spdy.models import (
+    ModelError,
+    Prepared,
+    export_module,
+    find_layers,
+    narrowed,
+    prepare,
+    write_module,
+    write_weights,
+)
 
 
 class Network(nn.Module):
@@ -119,3 +128,14 @@ def test_a_weight_that_is_computed_from_parameters_is_refused():
     dense = prepare(export_module(module, (torch.randn(2, 32),))).proto
     with pytest.raises(ModelError, match="remove the parametrisation first"):
         write_module(module, dense, half_of_it(dense))
+
+
+def test_a_narrower_network_does_not_fit_the_module_which_stays():
+    torch.manual_seed(0)
+    module = Network(bias=True).eval()
+    dense = prepare(export_module(module, (torch.randn(2, 3, 8, 8),))).proto
+    group = next(one for one in Prepared(dense).groups if one.prunable)
+    before = {name: values.clone() for name, values in module.state_dict().items()}
+    with pytest.raises(ModelError, match="in the narrow network"):
+        write_module(module, dense, narrowed(dense, {group.name: range(group.units // 2)}))
+    assert all(torch.equal(values, before[name]) for name, values in module.state_dict().items())
