@@ -21,6 +21,7 @@ BENCHMARKS = {
     "scaling": "How searches grow with the number of layers.",
     "search": "What searches find and what they cost.",
     "solve": "How fast the solver is, and how far from the exact optimum.",
+    "torch-pruning": "What Torch-Pruning's narrow networks are worth at the same measured speedup.",
 }
 
 
