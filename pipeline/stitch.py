@@ -17,6 +17,7 @@ from onnx_spdy.pipeline.loss import Loss, LossError
 from onnx_spdy.pipeline.network import Network, PrunedNetwork, Weights
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.site import Site
 
 CORRECTED = "mean and variance of each pruned layer's output channels"
 JUDGED_SAMPLES = 128
@@ -48,7 +49,8 @@ class Stitcher:
         if key in self._unpacked:
             self._unpacked.move_to_end(key)
             return self._unpacked[key]
-        weight = self.database.weight(self.network, self.network.layers[number], level)
+        layer = self.network.layers[number]
+        weight = self.database.weights(self.network, Site(layer.name, (layer,)), level)[layer.weight]
         self._unpacked[key] = weight
         self._unpacked_bytes += weight.nbytes
         while self._unpacked_bytes > WEIGHTS_BYTES:
