@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, NamedPruner, pruner_named
+from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, UNIT_PRUNERS, NamedPruner, pruner_named
 from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+
+class NoUnitPruner(OnnxSpdyError, ValueError):
+    """A pruner of single weights was asked for widths."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,17 @@ class Compression:
         pruner: what compresses a layer to them.
         memory_bytes: of the whole process while the database is built: where the Hessians of all layers don't fit, the
             layers are taken in several passes over the samples. None: everything in one pass.
+    Raises:
+        NoUnitPruner: there are widths among the levels, and the pruner can't choose units.
     """
 
     levels: tuple[Level, ...] = field(default_factory=lambda: levels_for(DEFAULT_PATTERN))
     pruner: NamedPruner = field(default_factory=lambda: pruner_named(DEFAULT_PRUNER))
     memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pruner.prune_units is None and any(level.is_width for level in self.levels):
+            raise NoUnitPruner(
+                f"pruner '{self.pruner.name}' prunes single weights and can't choose widths; "
+                f"take {' or '.join(UNIT_PRUNERS)}"
+            )

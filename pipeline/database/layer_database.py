@@ -1,16 +1,17 @@
-"""The layer database: the weights of every layer at every level, made from one calibration pass.
+"""The layer database: the weights of every site at every level, made from one calibration pass.
 
-On disk: `index.json` and one safetensors file for each layer. A sparse level is stored as its non-zero
-values and one bit for each weight, so that 41 levels of a layer take about 7.4 times its dense size instead of 41.
-Built layer by layer; what is there already is kept when the work is continued. Reading maps the file into memory:
-only the level that is asked for is read.
+On disk: `index.json` and one safetensors file for each site, a layer or a group of units. A layer's sparse level is
+stored as its non-zero values and one bit for each weight, so that 41 levels of a layer take about 7.4 times its dense
+size instead of 41; for groups see widths.py. Built site by site; what is there already is kept when the work is
+continued. Reading maps the file into memory: only the level that is asked for is read.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,14 @@ from onnx_spdy.pipeline.artifact import (
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.database.pruners import PrunerFailed
 from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
+from onnx_spdy.pipeline.database.widths import build_group, units_at, weights_at
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import level_violation
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.site import Site, find_sites
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 VERSION = 1
@@ -48,12 +52,12 @@ WORK_BYTES = 1 << 30  # that a pruner may need besides its layer's matrices and 
 
 @dataclass(frozen=True)
 class LayerDatabase:
-    """Weights of layers x levels (read when asked for) and their errors.
+    """Weights of sites x levels (read when asked for) and their errors.
 
     Attributes:
         folder: where the files are.
         levels: dense first.
-        layers: layer name -> its entry: file, sha256, errors.
+        layers: name of a site, a layer or a group -> its entry: file, sha256, errors.
         made_from: model_sha256, data_sha256, pruner, pattern.
     """
 
@@ -62,31 +66,54 @@ class LayerDatabase:
     layers: Mapping[str, Mapping[str, Any]]
     made_from: Mapping[str, str]
     _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
-    _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # layers whose file was compared
+    _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # sites whose file was compared
 
     def errors(self, names: Sequence[str]) -> np.ndarray:
-        """(layers, levels) relative squared output error of each layer on the calibration samples."""
+        """(sites, levels) relative squared output error on the calibration samples; of a group its consumers' sum."""
         return np.array([self.layers[name]["errors"] for name in names], np.float64)
 
-    def weight(self, network: Network, layer: Layer, level: Level) -> torch.Tensor:
-        """A layer's weights at a level, in the shape in which the ONNX file stores them.
+    def weights(self, network: Network, site: Site, level: Level) -> Weights:
+        """The weights that a site's level changes, in the shape in which the ONNX file stores them; {} for dense.
+
+        A network of some width is given at full width: with zeros where its consumers take missing units in.
 
         Raises:
             ArtifactError: the file is missing or damaged.
         """
-        if level == DENSE:
-            return network.dense(layer.weight)
-        path = self.folder / self.layers[layer.name]["file"]
+        if level == DENSE or (site.group is not None and site.kept(level) == site.group.units):
+            return {}
+        with self._file(site.name) as file:
+            if site.group is not None:
+                return weights_at(file, site, site.kept(level))
+            (layer,) = site.layers
+            values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
+            return {layer.weight: from_canonical(layer, _unpacked(values, bits, layer.shape))}
+
+    def kept(self, site: Site, level: Level) -> tuple[int, ...]:
+        """Numbers of the units of a group that stay at a level, ascending.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+        """
+        assert site.group is not None
+        width = site.kept(level)
+        if width == site.group.units:
+            return tuple(range(width))
+        with self._file(site.name) as file:
+            return units_at(file, width)
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Any]:
+        """A site's file, to be read from."""
+        path = self.folder / self.layers[name]["file"]
         try:
-            if layer.name not in self._verified:
-                self._verify(layer.name)
+            if name not in self._verified:
+                self._verify(name)
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
-            file = self._open[path]
-            values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
+            yield self._open[path]
         except (OSError, SafetensorError) as exc:
             raise ArtifactError(f"{path} can't be read ({exc}); delete it and build the database again") from exc
-        return from_canonical(layer, _unpacked(values, bits, layer.shape))
 
     def weights(self, network, site, level):
         return {} if level == DENSE else {site.layers[0].weight: self.weight(network, site.layers[0], level)}
@@ -125,19 +152,21 @@ def open_database(folder: Path) -> LayerDatabase:
 def build_database(
     network: Network, samples: Samples, compression: Compression, folder: Path, progress: Progress = ignore
 ) -> LayerDatabase:
-    """Compress every prunable layer to every level.
+    """Compress every site, a prunable layer or a group of units, to every level.
 
     Args:
         network: whose dense weights are compressed.
         samples: calibration samples for the layer Hessians.
         compression: to which levels, and how.
-        folder: where the database is written; layers that are there already are kept.
+        folder: where the database is written; sites that are there already are kept.
         progress: called with (done, total, what).
     Raises:
         ArtifactError: the folder holds a database that was made from something else, or another one builds there.
+        NothingToPrune: the network has no group that can shrink, and widths are wanted.
         UnusableHessian: a layer's inputs are NaN, infinite, or beyond what can be computed with.
-        MemoryTooSmall: not even the widest layer alone fits.
+        MemoryTooSmall: not even the widest site alone fits.
     """
+    sites = find_sites(network.prepared, compression.levels)
     made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": compression.pruner.name}
     path, levels = folder / INDEX, compression.levels
     with locked(folder):
@@ -148,16 +177,21 @@ def build_database(
             check_same(path, {"levels": (list(map(str, database.levels)), list(map(str, levels)))})
             database.verify()
             found = dict(database.layers)
-        missing = [layer for layer in network.layers if layer.name not in found]
+        missing = [site for site in sites if site.name not in found]
         passes = _passes(missing, len(levels), compression.memory_bytes)
-        for count, group in enumerate(passes, start=1):
+        for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            hessians = collect_hessians(network, group, samples, partial(_told, progress, what))
-            for layer in group:
-                number = network.layers.index(layer)
-                found[layer.name] = _build_layer(network, layer, number, hessians.pop(layer.name), compression, folder)
+            hessians = collect_hessians(network, _layers(some), samples, partial(_told, progress, what))
+            for number, site in enumerate(some, start=1):
+                file = folder / f"{sites.index(site):04d}.safetensors"  # names may hold anything, also path separators
+                build = _build_layer if site.group is None else build_group
+                found[site.name] = build(network, site, hessians, compression, file)
+                later = {layer.name for layer in _layers(some[number:])}
+                for layer in site.layers:
+                    if layer.name not in later:
+                        del hessians[layer.name]
                 _write_index(path, levels, found, made_from)
-                progress(len(found), len(network.layers), "layers")
+                progress(len(found), len(sites), "layers" if site.group is None else "groups")
         return LayerDatabase(folder, levels, found, made_from, _verified={*found})
 
 
@@ -165,29 +199,37 @@ def _told(progress: Progress, what: str, done: int, total: int, note: str) -> No
     progress(done, total, what)
 
 
+def _layers(sites: Sequence[Site]) -> list[Layer]:
+    """The layers whose weights these sites change, each once: several groups may have a consumer in common."""
+    return [*dict.fromkeys(layer for site in sites for layer in site.layers)]
+
+
 class MemoryTooSmall(OnnxSpdyError, ValueError):
-    """The memory that was given doesn't suffice for one layer."""
+    """The memory that was given doesn't suffice for one site."""
 
 
-def _passes(layers: Sequence[Layer], levels: int, memory_bytes: int | None) -> list[list[Layer]]:
-    """The layers in graph order, in groups whose Hessians fit in memory together."""
+def _passes(sites: Sequence[Site], levels: int, memory_bytes: int | None) -> list[list[Site]]:
+    """The sites in order, in parts whose Hessians fit in memory together."""
     if memory_bytes is None:
-        return [list(layers)] if layers else []
-    widest = max((work_bytes(layer, levels) for layer in layers), default=0)
+        return [list(sites)] if sites else []
+    widest = max((work_bytes(site, levels) for site in sites), default=0)
     present = peak_bytes()
-    passes: list[list[Layer]] = []
+    passes: list[list[Site]] = []
     room = 0
-    for layer in layers:
-        need = hessian_bytes(layer)
-        if present + widest + need > memory_bytes:
+    for site in sites:
+        alone = sum(map(hessian_bytes, site.layers))
+        if present + widest + alone > memory_bytes:
+            what = f"layer {site.name!r}" if site.group is None else f"group {site.name!r}"
             raise MemoryTooSmall(
-                f"layer {layer.name!r} needs {(present + widest + need) / 2**30:.1f} GiB with what is in memory "
+                f"{what} needs {(present + widest + alone) / 2**30:.1f} GiB with what is in memory "
                 f"already, --memory gives {memory_bytes / 2**30:.1f}; give more, or fewer samples"
             )
-        if need > room:
+        there = _layers(passes[-1]) if passes else []
+        need = sum(hessian_bytes(layer) for layer in site.layers if layer not in there)
+        if not passes or need > room:
             passes.append([])
-            room = memory_bytes - present - widest
-        passes[-1].append(layer)
+            room, need = memory_bytes - present - widest, alone
+        passes[-1].append(site)
         room -= need
     return passes
 
@@ -198,9 +240,11 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def work_bytes(layer: Layer, levels: int) -> int:
-    """What a pruner needs for a layer: some matrices in float64, the weights at all levels, and `WORK_BYTES`."""
-    return 32 * int(np.prod(layer.shape[1:])) ** 2 + 8 * levels * int(np.prod(layer.shape)) + WORK_BYTES
+def work_bytes(site: Site, levels: int) -> int:
+    """What a pruner needs for a site: some matrices in float64, the weights at all levels, and `WORK_BYTES`."""
+    return WORK_BYTES + sum(
+        32 * int(np.prod(layer.shape[1:])) ** 2 + 8 * levels * int(np.prod(layer.shape)) for layer in site.layers
+    )
 
 
 def _write_index(path: Path, levels: Sequence[Level], layers: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
@@ -208,13 +252,10 @@ def _write_index(path: Path, levels: Sequence[Level], layers: Mapping[str, Any],
 
 
 def _build_layer(
-    network: Network,
-    layer: Layer,
-    number: int,
-    hessian: torch.Tensor,
-    compression: Compression,
-    folder: Path,
+    network: Network, site: Site, hessians: Mapping[str, torch.Tensor], compression: Compression, path: Path
 ) -> dict[str, Any]:
+    (layer,) = site.layers
+    hessian = hessians[layer.name]
     dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
     dense_power = squared_error(dense.flatten(1).double(), hessian)
     single = hessian.float()
@@ -230,16 +271,11 @@ def _build_layer(
             tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
     except UnusableHessian as exc:
         raise UnusableHessian(f"layer {layer.name!r} can't be pruned: {exc}") from exc
-    name = f"{number:04d}.safetensors"  # node names may hold anything, also path separators
-    write_tensors(folder / name, tensors)
+    write_tensors(path, tensors)
     return {
-        "file": name, "sha256": file_sha256(folder / name), "initializer": layer.weight,
+        "file": path.name, "sha256": file_sha256(path), "initializer": layer.weight,
         "shape": list(layer.shape), "errors": errors,
     }  # fmt: skip
-
-
-class PrunerFailed(OnnxSpdyError, ValueError):
-    """A pruner returned weights that are not what its level says."""
 
 
 def _check(layer: Layer, level: Level, weight: torch.Tensor) -> None:

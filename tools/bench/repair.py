@@ -27,6 +27,7 @@ from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metric
 from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, PrunedNetwork, Weights
 from onnx_spdy.pipeline.profile import Profile
+from onnx_spdy.pipeline.site import Site
 from onnx_spdy.pipeline.training.repair import RATE, repair
 from onnx_spdy.tools.options import Data, Evaluation, MetricName, ModelArgument, Seed, several
 from onnx_spdy.tools.progress import ProgressBars
@@ -99,11 +100,11 @@ def stitch(
     stored: LayerDatabase | None,
 ) -> PrunedNetwork:
     """Each layer pruned to its level, or taken from the database."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for layer in PrunedNetwork.with_zeros(network, {}, levels).layers:
         level = levels[layer.name]
         if stored:
-            weights[layer.weight] = stored.weight(network, layer, level)
+            weights |= stored.weights(network, Site(layer.name, (layer,)), level)
         else:
             dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
             (pruned,) = prune(dense, hessians[layer.name], [level])

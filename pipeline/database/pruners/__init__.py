@@ -1,4 +1,7 @@
-"""Pruners: a layer's weights and its Hessian in, its weights at each level out. One file each, one line below."""
+"""Pruners: a layer's weights and its Hessian in, its weights at each level out. One file each, one line below.
+
+For widths, a name has a unit pruner besides: see units.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ import torch
 
 from onnx_spdy.pipeline.database.pruners.adaprune import adaprune
 from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
+from onnx_spdy.pipeline.database.pruners.magnitude_units import magnitude_units
 from onnx_spdy.pipeline.database.pruners.obc import obc
 from onnx_spdy.pipeline.database.pruners.obs import obs
+from onnx_spdy.pipeline.database.pruners.obs_units import obs_units
 from onnx_spdy.pipeline.database.pruners.sparsegpt import sparsegpt
+from onnx_spdy.pipeline.database.pruners.units import UnitPruner
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -42,6 +48,11 @@ PRUNERS: dict[str, Pruner] = {
     "obs": obs,
 }
 
+UNIT_PRUNERS: dict[str, UnitPruner] = {
+    "magnitude": magnitude_units,
+    "obs": obs_units,
+}
+
 DEFAULT_PRUNER = "obs"
 
 
@@ -51,10 +62,17 @@ class UnknownPruner(OnnxSpdyError, ValueError):
 
 @dataclass(frozen=True)
 class NamedPruner:
-    """A pruner, and what a database calls it."""
+    """A pruner, and what a database calls it.
+
+    Attributes:
+        name: in the database.
+        prune: what it does to a layer.
+        prune_units: what it does to the consumers of a group's units; None where it can't choose widths.
+    """
 
     name: str
     prune: Pruner
+    prune_units: UnitPruner | None = None
 
 
 def pruner_named(name: str) -> NamedPruner:
@@ -65,7 +83,7 @@ def pruner_named(name: str) -> NamedPruner:
     """
     if name not in PRUNERS:
         raise UnknownPruner(f"unknown pruner {name!r}; known: {', '.join(PRUNERS)}")
-    return NamedPruner(name, PRUNERS[name])
+    return NamedPruner(name, PRUNERS[name], UNIT_PRUNERS.get(name))
 
 
 def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]) -> Pruner:
@@ -94,3 +112,7 @@ def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tens
 
 class PrunerResult(OnnxSpdyError, ValueError):
     """A pruner returned no weights."""
+
+
+class PrunerFailed(OnnxSpdyError, ValueError):
+    """A pruner returned weights that are not what its level says."""

@@ -5,27 +5,28 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_spdy.models import to_canonical
+from onnx_spdy.models import Layer, to_canonical
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.layer_database import (
+    LayerDatabase,
     MemoryTooSmall,
-    PrunerFailed,
     build_database,
     open_database,
     work_bytes,
 )
-from onnx_spdy.pipeline.database.pruners import NamedPruner, Pruner
+from onnx_spdy.pipeline.database.pruners import NamedPruner, Pruner, PrunerFailed
 from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.database.pruners.obs import obs
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.mask import level_violation
-from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network
+from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, Weights
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
+from onnx_spdy.pipeline.site import Site
 from onnx_spdy.pipeline.stitch import Stitcher
 from onnx_spdy.runtimes.atomic import UNFINISHED
 
@@ -34,6 +35,10 @@ LEVELS = (DENSE, *levels_for("unstructured")[1::8])
 
 def compression(prune: Pruner, name: str, levels: tuple[Level, ...] = LEVELS) -> Compression:
     return Compression(levels, NamedPruner(name, prune))
+
+
+def weights_of(database: LayerDatabase, network: Network, layer: Layer, level: Level) -> Weights:
+    return database.weights(network, Site(layer.name, (layer,)), level)
 
 
 def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samples, tmp_path: Path) -> None:
@@ -45,10 +50,10 @@ def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samp
     for row, layer in enumerate(network.layers):
         dense = to_canonical(layer, network.dense(layer.weight)).contiguous()
         power = squared_error(dense.flatten(1).double(), hessians[layer.name])
-        assert torch.equal(database.weight(network, layer, DENSE), network.dense(layer.weight))
+        assert not weights_of(database, network, layer, DENSE)
         expected = magnitude(dense, hessians[layer.name], LEVELS[1:])
         for column, (level, weight) in enumerate(zip(LEVELS[1:], expected, strict=True), start=1):
-            assert torch.equal(to_canonical(layer, database.weight(network, layer, level)), weight)
+            assert torch.equal(to_canonical(layer, weights_of(database, network, layer, level)[layer.weight]), weight)
             change = (weight - dense).flatten(1).double()
             assert errors[row, column] == pytest.approx(squared_error(change, hessians[layer.name]) / power, rel=1e-3)
 
@@ -108,7 +113,7 @@ def test_damage_is_noticed(network: Network, samples: Samples, tmp_path: Path) -
         build_database(network, samples, compression(magnitude, "magnitude"), tmp_path)
     victim.unlink()
     with pytest.raises(ArtifactError, match="is missing or damaged"):
-        open_database(tmp_path).weight(network, network.layers[1], LEVELS[1])
+        weights_of(open_database(tmp_path), network, network.layers[1], LEVELS[1])
 
 
 def test_a_pruner_that_breaks_its_promise_is_an_error(network: Network, samples: Samples, tmp_path: Path) -> None:
@@ -129,9 +134,9 @@ def test_stitching_loads_only_what_changes_and_repeats_cost_nothing(
     class Spy:
         levels = database.levels
 
-        def weight(self, network, layer, level):
-            loaded.append((layer.name, str(level)))
-            return database.weight(network, layer, level)
+        def weights(self, network, site, level):
+            loaded.append((site.name, str(level)))
+            return database.weights(network, site, level)
 
     objective = Objective(network, samples)
     score = ProfileLoss(Stitcher(network, Spy()), objective)  # type: ignore[arg-type]
@@ -179,8 +184,8 @@ def test_levels_of_several_patterns_live_in_one_database(network: Network, sampl
     levels = (DENSE, *levels_for("unstructured,2:4,block4")[1::10], Level.parse("2:4"))
     database = build_database(network, samples, compression(obs, "obs", levels), tmp_path)
     for layer in network.layers:
-        for level in database.levels:
-            weight = to_canonical(layer, database.weight(network, layer, level))
+        for level in database.levels[1:]:
+            weight = to_canonical(layer, weights_of(database, network, layer, level)[layer.weight])
             assert level_violation(weight.numpy(), level) is None
 
 
@@ -190,7 +195,7 @@ def test_little_memory_takes_several_passes_and_gives_the_same(
     whole = build_database(network, samples, compression(obs, "obs"), tmp_path / "whole")
     monkeypatch.setattr("onnx_spdy.pipeline.database.layer_database.peak_bytes", lambda: 0)
     widest = max(hessian_bytes(layer) for layer in network.layers)
-    work = max(work_bytes(layer, len(LEVELS)) for layer in network.layers)
+    work = max(work_bytes(Site(layer.name, (layer,)), len(LEVELS)) for layer in network.layers)
     seen = []
     parts = build_database(
         network, samples, replace(compression(obs, "obs"), memory_bytes=widest + work), tmp_path / "parts",
