@@ -1,4 +1,8 @@
-"""What the solver is given of time: seconds of layers x levels, and what the kernel of one layer costs the next."""
+"""What the solver is given of time: seconds of layers x levels, and what one layer's level costs another.
+
+A kind of level that gives zeros makes one layer cost the next something where kernels change; one that gives widths
+makes two multiply: a convolution between two groups of units takes time for each pair of what they keep.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class InvalidCosts(OnnxSpdyError, ValueError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of layers x levels, and what the kernel of one layer costs the next.
+    """Times of layers x levels, and what one layer's level costs another. (A group of units counts as a layer here.)
 
     Attributes:
         seconds: (layers, levels), >= 0; level 0 is dense.
@@ -28,6 +32,9 @@ class Costs:
         predecessor: (layers,) index of the layer that each one reads from, an earlier one, or NO_PREDECESSOR.
             Default: none.
         dense: (layers, levels) bool, which levels run dense. Default: level 0.
+        kept: (layers, levels), > 0, what a level keeps of a layer's width. Default: all of it.
+        pairs: (pairs, 2) different layers, whose widths multiply. Default: none.
+        pair_seconds: (pairs,), >= 0, seconds of the product, where both are whole.
 
     >>> costs = Costs(np.array([[3.0, 1.0], [3.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 0.5]]), np.array([-1, 0]))
     >>> costs.total([0, 1]), costs.total([1, 1])
@@ -35,9 +42,12 @@ class Costs:
     """
 
     seconds: np.ndarray
-    transition: np.ndarray = None  # type: ignore[assignment]  # these three are set below
+    transition: np.ndarray = None  # type: ignore[assignment]  # these are set below
     predecessor: np.ndarray = None  # type: ignore[assignment]
     dense: np.ndarray = None  # type: ignore[assignment]
+    kept: np.ndarray = None  # type: ignore[assignment]
+    pairs: np.ndarray = None  # type: ignore[assignment]
+    pair_seconds: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Raise InvalidCosts where shapes differ, or a number is NaN, infinite or a negative time."""
@@ -61,23 +71,70 @@ class Costs:
         if ((predecessor < NO_PREDECESSOR) | (predecessor >= np.arange(len(predecessor)))).any():
             raise InvalidCosts(f"predecessor {predecessor.tolist()} must name an earlier layer, or {NO_PREDECESSOR}")
         checked = {"seconds": seconds, "transition": transition, "predecessor": predecessor, "dense": dense}
-        for name, value in checked.items():
+        for name, value in (checked | self._products(seconds.shape)).items():
             object.__setattr__(self, name, value)
 
+    def _products(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """What is given of products, checked."""
+        kept = np.ones(shape) if self.kept is None else np.asarray(self.kept, np.float64)
+        pairs = np.asarray([] if self.pairs is None else self.pairs, np.int64).reshape(-1, 2)
+        pair_seconds = np.asarray([] if self.pair_seconds is None else self.pair_seconds, np.float64)
+        if kept.shape != shape or pair_seconds.shape != pairs.shape[:1]:
+            raise InvalidCosts(
+                f"kept {kept.shape} must fit seconds {shape}, and each of {len(pairs)} pairs has seconds"
+            )
+        if not (np.isfinite(kept).all() and (kept > 0).all()):
+            raise InvalidCosts("what is kept must be finite and more than nothing; measure the table again")
+        if not (np.isfinite(pair_seconds).all() and (pair_seconds >= 0).all()):
+            raise InvalidCosts("seconds of pairs must be finite and not negative; measure the table again")
+        if (pairs < 0).any() or (pairs >= shape[0]).any() or (pairs[:, 0] == pairs[:, 1]).any():
+            raise InvalidCosts(f"pairs {pairs.tolist()} must name two different ones of {shape[0]} layers")
+        return {"kept": kept, "pairs": pairs, "pair_seconds": pair_seconds}
+
     def of_layers(self, choice: np.ndarray | Sequence[int]) -> np.ndarray:
-        """(layers,) seconds of each layer at these level indices, (layers,)."""
+        """(layers,) seconds of each layer at these level indices, (layers,); a product's are half those of each."""
         chosen = np.asarray(choice)
         rows = np.arange(len(self.seconds))
         after_dense = (self.predecessor != NO_PREDECESSOR) & self.dense[rows, chosen][self.predecessor]
-        return self.seconds[rows, chosen] + after_dense * self.transition[rows, chosen]
+        found = self.seconds[rows, chosen] + after_dense * self.transition[rows, chosen]
+        products = self.pair_seconds * self.kept[rows, chosen][self.pairs].prod(axis=1)
+        np.add.at(found, self.pairs, products[:, None] / 2)
+        return found
 
     def total(self, choice: np.ndarray | Sequence[int]) -> float:
         """Seconds of all layers together at these level indices, (layers,)."""
         return float(self.of_layers(choice).sum())
 
     def fastest(self, errors: np.ndarray | None = None) -> np.ndarray:
-        """(layers,) the levels that take least time together; of equally fast ones those with less of `errors`."""
+        """(layers,) the levels that take least time together; of equally fast ones those with less of `errors`.
+
+        With products it is found step by step, each no slower than the one before: exactly, where the fastest level of
+        a layer is its narrowest one too.
+        """
         errors = np.zeros_like(self.seconds) if errors is None else errors
+        choice = self.kept.argmin(axis=1)
+        found = self.apart_at(choice)._fastest(errors)
+        while len(self.pairs) and self.total(found) < self.total(choice):
+            choice, found = found, self.apart_at(found)._fastest(errors)
+        return found
+
+    def apart_at(self, choice: np.ndarray | Sequence[int]) -> Costs:
+        """Costs without products that never take less time than these, and equally much at these level indices.
+
+        Of two widths x and y, and x0 and y0 at the choice: x y <= (x^2 y0 / x0 + y^2 x0 / y0) / 2, for the mean of two
+        numbers is no less than their geometric mean.
+        """
+        if not len(self.pairs):
+            return self
+        at_choice = self.kept[np.arange(len(self.kept)), np.asarray(choice)][self.pairs]  # (pairs, 2)
+        ratios = at_choice[:, ::-1] / at_choice
+        seconds = self.seconds.copy()
+        np.add.at(
+            seconds, self.pairs, (self.pair_seconds[:, None] * ratios / 2)[:, :, None] * self.kept[self.pairs] ** 2
+        )
+        return Costs(seconds, self.transition, self.predecessor, self.dense)
+
+    def _fastest(self, errors: np.ndarray) -> np.ndarray:
         best = [np.zeros(1)]  # of each layer: (states,) least seconds until it
         for layer, step in enumerate(self.steps):
             reached = best[-1][:, None] + self.by_state(layer)

@@ -21,6 +21,7 @@ from onnx_spdy.pipeline.costs import Costs, InvalidCosts
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 BUCKETS = 10_000
+_MOST_STEPS = 12  # towards the solution where widths multiply
 _FINEST = 100  # how far the buckets are refined when only the rounding makes a target impossible
 
 
@@ -60,9 +61,46 @@ def solve(errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int 
         raise InfeasibleTarget(
             f"the budget is {budget_seconds:.6g} s, but the fastest profile takes {costs.total(fastest):.6g} s"
         )
+    if not len(costs.pairs):
+        return _solve_apart(errors, costs, budget_seconds, buckets, fastest)
+    return _solve_products(errors, costs, budget_seconds, buckets, fastest)
+
+
+def _solve_products(errors: np.ndarray, costs: Costs, budget: float, buckets: int, fastest: np.ndarray) -> np.ndarray:
+    """Step by step: each is the optimum for costs without products that bound the true ones from above.
+
+    They are equal where the step before ended, so that choice is among the candidates and no step does worse.
+    """
+
+    def error(choice: np.ndarray) -> float:
+        return float(errors[np.arange(len(errors)), choice].sum())
+
+    best = fastest
+    for start in (np.zeros_like(fastest), fastest):
+        bound = costs.apart_at(start)
+        if bound.total(bound.fastest()) > budget:
+            continue
+        choice = start
+        for _ in range(_MOST_STEPS):
+            bound = costs.apart_at(choice)
+            least = bound.fastest(errors)
+            if bound.total(least) > budget:  # by the last digits
+                break
+            found = _solve_apart(errors, bound, budget, buckets, least)
+            if choice is not start and not error(found) < error(choice):
+                break
+            choice = found
+        if choice is not start and error(choice) < error(best):
+            best = choice
+        break
+    return best
+
+
+def _solve_apart(errors: np.ndarray, costs: Costs, budget: float, buckets: int, fastest: np.ndarray) -> np.ndarray:
+    """The solution where nothing multiplies; `fastest` fits."""
     refined = buckets
     while refined <= buckets * _FINEST:
-        if (choice := _solve_rounded(errors, costs, budget_seconds, refined)) is not None:
+        if (choice := _solve_rounded(errors, costs, budget, refined)) is not None:
             return choice
         refined *= 10
     return fastest  # within a millionth of it: nothing else fits

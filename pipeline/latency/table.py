@@ -1,7 +1,8 @@
 """The latency model: seconds of every layer at every level in one environment, and of whole networks by them.
 
 `measure.py` measures it. A network takes what its layers take at their levels, what a layer takes more because the one
-before it runs dense, and what no pruning can remove.
+before it runs dense, and what no pruning can remove. For widths the layers are groups of units, and two of them take
+more together where one reads what the other makes: the product of what is kept of both.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes import Environment, Measurement, Workload, resolved
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-VERSION = 4
-ARRAYS = {"seconds": float, "transition": float, "predecessor": int, "spread": float, "sparse": bool}
+VERSION = 5
+ARRAYS = {"seconds": float, "transition": float, "predecessor": int, "spread": float, "sparse": bool, "kept": float,
+          "pairs": int, "pair_seconds": float}  # fmt: skip
 
 
 class NoSpeedup(OnnxSpdyError, ValueError):
@@ -48,14 +50,18 @@ class LatencyTable:
     """Times of layers x levels in one environment.
 
     Attributes:
-        layers: names of the prunable layers in graph order.
+        layers: names of the prunable layers, or of the groups that get a width, in graph order: see `find_sites`.
         levels: dense first, then from lowest to highest sparsity.
-        seconds: (layers, levels), cleaned: see `monotone` in fit.py.
+        seconds: (layers, levels), cleaned: more zeros, or fewer units, are not slower in the same kind of kernel.
         transition: (layers, levels), seconds more, or less, where the layer before runs in a dense kernel.
         predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
         spread: (layers, levels), relative standard deviation of `seconds`.
-        sparse: (layers, levels) bool, whether the engine used a sparse kernel.
-        kernels: (layers, levels), the engine's name of the kernel.
+        sparse: (layers, levels) bool, whether the engine used a sparse kernel. For widths nowhere.
+        kernels: (layers, levels), the engine's name of the kernel. For widths the one that takes longest in the dense
+            network, of those that work on the group's units.
+        kept: (layers, levels), fraction of a group's units that a level keeps; 1 for zeros.
+        pairs: (pairs, 2) indices of groups whose widths multiply.
+        pair_seconds: (pairs,) seconds of that product where both are whole; not in `seconds`.
         rest_seconds: what no pruning can remove: everything outside these layers.
         rest: (kernel, outputs, seconds) of what runs outside these layers.
         dense: the whole dense network, end to end.
@@ -75,6 +81,9 @@ class LatencyTable:
     spread: np.ndarray
     sparse: np.ndarray
     kernels: tuple[tuple[str, ...], ...]
+    kept: np.ndarray
+    pairs: np.ndarray
+    pair_seconds: np.ndarray
     rest_seconds: float
     rest: tuple[tuple[str, str, float], ...]
     dense: Measurement
@@ -88,7 +97,9 @@ class LatencyTable:
     @cached_property
     def costs(self) -> Costs:
         """The times of the layers, for the solver."""
-        return Costs(self.seconds, self.transition, self.predecessor, ~self.sparse)
+        return Costs(
+            self.seconds, self.transition, self.predecessor, ~self.sparse, self.kept, self.pairs, self.pair_seconds
+        )
 
     def predict(self, choice: Sequence[int] | np.ndarray) -> float:
         """Seconds of the whole network with these level indices, (layers,)."""
@@ -134,11 +145,14 @@ class LatencyTable:
     def break_even(self, layer: int) -> Level | None:
         """The level from which on this layer is faster than dense, whatever runs before it; None if there is none.
 
+        What it shares with others counts as if they were whole.
+
         Args:
             layer: its index.
         """
-        dense, after_dense = self.seconds[layer, 0], self.seconds[layer, 0] + self.transition[layer, 0]
-        faster = (self.seconds[layer] < dense) & (self.seconds[layer] + self.transition[layer] < after_dense)
+        seconds = self.seconds[layer] + self.kept[layer] * self.pair_seconds[(self.pairs == layer).any(axis=1)].sum()
+        after_dense = seconds + self.transition[layer]
+        faster = (seconds < seconds[0]) & (after_dense < after_dense[0])
         slower = np.flatnonzero(~faster)  # the dense level is one of them
         return self.levels[slower[-1] + 1] if slower[-1] + 1 < len(self.levels) else None
 
@@ -172,6 +186,7 @@ class LatencyTable:
     def _of(cls, content: dict[str, Any]) -> LatencyTable:
         """The table that `save` wrote."""
         content |= {name: np.array(content[name], kind) for name, kind in ARRAYS.items()}
+        content["pairs"] = content["pairs"].reshape(-1, 2)  # JSON doesn't tell the shape of none
         content |= {
             "layers": tuple(content["layers"]),
             "levels": tuple(Level.parse(text) for text in content["levels"]),

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_spdy.models import Prepared, find_layers, load_model
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.hessian import collect_hessians
-from onnx_spdy.pipeline.latency.fit import Row, together
+from onnx_spdy.pipeline.latency.equations import Row
+from onnx_spdy.pipeline.latency.fit_zeros import LayersRow, together
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.network import Network
@@ -78,8 +79,9 @@ def test_its_time_is_that_of_both_uses(model):
 
 
 def test_rows_of_one_layer_become_one():
-    rows = [Row((0,), ("a",), 1.0), Row((), ("b",), 2.0), Row((1,), (), 4.0), Row((0,), (), 8.0), Row((1, 2), (), 16.0)]
-    assert together(rows) == (Row((), ("b",), 2.0), Row((0,), ("a",), 9.0), Row((1, 2), (), 20.0))
+    rows = [Row(("k", "a"), 1.0), Row(("b",), 2.0), Row(("l",), 4.0), Row(("k",), 8.0), Row(("l", "m"), 16.0)]
+    expected = (LayersRow((), ("b",), 2.0), LayersRow((0,), ("a",), 9.0), LayersRow((1, 2), (), 20.0))
+    assert together(rows, {"k": 0, "l": 1, "m": 2}) == expected
 
 
 def test_it_is_pruned_once_and_both_uses_have_the_zeros(model, samples, tmp_path):

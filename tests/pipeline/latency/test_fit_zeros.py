@@ -1,7 +1,9 @@
 import numpy as np
 
-from onnx_spdy.pipeline.latency.fit import Row, Trial, fit_latency, monotone
+from onnx_spdy.pipeline.latency.equations import Row, Trial
+from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros, monotone
 
+ROW_OF = {"a": 0, "b": 1, "c": 2}
 SPARSITIES = np.array([0.0, *np.linspace(0.4, 0.98, 20)])
 
 
@@ -19,8 +21,8 @@ def scene(rng: np.random.Generator, noise: float, merged: bool) -> tuple[list[Tr
         total = sum(times) + 1e-3
         drift = np.exp(0.2 * rng.standard_normal())
         noisy = [drift * value * np.exp(noise * rng.standard_normal()) for value in times]
-        rows = [Row((0,), (), noisy[0]), Row((), ("pool",), 1e-3 * drift)]
-        rows += [Row((1, 2), (), noisy[1] + noisy[2])] if merged else [Row((1,), (), noisy[1]), Row((2,), (), noisy[2])]
+        rows = [Row(("a",), noisy[0]), Row(("pool",), 1e-3 * drift)]
+        rows += [Row(("b", "c"), noisy[1] + noisy[2])] if merged else [Row(("b",), noisy[1]), Row(("c",), noisy[2])]
         dense = seconds[:, 0].sum() + transition[1:, 0].sum() + 1e-3
         trials.append(
             Trial(tuple(choice), tuple(rows), 0.0, total / dense * np.exp(noise / 5 * rng.standard_normal()), 0.01)
@@ -32,7 +34,7 @@ def errors_of(trials: list[Trial], seconds: np.ndarray, transition: np.ndarray, 
     """Relative errors of the fit for whole networks that it hasn't seen."""
     dense = seconds[:, 0].sum() + transition[1:, 0].sum() + 1e-3
     sparse = np.tile(np.arange(21) > 0, (3, 1))
-    fit = fit_latency(trials, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, dense)
+    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, dense)
     found = []
     for _ in range(50):
         choice = np.where(rng.random(3) < 0.3, 0, rng.integers(1, 21, 3))
@@ -63,7 +65,7 @@ def test_noise_and_disturbed_runs_do_little_harm() -> None:
     rng = np.random.default_rng(2)
     trials, seconds, transition = scene(rng, 0.05, merged=False)
     rows = trials[5].rows
-    spoilt = (Row(rows[0].layers, (), 20 * rows[0].seconds), *rows[1:])
+    spoilt = (Row(rows[0].outputs, 20 * rows[0].seconds), *rows[1:])
     trials[5] = Trial(trials[5].choice, spoilt, 0.0, 3 * trials[5].relative, 0.01)
     errors = errors_of(trials, seconds, transition, rng)
     assert np.median(errors) < 0.04
@@ -74,7 +76,7 @@ def test_more_zeros_are_never_slower_in_the_same_kind_of_kernel() -> None:
     rng = np.random.default_rng(3)
     trials, *_ = scene(rng, 0.1, merged=False)
     sparse = np.tile(np.arange(21) > 0, (3, 1))
-    fit = fit_latency(trials, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, 13e-3)
+    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, 13e-3)
     assert (np.diff(fit.seconds[:, 1:], axis=1) <= 1e-15).all()
     assert (fit.seconds >= 0).all()
     assert (fit.seconds + fit.transition >= 0).all()
