@@ -8,7 +8,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import Prepared, masked, to_canonical
+from onnx_spdy.models import Prepared, export_module, masked, prepare, to_canonical
+from onnx_spdy.models.groups import FFN, HEADS
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import layer_database
@@ -29,6 +30,7 @@ from onnx_spdy.pipeline.database.pruners.quadratic import damped
 from onnx_spdy.pipeline.level import DENSE, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.site import Site, find_sites
+from tests.encoder import encoder, sentences
 
 LEVELS = levels_for("channels")
 
@@ -123,6 +125,12 @@ def test_consumers_that_take_several_groups_in_lose_only_what_is_their_groups(tm
         ("first", ["together", "alone"]), ("second", ["together"]),
     ]  # fmt: skip
     check(network, images(), build_database(network, images(), compression(), tmp_path))
+
+
+def test_heads_and_feed_forward_units_of_a_language_model(tmp_path: Path) -> None:
+    network, samples = Network(prepare(export_module(*encoder()))), Samples(sentences())
+    assert [(site.group.kind, site.group.units) for site in sites_of(network)] == [(HEADS, 4), (FFN, 64)] * 2
+    check(network, samples, build_database(network, samples, compression(), tmp_path))
 
 
 def test_a_network_with_these_weights_is_the_masked_one_with_adapted_weights(tmp_path: Path) -> None:
