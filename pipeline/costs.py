@@ -134,6 +134,19 @@ class Costs:
         )
         return Costs(seconds, self.transition, self.predecessor, self.dense)
 
+    def linear_at(self, choice: np.ndarray | Sequence[int]) -> tuple[Costs, float]:
+        """Costs without products that take equally much at these level indices and nearly so around them, and seconds
+        to add to those.
+
+        Of two widths x and y, and x0 and y0 at the choice: x y is about x y0 + x0 y - x0 y0.
+        """
+        at_choice = self.kept[np.arange(len(self.kept)), np.asarray(choice)][self.pairs]
+        seconds = self.seconds.copy()
+        slopes = self.pair_seconds[:, None] * at_choice[:, ::-1]
+        np.add.at(seconds, self.pairs, slopes[:, :, None] * self.kept[self.pairs])
+        constant = -float((self.pair_seconds * at_choice.prod(axis=1)).sum())
+        return Costs(seconds, self.transition, self.predecessor, self.dense), constant
+
     def _fastest(self, errors: np.ndarray) -> np.ndarray:
         best = [np.zeros(1)]  # of each layer: (states,) least seconds until it
         for layer, step in enumerate(self.steps):

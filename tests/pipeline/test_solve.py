@@ -167,3 +167,118 @@ def test_equals_brute_force_where_neighbours_cost() -> None:
 def test_refuses_neighbours_that_make_no_sense(transition: np.ndarray, predecessor: np.ndarray, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Costs(np.ones((2, 2)), transition, predecessor)
+
+
+def random_products(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, Costs]:
+    """A chain of groups, as convolutions make one, and two that are further apart; errors that grow with what goes."""
+    kept = np.sort(rng.uniform(0.05, 1, (layers, levels)), axis=1)[:, ::-1]
+    kept[:, 0] = 1
+    seconds = rng.random((layers, 1)) * kept + 0.02
+    pairs = [*((layer, layer + 1) for layer in range(layers - 1)), (0, layers - 1)]
+    errors = rng.random((layers, 1)) * (1 - kept) ** 2
+    return errors, Costs(seconds, kept=kept, pairs=np.array(pairs), pair_seconds=4 * rng.random(len(pairs)))
+
+
+def products_total(costs: Costs, choice: tuple[int, ...]) -> float:
+    """The definition, pair by pair."""
+    spent = sum(float(costs.seconds[layer, level]) for layer, level in enumerate(choice))
+    for (one, other), seconds in zip(costs.pairs, costs.pair_seconds, strict=True):
+        spent += seconds * costs.kept[one, choice[one]] * costs.kept[other, choice[other]]
+    return spent
+
+
+def test_products_are_counted_as_defined_and_what_stands_for_them_bounds_them() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(50):
+        layers, levels = int(rng.integers(2, 6)), int(rng.integers(1, 5))
+        _, costs = random_products(rng, layers, levels)
+        here = rng.integers(0, levels, layers)
+        above, (linear, constant) = costs.apart_at(here), costs.linear_at(here)
+        assert above.total(here) == pytest.approx(costs.total(here))
+        assert linear.total(here) + constant == pytest.approx(costs.total(here))
+        every = list(itertools.product(range(levels), repeat=layers))
+        for choice in every[:: max(1, len(every) // 20)]:
+            assert costs.total(choice) == pytest.approx(products_total(costs, choice))
+            assert above.total(choice) >= costs.total(choice) * (1 - 1e-12)
+        assert costs.total(costs.fastest()) == pytest.approx(min(products_total(costs, one) for one in every))
+
+
+def test_nearly_equals_brute_force_where_widths_multiply() -> None:
+    rng = np.random.default_rng(9)
+    above = []
+    for _ in range(100):
+        layers, levels = int(rng.integers(2, 6)), int(rng.integers(2, 7))
+        errors, costs = random_products(rng, layers, levels)
+        fastest, dense = costs.total(costs.fastest()), costs.total(np.zeros(layers, int))
+        budget = fastest + (dense - fastest) * rng.random()
+        every = (np.array(one) for one in itertools.product(range(levels), repeat=layers))
+        exact = min(total(errors, one) for one in every if costs.total(one) <= budget)
+        choice = solve(errors, costs, budget)
+        assert costs.total(choice) <= budget
+        lower, _ = error_bounds(errors, costs, budget, buckets=1000)
+        assert lower - 1e-12 <= exact <= total(errors, choice) + 1e-12
+        above.append(total(errors, choice) / exact - 1 if exact else 0.0)
+    assert np.mean(np.array(above) < 1e-9) > 0.9
+    assert np.mean(above) < 0.01
+
+
+def test_a_chain_of_products_is_solved_as_well_as_with_the_width_before_as_state() -> None:
+    rng = np.random.default_rng(10)
+    for _ in range(5):
+        errors, costs = random_products(rng, 10, 12)
+        costs = Costs(costs.seconds, kept=costs.kept, pairs=costs.pairs[:-1], pair_seconds=costs.pair_seconds[:-1])
+        budget = costs.total(np.zeros(10, int)) / rng.uniform(1.2, 2.5)
+        choice = solve(errors, costs, budget)
+        assert costs.total(choice) <= budget
+        assert total(errors, choice) <= 1.01 * chain_optimum(errors, costs, budget, buckets=1000)
+
+
+def chain_optimum(errors: np.ndarray, costs: Costs, budget: float, buckets: int) -> float:
+    """Least error for times rounded up to whole buckets, by a programme that carries the level of the layer before."""
+    layers, levels = errors.shape
+
+    def buckets_of(seconds: float) -> int:
+        return int(np.ceil(seconds * buckets / budget))
+
+    best = np.full((levels, buckets + 1), np.inf)
+    for level in range(levels):
+        best[level, buckets_of(costs.seconds[0, level]) :] = errors[0, level]
+    for layer in range(1, layers):
+        following = np.full_like(best, np.inf)
+        for level, before in itertools.product(range(levels), repeat=2):
+            product = costs.pair_seconds[layer - 1] * costs.kept[layer - 1, before] * costs.kept[layer, level]
+            spent = buckets_of(costs.seconds[layer, level] + product)
+            reached = best[before, : max(0, buckets + 1 - spent)] + errors[layer, level]
+            row = following[level, buckets + 1 - len(reached) :]
+            np.minimum(row, reached, out=row)
+        best = following
+    return float(best[:, -1].min())
+
+
+def test_the_budget_of_products_is_never_exceeded() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(200):
+        layers, levels = int(rng.integers(2, 12)), int(rng.integers(1, 20))
+        errors, costs = random_products(rng, layers, levels)
+        fastest, dense = costs.total(costs.fastest()), costs.total(np.zeros(layers, int))
+        budget = fastest + (dense - fastest) * rng.random() ** 2
+        assert costs.total(solve(errors, costs, budget, buckets=500)) <= budget
+    with pytest.raises(InfeasibleTarget):
+        solve(errors, costs, fastest * 0.999)
+    assert costs.total(solve(errors, costs, fastest)) == fastest
+
+
+@pytest.mark.parametrize(
+    ("kept", "pairs", "seconds", "match"),
+    [
+        (np.ones((2, 3)), [[0, 1]], [1.0], "must fit"),
+        (np.ones((2, 2)), [[0, 1]], [1.0, 2.0], "each of 1 pairs"),
+        (np.zeros((2, 2)), [[0, 1]], [1.0], "more than nothing"),
+        (np.ones((2, 2)), [[0, 1]], [-1.0], "not be negative|not negative"),
+        (np.ones((2, 2)), [[0, 2]], [1.0], "two different ones of 2"),
+        (np.ones((2, 2)), [[1, 1]], [1.0], "two different ones of 2"),
+    ],
+)
+def test_refuses_products_that_make_no_sense(kept: np.ndarray, pairs: list, seconds: list, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Costs(np.ones((2, 2)), kept=kept, pairs=np.array(pairs), pair_seconds=np.array(seconds))
