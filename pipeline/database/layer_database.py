@@ -115,12 +115,6 @@ class LayerDatabase:
         except (OSError, SafetensorError) as exc:
             raise ArtifactError(f"{path} can't be read ({exc}); delete it and build the database again") from exc
 
-    def weights(self, network, site, level):
-        return {} if level == DENSE else {site.layers[0].weight: self.weight(network, site.layers[0], level)}
-
-    def kept(self, site, level):
-        return tuple(range(site.kept(level)))
-
     def verify(self) -> None:
         """Compare every file with its checksum.
 
