@@ -25,6 +25,7 @@ from onnx_spdy.pipeline.loss import (
 )
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
+from onnx_spdy.pipeline.rows import sample_axes
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -258,3 +259,41 @@ def test_batches_in_which_nothing_is_found_scale_no_loss() -> None:
 
 def test_widths_that_differ_from_batch_to_batch_are_no_classes() -> None:
     assert fit_loss(None, [{"y": torch.randn(4, 5)}, {"y": torch.randn(4, 6)}]).name == PER_CHANNEL
+
+
+def test_samples_on_another_axis_are_no_channels() -> None:
+    """Time first: a sample whose outputs are large counts no less than the others, and each channel by its own size."""
+    sizes = torch.tensor([1.0, 100.0])
+    dense = noise(6, 20, 2) * sizes * torch.linspace(1, 100, 20)[:, None]
+    turned = dense.flip(1)
+    axes = sample_axes({"o": dense}, {"o": turned}, 20)
+    assert axes == {"o": 1}
+    loss = fit_loss("squared-error", [{"o": dense}], axes=axes)
+    first = fit_loss("squared-error", [{"o": dense.movedim(1, 0)}])
+    wrong = dense + noise(6, 20, 2, seed=1) * sizes
+    expected = float(first({"o": wrong.movedim(1, 0)}, {"o": dense.movedim(1, 0)}))
+    assert float(loss({"o": wrong}, {"o": dense})) == pytest.approx(expected)
+    some = dense[:, :7]  # held-out samples, say
+    assert math.isfinite(float(loss({"o": some + 1}, {"o": some})))
+
+
+def test_channels_whose_number_depends_on_the_data_are_refused_by_name() -> None:
+    fitted = fit_loss("squared-error", [{"found": noise(4, 5)}])
+    with pytest.raises(LossError, match="'found' has 5 channels for some samples and 6 for others"):
+        fitted({"found": noise(4, 6)}, {"found": noise(4, 6)})
+
+
+@pytest.mark.parametrize("time", [6, 16])
+def test_an_objective_finds_the_samples_of_each_output(time: int) -> None:
+    """Also where there are as many positions as samples in a batch."""
+    weight = numpy_helper.from_array(noise(32, 32).numpy() * np.float32([1, 100] * 16), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Transpose", ["a"], ["y"], perm=[1, 0, 2])]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", time, 32])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [time, "batch", 32])
+    graph = helper.make_graph(nodes, "g", [given], [made], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    samples = Samples({"x": (noise(16, time, 32) * torch.linspace(1, 50, 16)[:, None, None]).numpy()}, None)
+    objective = Objective(Network(Prepared(model)), samples)
+    few = Samples({"x": noise(5, time, 32).numpy()}, None)
+    assert Objective(Network(Prepared(model)), few, objective.loss).of_batch(0) < 1e-3
+    assert objective.of_batch(0) < 1e-3
