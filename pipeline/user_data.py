@@ -83,6 +83,8 @@ def _batches(data: Any, inputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]
         iterator = iter(data)
     except TypeError as exc:
         raise DataError(f"data is {type(data).__name__}; give a dict of arrays, or batches of them") from exc
+    except (Exception, SystemExit) as exc:
+        raise DataError(f"the data raised {described(exc, DESCRIBED)} before its first batch") from exc
     for number in itertools.count():
         try:
             value = next(iterator)

@@ -77,9 +77,15 @@ def raising(error: BaseException) -> Iterator:
     raise error
 
 
+class Failing:
+    def __iter__(self) -> Iterator:
+        raise RuntimeError("no files")
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a generator that fails": (lambda: raising(KeyError("pixel_values")), "raised KeyError: 'pixel_values' after 1"),
     "a generator that leaves": (lambda: raising(SystemExit("gone")), "raised SystemExit: gone after 1"),
+    "batches that fail at once": (Failing, "raised RuntimeError: no files before its first batch"),
     "batches of None": (lambda: [None], "a batch is NoneType"),
     "batches of numbers": (lambda: iter([5]), "a batch is int"),
     "batches of text": (lambda: ["abc"], "a batch is str"),
