@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_spdy.pipeline.alternatives import Alternatives
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
@@ -61,7 +61,9 @@ class Report:
         Raises:
             ArtifactError: missing, damaged or of another version.
         """
-        return cls(read_json(path, "report", VERSION))
+        content = read_json(path, "report", VERSION)
+        with fields_of(path):
+            return cls({**content, "attempts": [dict(one) for one in content["attempts"]]})
 
 
 def make_report(
