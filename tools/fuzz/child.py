@@ -117,11 +117,12 @@ def start(work: Callable[[], int], output: Path) -> int:
     """Begin some work in a process of its own, which prints into two files; returns its number."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    for number, file in enumerate((Path(os.devnull), output.with_suffix(".out"), output.with_suffix(".err"))):
-        with file.open("wb" if number else "rb") as stream:
+    out, err = (output.with_suffix(suffix).open("wb") for suffix in (".out", ".err"))  # there even if it is killed now
+    with Path(os.devnull).open("rb") as nothing, out, err:
+        child = os.fork()
+        if child:
+            return child
+        for number, stream in enumerate((nothing, out, err)):
             os.dup2(stream.fileno(), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
     os.environ["COLUMNS"] = "9999"  # a warning is one line

@@ -16,11 +16,11 @@ from onnx_spdy.tools.fuzz.graphs import example
 
 TINY = """
 <ir_version: 9, opset_import: ["" : 18]>
-tiny (float[batch, 3, 8, 8] x) => (float[batch, 10] y)
+tiny (float[batch, 3, 8, 8] input) => (float[batch, 10] y)
 <float[32, 3, 3, 3] w1, float[32] b1, float[32, 32, 3, 3] w2, float[32] b2, int64[2] axes = {2, 3},
  float[10, 32] w3, float[10] b3>
 {
-    [conv1] c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+    [conv1] c = Conv <pads = [1, 1, 1, 1]> (input, w1, b1)
     [relu1] r = Relu (c)
     [conv2] d = Conv <pads = [1, 1, 1, 1]> (r, w2, b2)
     [relu2] s = Relu (d)
@@ -44,7 +44,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     onnx.save(example(TINY, rng), folder / NETWORK)
     images = rng.standard_normal((SAMPLES, 3, 8, 8)).astype(np.float32)
-    np.savez(folder / DATA, x=images, target=rng.integers(0, 10, SAMPLES))
+    np.savez(folder / DATA, input=images, target=rng.integers(0, 10, SAMPLES))
     return folder
 
 

@@ -157,7 +157,7 @@ def _make_files(folder: Path, rng: np.random.Generator) -> None:
     (folder / "text.py").write_bytes(b"\xff\xfe nothing")
     (folder / "out.py").write_text("import no_such_module\n")
     (folder / "zip.npz").write_bytes(damaged_bytes((folder / DATA).read_bytes(), rng))
-    np.savez(folder / "pickle.npz", x=np.array([None, {}], object))
+    np.savez(folder / "pickle.npz", input=np.array([None, {}], object))
     np.save(folder / "array.npy", np.zeros(3))
     (folder / "loop").symlink_to("loop")
     (folder / "locked").mkdir()
