@@ -107,7 +107,9 @@ def cross_entropy(outputs: Outputs, dense: Outputs, target: torch.Tensor | None 
             "loss 'cross-entropy' needs labels that are numbers; add an array 'target' to the data or use --loss kl"
         )
     logits, _ = _log_probabilities(outputs, dense)
-    if target.ndim != 1 or not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+    values = target.double()  # any type of number, also NaN
+    fitting = (values >= 0) & (values < logits.shape[1]) & (values == values.floor())
+    if target.ndim != 1 or not bool(fitting.all()):
         raise LossError(f"target {tuple(target.shape)} must hold one class of 0..{logits.shape[1] - 1} for each sample")
     return functional.nll_loss(logits, target.long())
 

@@ -22,6 +22,7 @@ from onnx_spdy.pipeline.loss import (
     fit_loss,
     kl_divergence,
     loss_name,
+    numbers,
 )
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
@@ -297,3 +298,20 @@ def test_an_objective_finds_the_samples_of_each_output(time: int) -> None:
     few = Samples({"x": noise(5, time, 32).numpy()}, None)
     assert Objective(Network(Prepared(model)), few, objective.loss).of_batch(0) < 1e-3
     assert objective.of_batch(0) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["i8", "u8", "f4", "?"])
+def test_classes_may_have_any_type_of_number(kind: str) -> None:
+    target = numbers(np.arange(10).astype(kind))
+    assert target is not None
+    outputs = {"o": logits(10)}
+    assert float(cross_entropy(outputs, outputs, target)) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(outputs["o"], target.long()))
+    )
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1.5, -1, 10, np.inf, np.uint64(2**63)])
+def test_what_is_no_class_is_refused_in_one_line(wrong) -> None:
+    target = numbers(np.array([wrong] * 10))
+    with pytest.raises(LossError, match=r"one class of 0\.\.9"):
+        cross_entropy({"o": logits(10)}, {"o": logits(10)}, target)
