@@ -6,6 +6,7 @@ target where it needs one) and returns one number for each batch, averaged over 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -190,10 +191,11 @@ def _guarded(loss: Loss, name: str) -> Loss:
     def called(outputs: Outputs, dense: Outputs, target: torch.Tensor | None = None) -> torch.Tensor:
         copies = [{key: value.clone() for key, value in values.items()} for values in (outputs, dense)]
         result = loss(copies[0], copies[1], None if target is None else target.clone())
-        if isinstance(result, torch.Tensor) and result.numel() == 1 and not result.is_complex():
+        if isinstance(result, torch.Tensor) and result.numel() == 1 and not (result.is_complex() or result.is_meta):
             return result.reshape(())
         if isinstance(result, (int, float, np.floating, np.integer)) and not isinstance(result, bool):
-            return torch.tensor(float(result))
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return torch.tensor(float(result))
         what = f"shape {tuple(result.shape)}" if hasattr(result, "shape") else repr(result)[:40]
         raise LossError(f"loss {name!r} returned {type(result).__name__} ({what}); it must return one real number")
 

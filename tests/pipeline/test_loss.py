@@ -237,7 +237,17 @@ def test_a_users_loss_gets_copies_and_must_return_a_number() -> None:
     assert target.sum() == 4
     for fine in (0.5, np.float32(0.5), torch.tensor([0.5])):
         assert float(fit_loss(lambda o, d, t, value=fine: value, [dense])(dense, dense)) == 0.5
-    for wrong in ("0.5", None, noise(3), torch.tensor(1j), [0.5], True, {"loss": 0.5}):
+    for wrong in (
+        "0.5",
+        None,
+        noise(3),
+        torch.tensor(1j),
+        [0.5],
+        True,
+        {"loss": 0.5},
+        10**400,
+        torch.zeros((), device="meta"),
+    ):
         with pytest.raises(LossError, match="one real number"):
             fit_loss(lambda o, d, t, value=wrong: value, [dense])(dense, dense)
 
