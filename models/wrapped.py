@@ -38,13 +38,23 @@ def plain_module(given: Any) -> nn.Module:
 
 
 def plain_inputs(given: Any) -> Any:
-    """Example inputs with tensors in the place of arrays."""
+    """Example inputs with tensors in the place of arrays.
+
+    Raises:
+        ModelError: they are none.
+    """
+    if not isinstance(given, torch.Tensor | np.ndarray | Mapping | list | tuple):
+        raise ModelError(f"example inputs are {type(given).__name__}: give a tensor, a tuple or a dict of tensors")
+    return _plain(given)
+
+
+def _plain(given: Any) -> Any:
     if isinstance(given, np.ndarray):
         return torch.from_numpy(np.require(given, requirements=["C", "W"]))
     if isinstance(given, Mapping):
-        return {name: plain_inputs(value) for name, value in given.items()}
+        return {name: _plain(value) for name, value in given.items()}
     if isinstance(given, list | tuple):
-        return tuple(plain_inputs(value) for value in given)
+        return tuple(_plain(value) for value in given)
     return given
 
 

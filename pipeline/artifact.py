@@ -24,6 +24,7 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 LOCK = ".lock"
 CHECKSUM = "sha256"  # of everything else in a file
+WRONG_FIELD = (LookupError, TypeError, AttributeError, ValueError, OverflowError)  # what it raises when it is used
 
 
 class ArtifactError(OnnxSpdyError, ValueError):
@@ -110,7 +111,7 @@ def fields_of(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as exc:
+    except WRONG_FIELD as exc:
         if isinstance(exc, ArtifactError):
             raise
         text = " ".join(str(exc).split())

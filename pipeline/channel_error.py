@@ -32,9 +32,9 @@ class ChannelScale:
     fill: float | None
 
     @classmethod
-    def of(cls, references: Sequence[torch.Tensor]) -> ChannelScale:
-        """From what the dense network gives for all batches, each (samples, ...)."""
-        candidates = _candidate_axes([tuple(value.shape) for value in references])
+    def of(cls, references: Sequence[torch.Tensor], samples_axis: int = 0) -> ChannelScale:
+        """From what the dense network gives for all batches, with samples on this axis."""
+        candidates = _candidate_axes([tuple(value.shape) for value in references], samples_axis)
         references = [value for value in references if value.numel()]
         fill = _fill(references)
         moments = [(axis, _Moments.of(references, axis, fill)) for axis in candidates]
@@ -106,14 +106,21 @@ class _Moments:
         return torch.where(scale > 0, scale, least).clamp_min(NOTHING).float()
 
 
-def channel_scales(references: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, ChannelScale]:
+def channel_scales(
+    references: Sequence[Mapping[str, torch.Tensor]], axes: Mapping[str, int] | None = None
+) -> dict[str, ChannelScale]:
     """The scale of each floating-point output, from what the dense network gives for all batches.
 
     One that is empty in all of them (nothing was found) has none.
+
+    Args:
+        axes: output -> the axis on which its samples lie; by default the first.
     """
+    axes = axes or {}
     names = [name for name, value in references[0].items() if value.is_floating_point()]
     values = {name: [outputs[name] for outputs in references] for name in names}
-    return {name: ChannelScale.of(some) for name, some in values.items() if any(one.numel() for one in some)}
+    found = {name: some for name, some in values.items() if any(one.numel() for one in some)}
+    return {name: ChannelScale.of(some, axes.get(name, 0)) for name, some in found.items()}
 
 
 def masked_alike(output: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
@@ -135,10 +142,10 @@ def _fill(references: Sequence[torch.Tensor]) -> float | None:
     return lowest
 
 
-def _candidate_axes(shapes: Sequence[tuple[int, ...]]) -> list[int | None]:
-    """Axis 1 and the last one, where they have one size in all batches."""
-    rank = len(shapes[0])
-    axes = [axis for axis in dict.fromkeys((1, rank - 1)) if 0 < axis < rank]
+def _candidate_axes(shapes: Sequence[tuple[int, ...]], samples_axis: int) -> list[int | None]:
+    """Beside the samples the first axis and the last one, where they have one size in all batches."""
+    others = [axis for axis in range(len(shapes[0])) if axis != samples_axis]
+    axes = dict.fromkeys((*others[:1], *others[-1:]))
     fitting: list[int | None] = [axis for axis in axes if len({shape[axis] for shape in shapes}) == 1]
     return fitting or [None]
 

@@ -6,6 +6,7 @@ target where it needs one) and returns one number for each batch, averaged over 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from onnx_spdy.pipeline.channel_error import channel_scales, masked_alike
+from onnx_spdy.pipeline.channel_error import ChannelScale, channel_scales, masked_alike
 from onnx_spdy.pipeline.class_outputs import are_probabilities, class_output
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -52,7 +53,10 @@ class FittedLoss:
 
 
 def fit_loss(
-    loss: str | Loss | FittedLoss | None, references: Sequence[Outputs], target: torch.Tensor | None = None
+    loss: str | Loss | FittedLoss | None,
+    references: Sequence[Outputs],
+    target: torch.Tensor | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> FittedLoss:
     """The loss for a network.
 
@@ -60,6 +64,7 @@ def fit_loss(
         loss: a name of LOSSES, a function of your own, one that was fitted already, or None for the one that fits.
         references: the dense network's outputs, batch by batch: what is chosen and every scale come from them.
         target: of these samples; numbers that aren't whole say that the outputs are no classes.
+        axes: output -> the axis on which its samples lie (`rows.sample_axes`); by default the first.
     Raises:
         LossError: there is no loss of that name, or no output that it can compare.
     """
@@ -75,12 +80,13 @@ def fit_loss(
         reason = "as you asked"
     if loss != SQUARED_ERROR:
         return FittedLoss(loss, reason, LOSSES[loss])
-    scales = channel_scales(references)
+    scales = channel_scales(references, axes)
     if not scales:
         raise LossError(f"the network has no floating-point output among {list(references[0])}; give --loss a function")
 
     def per_channel(outputs: Outputs, dense: Outputs, target: torch.Tensor | None = None) -> torch.Tensor:
         _check_sizes({name: dense[name] for name in scales}, outputs)
+        _check_channels(scales, dense)
         return torch.stack([scale.error(outputs[name], dense[name]) for name, scale in scales.items()]).mean()
 
     return FittedLoss(PER_CHANNEL, reason, per_channel)
@@ -102,7 +108,9 @@ def cross_entropy(outputs: Outputs, dense: Outputs, target: torch.Tensor | None 
             "loss 'cross-entropy' needs labels that are numbers; add an array 'target' to the data or use --loss kl"
         )
     logits, _ = _log_probabilities(outputs, dense)
-    if target.ndim != 1 or not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+    values = target.double()  # any type of number, also NaN
+    fitting = (values >= 0) & (values < logits.shape[1]) & (values == values.floor())
+    if target.ndim != 1 or not bool(fitting.all()):
         raise LossError(f"target {tuple(target.shape)} must hold one class of 0..{logits.shape[1] - 1} for each sample")
     return functional.nll_loss(logits, target.long())
 
@@ -183,10 +191,11 @@ def _guarded(loss: Loss, name: str) -> Loss:
     def called(outputs: Outputs, dense: Outputs, target: torch.Tensor | None = None) -> torch.Tensor:
         copies = [{key: value.clone() for key, value in values.items()} for values in (outputs, dense)]
         result = loss(copies[0], copies[1], None if target is None else target.clone())
-        if isinstance(result, torch.Tensor) and result.numel() == 1 and not result.is_complex():
+        if isinstance(result, torch.Tensor) and result.numel() == 1 and not (result.is_complex() or result.is_meta):
             return result.reshape(())
         if isinstance(result, (int, float, np.floating, np.integer)) and not isinstance(result, bool):
-            return torch.tensor(float(result))
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return torch.tensor(float(result))
         what = f"shape {tuple(result.shape)}" if hasattr(result, "shape") else repr(result)[:40]
         raise LossError(f"loss {name!r} returned {type(result).__name__} ({what}); it must return one real number")
 
@@ -222,6 +231,20 @@ def _check_sizes(dense: Outputs, outputs: Outputs) -> None:
                 f"{name!r} has a size that depends on the data, {tuple(value.shape)} in the dense network and "
                 f"{tuple(outputs[name].shape)} in the pruned one, so they can't be compared: cut the graph before the "
                 "node that selects (NonMaxSuppression, NonZero, TopK), or give --loss a function"
+            )
+
+
+def _check_channels(scales: Mapping[str, ChannelScale], dense: Outputs) -> None:
+    """Refuse an output whose number of channels depends on the data.
+
+    Raises:
+        LossError: the message names it and both numbers.
+    """
+    for name, scale in scales.items():
+        if scale.axis is not None and dense[name].shape[scale.axis] != len(scale.variance):
+            raise LossError(
+                f"{name!r} has {len(scale.variance)} channels for some samples and {dense[name].shape[scale.axis]} for "
+                "others, so one scale can't serve all: give --loss a function"
             )
 
 

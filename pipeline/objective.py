@@ -14,6 +14,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import FittedLoss, Loss, LossError, fit_loss, numbers
 from onnx_spdy.pipeline.network import BATCH_SIZE, DENSE_WEIGHTS, Keep, Network, Weights
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.pipeline.rows import Axes, sample_axes
 
 LARGEST_BATCH = 64
 
@@ -58,7 +59,7 @@ class Objective:
         for number, batch in enumerate(self.batches):
             with self._correction.remember(number) if self._correction else nullcontext():
                 self._reference.append(self._outputs(batch))
-        self.loss = fit_loss(loss, self._reference, numbers(samples.target))
+        self.loss = fit_loss(loss, self._reference, numbers(samples.target), self._axes())
         self.name = self.loss.name
         self.of_batch(0)  # refuses a loss that doesn't fit before any work is done
 
@@ -69,6 +70,11 @@ class Objective:
             LossError: the loss is not a finite number.
         """
         return self.mean([self.of_batch(number, weights) for number in range(len(self.batches))])
+
+    def _axes(self) -> Axes:
+        batch = self.batches[0]
+        turned = self._outputs(batch.take(np.arange(len(batch))[::-1]))
+        return sample_axes(self._reference[0], turned, len(batch))
 
     def mean(self, losses: Sequence[float]) -> float:
         """Mean loss over the samples of the first batches, from the loss of each."""

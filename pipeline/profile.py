@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.level import Level
 
 VERSION = 3
+NUMBERS = (
+    "target_speedup", "table_target", "predicted_seconds", "predicted_speedup", "loss", "evaluations", "samples_run",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,4 +68,8 @@ class Profile:
         content = read_json(path, "profile", VERSION)
         with fields_of(path):
             levels = {name: Level.parse(text) for name, text in content["levels"].items()}
+            if wrong := [name for name in NUMBERS if type(content[name]) not in (int, float)]:
+                raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
+            if content["errors"] is not None and np.array(content["errors"], np.float64).ndim != 2:
+                raise ValueError("errors are no table of numbers")
             return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "levels"}, levels=levels)

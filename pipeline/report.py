@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.pipeline.alternatives import Alternatives
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
@@ -64,7 +64,9 @@ class Report:
         Raises:
             ArtifactError: missing, damaged or of another version.
         """
-        return cls(read_json(path, "report", VERSION))
+        content = read_json(path, "report", VERSION)
+        with fields_of(path):
+            return cls({**content, "attempts": [dict(one) for one in content["attempts"]]})
 
 
 def make_report(

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 TOLERANCE = 1e-3  # of an output's largest value: another order of samples may round differently
 
 Arrays = Mapping[str, np.ndarray]
+Axes = dict[str, int]
 
 
 class RowsError(OnnxSpdyError, ValueError):
@@ -58,6 +60,22 @@ def find_layouts(outputs: Arrays, reversed_outputs: Arrays, batch: int) -> dict[
         batch: number of its samples.
     """
     return {name: _layout(value, reversed_outputs[name], batch) for name, value in outputs.items()}
+
+
+def sample_axes(outputs: Mapping[str, torch.Tensor], reversed_outputs: Mapping[str, torch.Tensor], batch: int) -> Axes:
+    """The axis of each output on which its samples lie; the first where that can't be told.
+
+    Args:
+        outputs, reversed_outputs, batch: see `find_layouts`.
+    """
+    if batch < 2:
+        return dict.fromkeys(outputs, 0)
+    layouts = find_layouts(_arrays(outputs), _arrays(reversed_outputs), batch)
+    return {name: layout.axis if layout else 0 for name, layout in layouts.items()}
+
+
+def _arrays(values: Mapping[str, torch.Tensor]) -> Arrays:
+    return {k: (v.float() if v.is_floating_point() else v).numpy(force=True) for k, v in values.items()}
 
 
 def join(parts: Sequence[Arrays], counts: Sequence[int], layouts: Mapping[str, Layout | None]) -> dict[str, np.ndarray]:

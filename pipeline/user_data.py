@@ -59,11 +59,10 @@ def as_array(name: str, value: Any) -> np.ndarray:
         DataError: the value is ragged, holds Python objects, or hides entries.
     """
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.to_dense() if value.layout != torch.strided else value
-        if value.dtype == torch.bfloat16 or "float8" in str(value.dtype):
-            value = value.float()
-        return value.resolve_conj().resolve_neg().numpy()
+        try:
+            return _of_tensor(value)
+        except (RuntimeError, TypeError) as exc:  # without values, of several sizes, ...; NotImplementedError is one
+            raise DataError(f"tensor {name!r} can't be made an array: {described(exc, DESCRIBED)}") from exc
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise DataError(f"array {name!r} hides {int(np.ma.getmaskarray(value).sum())} masked values; fill them first")
     try:
@@ -77,12 +76,23 @@ def as_array(name: str, value: Any) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
+def _of_tensor(value: torch.Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    value = value.dequantize() if value.is_quantized else value
+    value = value.to_dense() if value.layout != torch.strided else value
+    if value.dtype == torch.bfloat16 or "float8" in str(value.dtype):
+        value = value.float()
+    return value.resolve_conj().resolve_neg().numpy()
+
+
 def _batches(data: Any, inputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     held = 0
     try:
         iterator = iter(data)
     except TypeError as exc:
         raise DataError(f"data is {type(data).__name__}; give a dict of arrays, or batches of them") from exc
+    except (Exception, SystemExit) as exc:
+        raise DataError(f"the data raised {described(exc, DESCRIBED)} before its first batch") from exc
     for number in itertools.count():
         try:
             value = next(iterator)

@@ -21,10 +21,12 @@ def not_empty(text: str) -> str:
     """What was typed.
 
     Raises:
-        BadParameter: nothing, as from a shell variable that isn't set: never a default.
+        BadParameter: nothing, as from a shell variable that isn't set: never a default; or bytes that are no text.
     """
     if not text.strip():
         raise typer.BadParameter("it is empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of them
+        raise typer.BadParameter(f"{text!r} is no UTF-8; rename it")
     return text
 
 

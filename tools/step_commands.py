@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from onnx_spdy.models import Prepared, load_model, save_model
-from onnx_spdy.pipeline.artifact import check_same, write_json
+from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
@@ -270,12 +270,14 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path)]) 
     """Show the report of a run, or the front of one with several targets, and write its page again."""
     if (folder / FRONT).exists() and not (folder / "report.json").exists():
         front = Front.load(folder / FRONT)
-        write_front_html(front.content, folder)
-        show.front(front.content, folder)
+        with fields_of(folder / FRONT):
+            write_front_html(front.content, folder)
+            show.front(front.content, folder)
         return
     found = Report.load(folder / "report.json")
-    write_report_html(found.content, folder / "report.html")
-    show.report(found.content, folder)
+    with fields_of(folder / "report.json"):
+        write_report_html(found.content, folder / "report.html")
+        show.report(found.content, folder)
 
 
 def prepare(

@@ -140,7 +140,18 @@ def open_database(folder: Path) -> LayerDatabase:
     content = read_json(folder / INDEX, "database", VERSION)
     with fields_of(folder / INDEX):
         levels = tuple(Level.parse(text) for text in content["levels"])
-        return LayerDatabase(folder, levels, content["layers"], content["made_from"])
+        layers = {name: _entry(one, len(levels)) for name, one in content["layers"].items()}
+        made_from = {name: str(content["made_from"][name]) for name in ("model_sha256", "data_sha256", "pruner")}
+        return LayerDatabase(folder, levels, layers, made_from)
+
+
+def _entry(entry: Mapping[str, Any], levels: int) -> Mapping[str, Any]:
+    """Of one layer. Raises ValueError, or what a missing field does: it is none."""
+    if np.array(entry["errors"], np.float64).shape != (levels,):
+        raise ValueError(f"there is no error for each of {levels} levels")
+    if Path(entry["file"]).name != entry["file"]:
+        raise ValueError(f"{entry['file']!r} is no file of this folder")
+    return {**entry, "sha256": entry["sha256"]}
 
 
 def build_database(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.models import Prepared, save_model
-from onnx_spdy.pipeline.artifact import ArtifactError, check_same, read_json, write_json
+from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, check_same, read_json, write_json
 from onnx_spdy.pipeline.latency.equations import Fit, Row, Trial
 from onnx_spdy.pipeline.latency.kind import Kind, Profile
 from onnx_spdy.pipeline.latency.observation import Observation
@@ -204,7 +204,7 @@ class _Work:
             compared = {name: (content[name], question[name]) for name in ("model_sha256", "levels", "seed")}
             there, here = (Environment.from_json(one["environment"]) for one in (content, question))
             workload, observations = content["workload"], [*map(Observation.from_json, content["observations"])]
-        except (LookupError, TypeError, ValueError) as exc:
+        except WRONG_FIELD as exc:
             raise ArtifactError(f"{keep} is damaged ({exc!r}); delete it to measure anew") from exc
         check_same(keep, compared | there.mismatch(here))
         check_workload(str(keep), workload, self._workload)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_spdy.pipeline.artifact import ArtifactError, read_json, write_json
+from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, read_json, write_json
 from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes import Environment, Measurement, Workload, resolved
@@ -178,9 +178,12 @@ class LatencyTable:
         """
         content: dict[str, Any] = read_json(path, "latency", VERSION)
         try:
-            return cls._of(content)
-        except (LookupError, TypeError, ValueError) as exc:
+            table = cls._of(content)
+            if table.seconds.shape != (len(table.layers), len(table.levels)) or not table.highest_speedup > 0:
+                raise ValueError("it has another shape than its layers and levels")
+        except WRONG_FIELD as exc:
             raise ArtifactError(f"{path} is damaged ({exc!r}); measure it again") from exc
+        return table
 
     @classmethod
     def _of(cls, content: dict[str, Any]) -> LatencyTable:

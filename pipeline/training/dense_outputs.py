@@ -12,6 +12,7 @@ from onnx_spdy.models import Layer
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
+from onnx_spdy.pipeline.rows import sample_axes
 
 CACHE_BYTES = 1 << 30
 NO_CHOICE: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -89,11 +90,12 @@ class DenseOutputs:
 
     def __call__(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Tensor name -> values of the samples at `index`, in that order."""
+        index = np.ascontiguousarray(index)
         if self._cache is None or not self._known[index].all():
             with torch.no_grad():
                 found = self._capture(self._samples.take(index))
             if self._fits is None:
-                self._fits = self._can_keep(found, len(index))
+                self._fits = self._can_keep(found, index)
             if not self._fits:
                 return found
             self._keep(found, index)
@@ -101,8 +103,12 @@ class DenseOutputs:
         rows = torch.from_numpy(index)
         return {name: values[rows] for name, values in self._cache.items()}
 
-    def _can_keep(self, found: dict[str, torch.Tensor], count: int) -> bool:
+    def _can_keep(self, found: dict[str, torch.Tensor], index: np.ndarray) -> bool:
+        count = len(index)
         one_row_each = all(value.ndim > 0 and len(value) == count for value in found.values())
+        if one_row_each:  # or as many positions as samples, say
+            turned = self._capture(self._samples.take(index[::-1]))
+            one_row_each = not any(sample_axes(found, turned, count).values())
         size = sum(value.numel() * value.element_size() for value in found.values()) / count
         return one_row_each and size * len(self._samples) <= self._limit
 

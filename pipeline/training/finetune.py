@@ -26,6 +26,7 @@ from onnx_spdy.pipeline.loss import KL, FittedLoss, cross_entropy, distillation_
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.rows import sample_axes
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
@@ -209,7 +210,8 @@ def _fitted_loss(network: Network, samples: Samples, outputs: DenseOutputs) -> F
     size = network.batch_size()
     index = network.whole(np.arange(min(len(samples), max(size, FITTED_SAMPLES))))
     references = [outputs(index[begin : begin + size]) for begin in range(0, len(index), size)]
-    return fit_loss(None, references, numbers(samples.target))
+    axes = sample_axes(references[0], outputs(index[:size][::-1]), len(index[:size]))
+    return fit_loss(None, references, numbers(samples.target), axes)
 
 
 def _has_labels(network: Network, samples: Samples, outputs: DenseOutputs) -> bool:

@@ -24,6 +24,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.loss import SQUARED_ERROR, FittedLoss, fit_loss, relative_squared_error
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.rows import sample_axes
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import KeptZeros
@@ -139,9 +140,12 @@ def _criterion(network: Network, samples: Samples, dense: DenseOutputs) -> Crite
     """
     names = network.graph.output_names
     some = np.arange(min(len(samples), network.batch_size(FITTED_SAMPLES)))
-    first = dense(network.whole(some)[: network.batch_size(FITTED_SAMPLES)])
+    index = network.whole(some)[: network.batch_size(FITTED_SAMPLES)]
+    first = dense(index)
     own = {name: first[name] for name in names if first[name].is_floating_point()}
-    per_channel: FittedLoss | None = fit_loss(SQUARED_ERROR, [own]) if own else None
+    per_channel: FittedLoss | None = None
+    if own:
+        per_channel = fit_loss(SQUARED_ERROR, [own], axes=sample_axes(own, dense(index[::-1]), len(index)))
 
     def criterion(
         outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None

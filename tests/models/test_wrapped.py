@@ -78,3 +78,9 @@ def test_what_is_no_module_is_refused_in_one_line(make: Callable[[], Any], messa
     with pytest.raises(ModelError, match=message) as caught:
         export_module(make(), X)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("inputs", [None, "x", 3])
+def test_example_inputs_that_are_none_are_refused_in_one_line(inputs: Any) -> None:
+    with pytest.raises(ModelError, match=f"example inputs are {type(inputs).__name__}"):
+        export_module(Network(), inputs)

@@ -22,9 +22,11 @@ from onnx_spdy.pipeline.loss import (
     fit_loss,
     kl_divergence,
     loss_name,
+    numbers,
 )
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
+from onnx_spdy.pipeline.rows import sample_axes
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -235,7 +237,17 @@ def test_a_users_loss_gets_copies_and_must_return_a_number() -> None:
     assert target.sum() == 4
     for fine in (0.5, np.float32(0.5), torch.tensor([0.5])):
         assert float(fit_loss(lambda o, d, t, value=fine: value, [dense])(dense, dense)) == 0.5
-    for wrong in ("0.5", None, noise(3), torch.tensor(1j), [0.5], True, {"loss": 0.5}):
+    for wrong in (
+        "0.5",
+        None,
+        noise(3),
+        torch.tensor(1j),
+        [0.5],
+        True,
+        {"loss": 0.5},
+        10**400,
+        torch.zeros((), device="meta"),
+    ):
         with pytest.raises(LossError, match="one real number"):
             fit_loss(lambda o, d, t, value=wrong: value, [dense])(dense, dense)
 
@@ -258,3 +270,58 @@ def test_batches_in_which_nothing_is_found_scale_no_loss() -> None:
 
 def test_widths_that_differ_from_batch_to_batch_are_no_classes() -> None:
     assert fit_loss(None, [{"y": torch.randn(4, 5)}, {"y": torch.randn(4, 6)}]).name == PER_CHANNEL
+
+
+def test_samples_on_another_axis_are_no_channels() -> None:
+    """Time first: a sample whose outputs are large counts no less than the others, and each channel by its own size."""
+    sizes = torch.tensor([1.0, 100.0])
+    dense = noise(6, 20, 2) * sizes * torch.linspace(1, 100, 20)[:, None]
+    turned = dense.flip(1)
+    axes = sample_axes({"o": dense}, {"o": turned}, 20)
+    assert axes == {"o": 1}
+    loss = fit_loss("squared-error", [{"o": dense}], axes=axes)
+    first = fit_loss("squared-error", [{"o": dense.movedim(1, 0)}])
+    wrong = dense + noise(6, 20, 2, seed=1) * sizes
+    expected = float(first({"o": wrong.movedim(1, 0)}, {"o": dense.movedim(1, 0)}))
+    assert float(loss({"o": wrong}, {"o": dense})) == pytest.approx(expected)
+    some = dense[:, :7]  # held-out samples, say
+    assert math.isfinite(float(loss({"o": some + 1}, {"o": some})))
+
+
+def test_channels_whose_number_depends_on_the_data_are_refused_by_name() -> None:
+    fitted = fit_loss("squared-error", [{"found": noise(4, 5)}])
+    with pytest.raises(LossError, match="'found' has 5 channels for some samples and 6 for others"):
+        fitted({"found": noise(4, 6)}, {"found": noise(4, 6)})
+
+
+@pytest.mark.parametrize("time", [6, 16])
+def test_an_objective_finds_the_samples_of_each_output(time: int) -> None:
+    """Also where there are as many positions as samples in a batch."""
+    weight = numpy_helper.from_array(noise(32, 32).numpy() * np.float32([1, 100] * 16), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Transpose", ["a"], ["y"], perm=[1, 0, 2])]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", time, 32])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [time, "batch", 32])
+    graph = helper.make_graph(nodes, "g", [given], [made], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    samples = Samples({"x": (noise(16, time, 32) * torch.linspace(1, 50, 16)[:, None, None]).numpy()}, None)
+    objective = Objective(Network(Prepared(model)), samples)
+    few = Samples({"x": noise(5, time, 32).numpy()}, None)
+    assert Objective(Network(Prepared(model)), few, objective.loss).of_batch(0) < 1e-3
+    assert objective.of_batch(0) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["i8", "u8", "f4", "?"])
+def test_classes_may_have_any_type_of_number(kind: str) -> None:
+    target = numbers(np.arange(10).astype(kind))
+    assert target is not None
+    outputs = {"o": logits(10)}
+    assert float(cross_entropy(outputs, outputs, target)) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(outputs["o"], target.long()))
+    )
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1.5, -1, 10, np.inf, np.uint64(2**63)])
+def test_what_is_no_class_is_refused_in_one_line(wrong) -> None:
+    target = numbers(np.array([wrong] * 10))
+    with pytest.raises(LossError, match=r"one class of 0\.\.9"):
+        cross_entropy({"o": logits(10)}, {"o": logits(10)}, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,9 +78,21 @@ def raising(error: BaseException) -> Iterator:
     raise error
 
 
+class Failing:
+    def __iter__(self) -> Iterator:
+        raise RuntimeError("no files")
+
+
+def several_sizes() -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are new in PyTorch
+        return {"input": torch.nested.nested_tensor([torch.zeros(1, 4, 4), torch.zeros(1, 4, 2)])}
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a generator that fails": (lambda: raising(KeyError("pixel_values")), "raised KeyError: 'pixel_values' after 1"),
     "a generator that leaves": (lambda: raising(SystemExit("gone")), "raised SystemExit: gone after 1"),
+    "batches that fail at once": (Failing, "raised RuntimeError: no files before its first batch"),
     "batches of None": (lambda: [None], "a batch is NoneType"),
     "batches of numbers": (lambda: iter([5]), "a batch is int"),
     "batches of text": (lambda: ["abc"], "a batch is str"),
@@ -98,6 +111,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "batches of different ranks": (lambda: [X[:2], X[2]], "different shapes"),
     "single samples": (lambda: [{"input": X[0]}, {"input": X[1]}], "has shape"),
     "complex": (lambda: {"input": X.astype("c8")}, "has type complex64"),
+    "a tensor without values": (lambda: {"input": torch.zeros(12, 1, 4, 4, device="meta")}, "can't be made an array"),
+    "tensors of several sizes": (several_sizes, "can't be made an array"),
     "NaN": (lambda: {"input": X * np.nan}, "NaN"),
     "infinity beside other values": (lambda: {"input": np.where(X > 2, -np.inf, X)}, "infinite"),
 }

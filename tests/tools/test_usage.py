@@ -43,6 +43,7 @@ def ended(capsys, *arguments: str) -> tuple[int, str]:
     [
         *((RUN, option, "") for option in ("--out", "--eval", "--data")),
         *((MEASURE, option, "") for option in ("--out", "--data")),
+        *((RUN, option, "\udcff") for option in ("--out", "--eval", "--data")),  # bytes that are no UTF-8
         *((RUN, "--time-limit", value) for value in ("nan", "inf", "-1", "0")),
         *((RUN, "--memory", value) for value in ("nan", "inf", "1e300")),
         *((FINETUNE, "--learning-rate", value) for value in ("nan", "inf", "0")),

@@ -31,20 +31,26 @@ def damaged(model: onnx.ModelProto, rng: np.random.Generator) -> Files:
     if rng.random() < 0.25:
         copied, data = with_external_data(copied, DATA_FILE)
     if data and rng.random() < 0.25:
-        return Files(copied.SerializeToString(), _damaged_bytes(data, rng))
+        return Files(copied.SerializeToString(), damaged_bytes(data, rng))
     if rng.random() < 0.5:
-        return Files(_damaged_bytes(copied.SerializeToString(), rng), data)
+        return Files(damaged_bytes(copied.SerializeToString(), rng), data)
+    return Files(damaged_fields(copied, rng).SerializeToString(), data)
+
+
+def damaged_fields(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
+    """The same network, with one to three of its fields changed."""
     for _ in range(int(rng.integers(1, 4))):
-        _FIELDS[int(rng.integers(len(_FIELDS)))](copied, rng)
-    return Files(copied.SerializeToString(), data)
+        _FIELDS[int(rng.integers(len(_FIELDS)))](model, rng)
+    return model
 
 
-def _damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
+def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
+    """With some bits flipped, a byte replaced, a part left out or doubled, or the end cut off."""
     values, kind = bytearray(data), rng.integers(5)
     start = int(rng.integers(len(values)))
     # Weights are most of a file, and a changed weight is no damage: half of the places are near the structure's text.
     if rng.random() < 0.5:
-        text = [i for i, byte in enumerate(values[:-1]) if byte == 0x0A]
+        text = [i for i, byte in enumerate(values[:-1]) if byte == 0x0A] or [start]
         start = min(text[int(rng.integers(len(text)))] + int(rng.integers(4)), len(values) - 1)
     length = int(rng.integers(1, 1 + min(200, len(values) - start)))
     if kind == 0:

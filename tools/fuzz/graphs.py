@@ -116,7 +116,12 @@ EXTERNAL_BYTES = 256  # tensors of this size and more go to the second file of a
 def examples() -> list[onnx.ModelProto]:
     """One small network of each text, all valid."""
     rng = np.random.default_rng(0)
-    return [_filled(onnx.parser.parse_model(text), rng) for text in (IMAGES, SENTENCES, QUANTISED, CONTROL)]
+    return [example(text, rng) for text in (IMAGES, SENTENCES, QUANTISED, CONTROL)]
+
+
+def example(text: str, rng: np.random.Generator) -> onnx.ModelProto:
+    """The network of a text, with random numbers."""
+    return _filled(onnx.parser.parse_model(text), rng)
 
 
 def with_external_data(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, bytes]:

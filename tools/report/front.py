@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_spdy.pipeline.artifact import replacing
 from onnx_spdy.runtimes import Environment
-from onnx_spdy.tools.report.page import COLOURS, colour, plain_axes, svg_plot
+from onnx_spdy.tools.report.page import COLOURS, colour, filled, plain_axes, svg_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,14 +26,11 @@ def write_front_html(front: Mapping[str, Any], out: Path) -> None:
 
 def render(front: Mapping[str, Any]) -> str:
     """The page for the content of front.json; the same content gives the same text."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(Path(__file__).with_name("front.html").read_text(encoding="utf8"))
-    return template.render(
+    return filled(
+        "front.html",
+        {},
         front=front,
         environment=front["environment"],
         is_formula=Environment.from_json(front["environment"]).is_formula,

@@ -67,18 +67,33 @@ def write_report_html(report: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(page, encoding="utf8")
 
 
-def render(report: Mapping[str, Any]) -> str:
-    """The page for the content of report.json; the same content gives the same text."""
+def filled(name: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
+    """The template of that name, filled with values.
+
+    Raises:
+        KeyError: one of them lacks what the template shows.
+    """
     import jinja2
-    from markupsafe import Markup
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ms": _ms, "times": _times, "share": _share, "ratio": _ratio, "duration": _duration}
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf8"))
+    environment.filters |= filters
+    template = environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf8"))
+    try:
+        return template.render(values)
+    except jinja2.UndefinedError as exc:
+        raise KeyError(str(exc)) from exc
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page for the content of report.json; the same content gives the same text."""
+    from markupsafe import Markup
+
     parts = _parts(report)
-    return template.render(
+    return filled(
+        "report.html",
+        {"ms": _ms, "times": _times, "share": _share, "ratio": _ratio, "duration": _duration},
         report=report,
         environment=report["environment"],
         is_formula=Environment.from_json(report["environment"]).is_formula,

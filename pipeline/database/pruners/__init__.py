@@ -105,7 +105,9 @@ def one_level(function: Callable[[torch.Tensor, torch.Tensor, Level], torch.Tens
                 raise PrunerResult(
                     f"the pruner returned {kind} at {level}; it must return the weights as a float tensor"
                 )
-            yield found.detach().to(weight)
+            if found.is_meta:
+                raise PrunerResult(f"the pruner returned a tensor without values (on the meta device) at {level}")
+            yield (found.to_dense() if found.layout != torch.strided else found).detach().to(weight)
 
     return pruner
 

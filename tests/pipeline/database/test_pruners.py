@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onnx_spdy.pipeline.database.hessian import squared_error
-from onnx_spdy.pipeline.database.pruners import Pruner, UnknownPruner, one_level, pruner_named
+from onnx_spdy.pipeline.database.pruners import Pruner, PrunerResult, UnknownPruner, one_level, pruner_named
 from onnx_spdy.pipeline.database.pruners.elimination import Units, eliminate, eliminate_rest
 from onnx_spdy.pipeline.database.pruners.low_rank import LowRank
 from onnx_spdy.pipeline.database.pruners.obc import eliminated, obc
@@ -237,3 +237,21 @@ def test_inputs_of_low_rank_or_none_at_all_are_pruned(name: str) -> None:
     for singular in (vector[:, None] * vector, torch.zeros_like(hessian)):
         (found,) = pruner_named(name).prune(weight, singular, [Level.parse("unstructured@0.5")])
         assert bool(torch.isfinite(found).all()) and float((found == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 5, [1.0], torch.ones(2, 3, dtype=torch.int32), torch.zeros(2, 3, device="meta")]
+)
+def test_what_a_users_pruner_returns_instead_of_weights_is_refused(wrong) -> None:
+    pruner: Pruner = one_level(lambda weight, hessian, level: wrong)
+    with pytest.raises(PrunerResult, match="the pruner returned"):
+        list(pruner(torch.ones(2, 3), torch.eye(3), [Level("unstructured", 0.5)]))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.to_sparse, torch.Tensor.double, torch.nn.Parameter, torch.Tensor.numpy])
+def test_a_users_pruner_may_return_any_kind_of_real_weights(kind) -> None:
+    pruned = torch.tensor([[1.0, 0, 2], [0, 0, 3]])
+    (found,) = one_level(lambda weight, hessian, level: kind(pruned))(
+        torch.ones(2, 3), torch.eye(3), [Level("unstructured", 0.5)]
+    )
+    assert torch.equal(found, pruned) and found.layout == torch.strided

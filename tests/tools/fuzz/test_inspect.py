@@ -1,4 +1,4 @@
-"""A small share of the damaged files on every run; thousands with `python -m onnx_spdy.tools.fuzz`."""
+"""A small share of the damaged files on every run; thousands with `python -m onnx_spdy.tools.fuzz inspect`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnx_spdy.tools.fuzz.inspect import inspected
 
 def test_damaged_files_end_in_one_line():
     """In a process of its own, which forks: this one may have threads."""
-    command = [sys.executable, "-m", "onnx_spdy.tools.fuzz", "--count", "40", "--seed", "7"]
+    command = [sys.executable, "-m", "onnx_spdy.tools.fuzz", "inspect", "--count", "40", "--seed", "7"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "refused in one line" in done.stdout and "accepted" in done.stdout
