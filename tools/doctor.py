@@ -65,7 +65,7 @@ def warn_without_kernels(engine: Runtime, levels: Sequence[Level]) -> None:
         if ANY_ZEROS in engine.patterns:
             message = "takes its zeros as it takes any others: what they gain depends on how many there are"
         else:
-            message = "zeros don't make it faster, expect no speedup"
+            message = "zeros don't make it faster, expect no speedup; --pattern channels is faster in any runtime"
         others = with_kernels_for(pattern)
         message += f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} them" if others else ""
         Console(stderr=True).print(f"warning: {engine.name} has no kernels for {pattern}: {message}", style="yellow")
