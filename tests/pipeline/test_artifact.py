@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import QUESTION, Report
 
 
-@pytest.fixture
+@contextmanager
 def no_room():
-    """No file of this process grows beyond 16 KiB."""
+    """No file of this process grows beyond 16 KiB, pytest's own output included: so no longer than it must."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +33,8 @@ def no_room():
     ],
     ids=["tensors", "json"],
 )
-def test_a_file_without_room_is_named_and_leaves_nothing(write, tmp_path, no_room):
-    with pytest.raises(OSError, match="too large") as caught:
+def test_a_file_without_room_is_named_and_leaves_nothing(write, tmp_path):
+    with pytest.raises(OSError, match="too large") as caught, no_room():
         write(tmp_path / "file")
     assert caught.value.filename == str(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []

@@ -308,19 +308,19 @@ def check_deployed_zeros(model: onnx.ModelProto, levels: dict[str, Level]) -> No
 
 
 def test_deploy_repairs_where_it_is_asked_to(folder: Path, cli: Cli) -> None:
-    """From a database of the magnitude pruner, which leaves something to repair."""
+    """From a database of the magnitude pruner, at a high speedup: more is left to repair than rounding errors."""
     options = ("--data", "user.py:data", "--pruner", "magnitude", "--out", "weak")
     assert cli("database", "user.py:network", *options, cwd=folder).code == 0
     known = ("user.py:network", "--database", "weak")
     done = cli("deploy", *known, "--profile", "whole/profile.json", "--out", "no.onnx", cwd=folder)
     assert done.code == 1 and "its pruner is obs, this run's is magnitude" in done.err
-    options = ("--latency", "whole/latency.json", "--data", "user.py:data", "--speedup", "1.3", "--search", "dp")
+    options = ("--latency", "whole/latency.json", "--data", "user.py:data", "--speedup", "3.5", "--search", "dp")
     assert cli("search", *known, *options, "--out", "weak.json", cwd=folder).code == 0
     arguments = ("deploy", *known, "--profile", "weak.json")
     done = cli(*arguments, "--data", "user.py:data", "--finetune", "gap", "--out", "repaired.onnx", cwd=folder)
     assert done.code == 0, done.err
     before, after = re.search(r"repair: loss on 16 held-out samples (\S+) before, (\S+) after", done.out).groups()  # type: ignore[union-attr]
-    assert float(after) < float(before)
+    assert float(after) < 0.8 * float(before)
     assert cli(*arguments, "--data", "user.py:data", "--out", "plain.onnx", cwd=folder).code == 0
     assert (folder / "repaired.onnx").read_bytes() != (folder / "plain.onnx").read_bytes()
     assert cli(*arguments, "--finetune", "gap", "--out", "no.onnx", cwd=folder).code == 2
