@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -88,14 +89,16 @@ def pairs(count: Count = 30, seed: Seed = 0, first: First = 0, keep: Keep = None
 def _show(name: str, outcomes: Iterable[tuple[int, Outcome]], seed: int, first: int, json: Path | None) -> None:
     """Tell troubles as they come, and in the end what became of all."""
     found, troubles = [], []
-    for number, one in outcomes:
-        found.append(one)
-        if one.trouble:
-            words = " ".join(one.text.split())[-300:]
-            troubles.append({"number": number, "trouble": one.trouble, "what": one.what, "text": words})
-            print(*troubles[-1].values(), sep=": ", flush=True)
+    with suppress(KeyboardInterrupt):  # then those so far
+        for number, one in outcomes:
+            found.append(one)
+            if one.trouble:
+                words = " ".join(one.text.split())[-300:]
+                troubles.append({"number": number, "trouble": one.trouble, "what": one.what, "text": words})
+                print(*troubles[-1].values(), sep=": ", flush=True)
     counts = Counter(one.trouble or one.became for one in found)
-    slowest, largest = max(one.seconds for one in found), max(one.memory_bytes for one in found)
+    slowest = max((one.seconds for one in found), default=0.0)
+    largest = max((one.memory_bytes for one in found), default=0)
     title = f"{name}: {len(found)} trials from {first} on, seed {seed}"
     print_table(title, ("what became of them", "trials"), counts.most_common())
     print(f"slowest {slowest:.1f} s of CPU time, largest {largest / 2**20:.0f} MiB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ OTHER_CALLS = (
     (*CALL, "--speedup", "1.3"),
     (*CALL, "--batch", "32"),
 )  # whose files are whole, but not this run's
+Other = Callable[[int], Path]
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**70, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "../../outside",
     [], {}, [None], {"x": 1}, [[[]]],
@@ -39,25 +41,28 @@ def trials(count: int, seed: int, first: int = 0, keep: Path | None = None) -> I
     with WorkFolder() as work:
         sound = make(Path(work) / "sound")
         prune(sound, CALL)
-        others = [make(Path(work) / f"other{number}") for number in range(len(OTHER_CALLS) + 1)]
-        for folder, call in zip(others, (*OTHER_CALLS, CALL), strict=True):
-            if call == CALL:  # the same call for another network
-                make(folder, seed=1)
-            prune(folder, call)
+
+        @cache
+        def other(number: int) -> Path:
+            """The results of another run; the first one is the same call for another network."""
+            folder = make(Path(work) / f"other{number}", seed=int(number == 0))
+            prune(folder, (CALL, *OTHER_CALLS)[number])
+            return folder / OUT
+
         for number in range(first, first + count):
             case = Path(work) / "case"
-            outcome = _trial(number, np.random.default_rng([seed, number]), case, sound, others)
+            outcome = _trial(number, np.random.default_rng([seed, number]), case, sound, other)
             if outcome.trouble and keep is not None:
                 shutil.copytree(case, keep / str(number), dirs_exist_ok=True)
             shutil.rmtree(case)
             yield number, outcome
 
 
-def _trial(number: int, rng: np.random.Generator, case: Path, sound: Path, others: list[Path]) -> Outcome:
+def _trial(number: int, rng: np.random.Generator, case: Path, sound: Path, other: Other) -> Outcome:
     shutil.copytree(sound, case)
     expected = results(sound / OUT)
     name = [*expected][number % len(expected)]
-    what, renewed = damage(case / OUT / name, name, rng, [folder / OUT for folder in others])
+    what, renewed = damage(case / OUT / name, name, rng, other)
     done = ended(CALL, case, case / "printed")
     trouble, became = done.trouble, done.became
     if not trouble and done.code == 0:
@@ -72,11 +77,11 @@ def _trial(number: int, rng: np.random.Generator, case: Path, sound: Path, other
     return Outcome(trouble, became, done.text, f"{name}: {what}", done.seconds, done.memory_bytes)
 
 
-def damage(file: Path, name: str, rng: np.random.Generator, others: list[Path]) -> tuple[str, bool]:
+def damage(file: Path, name: str, rng: np.random.Generator, other: Other) -> tuple[str, bool]:
     """Damage one file of a folder.
 
     Args:
-        others: folders of other runs, whose file of this name may take its place.
+        other: gives the folder of another run, whose file of this name may take its place.
     Returns:
         What was done, and whether the file's checksum was made to fit.
     """
@@ -84,9 +89,9 @@ def damage(file: Path, name: str, rng: np.random.Generator, others: list[Path]) 
     if kind < 0.08:
         return _away(file, rng), False
     if kind < 0.2:
-        other = others[int(rng.integers(len(others)))]
-        shutil.copyfile(other / name, file)
-        return f"that of {other.parent.name}", False
+        number = int(rng.integers(1 + len(OTHER_CALLS)))
+        shutil.copyfile(other(number) / name, file)
+        return f"that of other {number}", False
     if kind < 0.5:
         file.write_bytes(damaged_bytes(file.read_bytes(), rng))
         return "bytes", False

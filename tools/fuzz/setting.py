@@ -28,11 +28,11 @@ tiny (float[batch, 3, 8, 8] input) => (float[batch, 10] y)
     [fc] y = Gemm <transB = 1> (m, w3, b3)
 }
 """
-SAMPLES = 64
+SAMPLES = 32
 NETWORK, DATA, OUT = "net.onnx", "data.npz", "out"
 RUN = (
     "run", NETWORK, "--data", DATA, "--runtime", "fake", "--batch", "64", "--speedup", "1.6", "--eval", DATA,
-    "--finetune", "gap", "--search-images", "3000", "--out", OUT,
+    "--finetune", "gap", "--search-images", "1000", "--out", OUT,
 )  # fmt: skip
 TIMES = {"stages", "seconds", "elapsed_seconds", "sha256"}  # fields that no two runs have in common
 NO_RESULTS = {".lock", "report.html", "front.html", "front.svg"}

@@ -101,7 +101,7 @@ def test_damage_to_a_kept_file_changes_it(tmp_path: Path) -> None:
             path = tmp_path / str(seed) / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(whole)
-            what, _ = kept.damage(path, name, np.random.default_rng(seed), [tmp_path / "other"])
+            what, _ = kept.damage(path, name, np.random.default_rng(seed), lambda number: tmp_path / "other")
             changed += not path.is_file() or path.read_bytes() != whole
             assert what
         assert changed > 20  # a bit of a weight may be what it was
