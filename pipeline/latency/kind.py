@@ -40,10 +40,14 @@ class Kind(Protocol):
     def plan(self, rng: np.random.Generator) -> np.ndarray:
         """(networks, sites) level indices of the networks to measure."""
 
-    def network(self, choice: Sequence[int], seed: int, dense: Path) -> tuple[Path, dict[str, float]]:
+    def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
         """A file with the network at these levels, and the zeros to draw in it where the engine is.
 
-        Where that is enough it is the dense one, so that the network travels once.
+        Args:
+            choice: (sites,) level indices.
+            seed: of what is random in the file.
+            dense: the dense network's file, which is enough where the zeros make all the difference: it travels once.
+            own: where it is written otherwise.
         """
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:

@@ -24,7 +24,7 @@ from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, check_same, 
 from onnx_spdy.pipeline.latency.equations import Fit, Row, Trial
 from onnx_spdy.pipeline.latency.kind import Kind, Profile
 from onnx_spdy.pipeline.latency.observation import Observation
-from onnx_spdy.pipeline.latency.sampling import GROUP, NETWORKS
+from onnx_spdy.pipeline.latency.sampling import NETWORKS
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction, check_workload
 from onnx_spdy.pipeline.latency.widths import Widths
 from onnx_spdy.pipeline.latency.zeros import Zeros
@@ -53,7 +53,7 @@ DENSE_ROUNDS = 12
 CHOSEN_NETWORKS = 8  # of those that a search would choose
 MORE_NETWORKS = 8  # at most, while the model doesn't predict them
 PREDICTED_WELL = 0.02  # median error that is good enough
-CHOSEN_GROUP = 4  # of them that are measured in turns
+GROUP, CHOSEN_GROUP = 8, 4  # networks that are measured in turns, so that a phase of the machine is shared
 GROUP_BYTES = 2 << 30  # of their weights in memory at once
 PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.2  # of each network, so that small ones are run more often
 RUNS_A_ROUND = 2
@@ -119,6 +119,15 @@ def measure_latency(
     return table
 
 
+def kind_of(network: Prepared, levels: Sequence[Level]) -> Kind:
+    """What these levels do to the network's time.
+
+    Raises:
+        NothingToPrune: widths, and no group of the network can shrink.
+    """
+    return Widths(network, levels) if any(level.is_width for level in levels) else Zeros(network, levels)
+
+
 @dataclass(frozen=True)
 class _Network:
     """A network to measure: a file, and the zeros to draw in it where the engine is."""
@@ -144,7 +153,7 @@ class _Work:
     ) -> None:
         self._network, self._runtime, self._levels, self._seed = dense, runtime, tuple(levels), seed
         self._workload = resolved(dense.proto.graph, workload)
-        self._kind: Kind = (Widths if any(level.is_width for level in levels) else Zeros)(dense, levels)
+        self._kind = kind_of(dense, levels)
         self._allow_busy, self._progress = allow_busy, progress
         self._path = folder / "dense.onnx"
         self.observations: list[Observation] = []
@@ -223,10 +232,12 @@ class _Work:
     ) -> list[Observation]:
         """Measure a group of networks; again while other programs disturb."""
         cores = dense.environment.cores
-        first = self._seed + len(self.observations)
-        networks = [
-            _Network(*self._kind.network(choice, seed, self._path), seed) for seed, choice in enumerate(choices, first)
-        ]
+        networks = []
+        for number, choice in enumerate(choices):
+            seed = self._seed + len(self.observations) + number
+            # The next group takes the place of this one's files.
+            own = self._path.with_name(f"network-{number}.onnx")
+            networks.append(_Network(*self._kind.network(choice, seed, self._path, own), seed))
         found, load = measure_undisturbed(
             self._runtime,
             lambda: self._observe_once(dense, reference, networks, choices, predicted),

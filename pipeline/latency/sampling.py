@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,7 +14,6 @@ from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import select_mask
 from onnx_spdy.runtimes import zero_randomly
 
-GROUP = 8  # networks that are measured in turns, so that a phase of the machine is shared
 NETWORKS = 24  # of random levels
 DENSE_EVERY = 8  # one of so many is the dense network
 FEW_DENSE, MANY_DENSE = 0.3, 0.6  # shares of the layers, in networks that have dense ones: low targets leave many
@@ -71,11 +69,6 @@ def predecessors(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.nd
         for one in sorted(awaited)[: max(0, len(awaited) - MOST_AWAITED)]:
             predecessor[number + 1 :][predecessor[number + 1 :] == one] = NO_PREDECESSOR
     return predecessor, source
-
-
-def file_for(seed: int, dense: Path) -> Path:
-    """Where a network goes, beside the dense one; the next group of networks takes the place of this one's files."""
-    return dense.with_name(f"network-{seed % GROUP}.onnx")
 
 
 def imposed(model: onnx.ModelProto, levels: Mapping[Layer, Level], rng: np.random.Generator) -> onnx.ModelProto:

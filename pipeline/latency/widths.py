@@ -11,7 +11,7 @@ from onnx_spdy.models import Prepared, narrowed, save_model
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
 from onnx_spdy.pipeline.latency.fit_widths import Places, fit_widths
 from onnx_spdy.pipeline.latency.kind import Profile
-from onnx_spdy.pipeline.latency.sampling import file_for, plan_networks
+from onnx_spdy.pipeline.latency.sampling import plan_networks
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.site import find_sites
 from onnx_spdy.runtimes import LayerTime
@@ -46,7 +46,7 @@ class Widths:
         """(networks, sites) level indices of the networks to measure."""
         return plan_networks(np.ones_like(self._kept, bool), self._levels, rng)
 
-    def network(self, choice: Sequence[int], seed: int, dense: Path) -> tuple[Path, dict[str, float]]:
+    def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
         """A narrower file, or the dense one."""
         keep = {
             site.name: range(kept[level])
@@ -55,9 +55,8 @@ class Widths:
         }
         if not keep:
             return dense, {}
-        path = file_for(seed, dense)
-        save_model(narrowed(self._network, keep), path)
-        return path, {}
+        save_model(narrowed(self._network, keep), own)
+        return own, {}
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
         """See `fit_widths`."""

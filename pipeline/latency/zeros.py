@@ -15,7 +15,7 @@ from onnx_spdy.models import Prepared, save_model
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
 from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros
 from onnx_spdy.pipeline.latency.kind import Profile
-from onnx_spdy.pipeline.latency.sampling import file_for, imposed, plan_networks, predecessors
+from onnx_spdy.pipeline.latency.sampling import imposed, plan_networks, predecessors
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes import LayerTime, reason_in
 
@@ -63,7 +63,7 @@ class Zeros:
 
     def _kernels_at(self, level: int, profile: Profile, dense: Path) -> tuple[np.ndarray, list[str]]:
         """(layers,) bool whether each layer runs in a sparse kernel when all are at this level, and their names."""
-        path, zeros = self.network([level] * len(self._layers), level, dense)
+        path, zeros = self.network([level] * len(self._layers), level, dense, dense.with_name("kernels.onnx"))
         return self._kernels_in(profile(path, zeros, level))
 
     def _kernels_in(self, rows: Sequence[LayerTime]) -> tuple[np.ndarray, list[str]]:
@@ -82,16 +82,15 @@ class Zeros:
         """(networks, layers) level indices of the networks to measure."""
         return plan_networks(self._sparse, self._levels, rng)
 
-    def network(self, choice: Sequence[int], seed: int, dense: Path) -> tuple[Path, dict[str, float]]:
+    def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
         """Unstructured zeros are drawn where the engine is; other patterns are files of their own."""
         levels = {layer: self._levels[index] for layer, index in zip(self._layers, choice, strict=True)}
         zeros = {layer.weight: level.sparsity for layer, level in levels.items() if level.pattern == "unstructured"}
         others = {layer: level for layer, level in levels.items() if level.pattern not in ("unstructured", "dense")}
         if not others:
             return dense, zeros
-        path = file_for(seed, dense)
-        save_model(imposed(self._network.proto, others, np.random.default_rng(seed)), path)
-        return path, zeros
+        save_model(imposed(self._network.proto, others, np.random.default_rng(seed)), own)
+        return own, zeros
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
         """See `fit_zeros`."""
