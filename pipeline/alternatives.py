@@ -1,21 +1,25 @@
-"""Dense alternatives: would the network as it was, in another engine or precision, be faster than the pruned one?
+"""Alternatives: would the network as it was, in another engine or precision, be faster than the pruned one?
 
-A speedup is told against the dense network in the same runtime and precision. That is what pruning won, but
-not what a user should deploy: on a CPU with bf16 instructions the dense network in OpenVINO may well beat
-a sparse one in fp32. So the pruned network and every dense choice of this machine are measured side by side.
+A speedup is told against the dense network in the same runtime and precision. That is what pruning won, but not what a
+user should deploy: on a CPU with bf16 or int8 instructions the dense network in one of those may well beat a sparse one
+in fp32. So the pruned network and every dense choice of this machine are measured side by side. A network of fewer
+units runs everywhere, so it is measured everywhere too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.quantised.make import QUANTISERS, Quantised
+from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.runtimes import (
+    FORMULA,
     Environment,
     Measurement,
     Runtime,
@@ -25,55 +29,109 @@ from onnx_spdy.runtimes import (
     location,
     measure_interleaved,
     open_runtime,
-    ratio_confidence,
     runtime_spec,
 )
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 VISITS = 6
 ROUNDS = 3  # of each visit
 ITERATIONS = 2
 WARMUP = 2
-CONFIDENCE = 0.95
 DENSE, PRUNED = "dense", "pruned"
+FULL_PRECISION = ("fp32", FORMULA)
 BASELINES = ("deepsparse", "onnxruntime", "openvino:fp32", "openvino:bf16")
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """One network in one runtime and precision.
+class Candidate:
+    """A network as it could be deployed.
 
     Attributes:
-        name: runtime and precision, such as "openvino bf16".
         role: "dense" or "pruned".
+        name: runtime and precision, for people.
+        spec: the runtime, as for `open_runtime`, without its machine; None for the one that was asked for.
+        path: an ONNX file.
+    """
+
+    role: str
+    name: str
+    spec: str | None
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """What it is called where it is missing; of a dense one that is its name alone."""
+        return self.name if self.role == DENSE else f"{self.role} {self.name}"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What one of them measured.
+
+    Attributes:
+        candidate: what it is.
         seconds: one median for each visit; in a visit, all alternatives are opened and measured in turns.
         environment: in which it was measured.
         fallback: which part the engine doesn't optimise and why, or None.
+        metric: on the evaluation samples, computed by that engine; None without them.
     """
 
-    name: str
-    role: str
+    candidate: Candidate
     seconds: Measurement
     environment: Environment
-    fallback: str | None
+    fallback: str | None = None
+    metric: float | None = None
+
+    @property
+    def role(self) -> str:
+        return self.candidate.role
+
+    @property
+    def name(self) -> str:
+        """Runtime and precision, such as "openvino bf16"."""
+        return f"{self.environment.runtime} {self.environment.precision}"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "role": self.role,
+            "spec": self.candidate.spec,
             "median_seconds": self.seconds.median,
             **self.seconds.to_json(),
+            "metric": self.metric,
             "environment": self.environment.to_json(),
             "fallback": self.fallback,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], path: Path) -> Alternative:
+        """The one that `to_json` wrote, of this file."""
+        return cls(
+            Candidate(document["role"], document["name"], document["spec"], path),
+            Measurement(tuple(document["seconds"]), tuple(document["warmup_seconds"])),
+            Environment.from_json(document["environment"]),
+            document["fallback"],
+            document["metric"],
+        )
+
+    def in_short(self) -> dict[str, Any]:
+        """What tells it from others, for a report."""
+        return {
+            "runtime": self.environment.runtime,
+            "precision": self.environment.precision,
+            "seconds": self.seconds.median,
+            "metric": self.metric,
         }
 
 
 @dataclass(frozen=True)
 class Alternatives:
-    """What was measured, the pruned network first, and why others were not.
+    """What was measured, and why others were not.
 
     Attributes:
-        measured: one pruned and at least one dense.
-        missing: for each runtime that is missing or refuses the network, its reason.
+        measured: those in the runtime that was asked for come first.
+        missing: label of a candidate -> why it wasn't measured: its runtime isn't there or refuses the network, or
+            the network couldn't be made.
     """
 
     measured: tuple[Alternative, ...]
@@ -81,124 +139,151 @@ class Alternatives:
 
     @property
     def pruned(self) -> Alternative:
-        """The pruned network in its runtime."""
+        """The pruned network in the runtime that was asked for."""
         return next(one for one in self.measured if one.role == PRUNED)
 
+    def of(self, role: str) -> list[Alternative]:
+        """The dense ones, or the pruned ones."""
+        return [one for one in self.measured if one.role == role]
+
+    def without(self, missing: Mapping[str, str]) -> Alternatives:
+        """These, and why others couldn't be made."""
+        return replace(self, missing={**self.missing, **missing})
+
     def to_json(self) -> dict[str, Any]:
-        return {
-            "measured": [one.to_json() for one in self.measured],
-            "missing": dict(self.missing),
-            "verdict": verdict(self),
-        }
+        return {"measured": [one.to_json() for one in self.measured], "missing": dict(self.missing)}
+
+
+def here(role: str, path: Path, runtime: Runtime) -> Candidate:
+    """A network in the runtime that was asked for."""
+    return Candidate(role, _spec(runtime).replace(":", " "), None, path)
+
+
+def elsewhere(role: str, path: Path, quantised: Quantised, runtime: Runtime | None = None) -> list[Candidate]:
+    """A network in every other runtime and precision of a CPU: in floating point, and in int8 where there is a file."""
+    floating = [
+        Candidate(role, spec.replace(":", " "), spec, path)
+        for spec in BASELINES
+        if runtime is None or spec != _spec(runtime)
+    ]
+    return floating + [
+        Candidate(role, one.name, one.spec, quantised.files[one.name])
+        for one in QUANTISERS
+        if one.name in quantised.files
+    ]
+
+
+def _spec(runtime: Runtime) -> str:
+    return runtime_spec(runtime).removeprefix(location(runtime))
 
 
 def measure_alternatives(
-    dense: Path,
-    pruned: Path,
-    runtime: Runtime,
+    candidates: Sequence[Candidate],
+    runtime: Runtime | None,
     workload: Workload,
     *,
+    where: str = "",
     visits: int = VISITS,
     progress: Progress = ignore,
 ) -> Alternatives:
-    """Measure the pruned network in its runtime and the dense one in every runtime and precision, in turns.
+    """Measure networks in turns.
 
     Args:
-        dense, pruned: ONNX files.
-        runtime: the one that will run the pruned network.
+        candidates: those of `runtime` first.
+        runtime: the one that was asked for; None where no candidate needs it.
         workload: as in `Runtime.open`; the same for all.
+        where: what stands before the name of every other runtime: "", or "ssh://HOST/".
         visits: in each, every network is opened anew; see `validate`.
         progress: called with (visits done, visits, note).
     Raises:
         RuntimeFailure: of `runtime`; another one that fails is in `missing`.
     """
     missing: dict[str, str] = {}
-    measured: dict[tuple[str, str], Alternative] = {}
+    measured: dict[Candidate, Alternative] = {}
     for visit in range(visits):
         with contextlib.ExitStack() as stack:
-            sessions = {
-                (PRUNED, ""): stack.enter_context(runtime.open(pruned, workload)),
-                (DENSE, ""): stack.enter_context(runtime.open(dense, workload)),
-            }
-            for spec in _others(runtime, sessions[PRUNED, ""].environment):
-                name = spec.removeprefix(location(runtime)).replace(":", " ")
-                if name in missing:
+            sessions: dict[Candidate, Session] = {}
+            engines: dict[str | None, Runtime | None] = {None: runtime}
+            for one in candidates:
+                # Times of a formula compare with nothing else.
+                if one.label in missing or (one.spec and any(s.environment.is_formula for s in sessions.values())):
                     continue
                 try:
-                    sessions[DENSE, spec] = _open_other(stack, spec, dense, workload)
+                    if one.spec not in engines:
+                        engines[one.spec] = stack.enter_context(open_other(f"{where}{one.spec}"))
+                    sessions[one] = _open(stack, engines[one.spec], one.path, workload)
                 except RuntimeFailure as exc:
-                    missing[name] = str(exc)
+                    if one.spec is None:
+                        raise
+                    missing[one.label] = str(exc)
             times = measure_interleaved(
-                {" ".join(key): session for key, session in sessions.items()},
+                {str(number): session for number, session in enumerate(sessions.values())},
                 rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
             )  # fmt: skip
             measured = {
-                key: _alternative(key[0], session, times[" ".join(key)], measured.get(key))
-                for key, session in sessions.items()
+                one: _alternative(one, session, times[str(number)], measured.get(one))
+                for number, (one, session) in enumerate(sessions.items())
             }
-        progress(visit + 1, visits, "the dense network in every runtime")
+        progress(visit + 1, visits, "every runtime and precision")
     return Alternatives(tuple(measured.values()), missing)
 
 
-def fastest_dense(alternatives: Alternatives) -> Alternative:
-    """The dense alternative with the least median seconds."""
-    return min((one for one in alternatives.measured if one.role == DENSE), key=lambda one: one.seconds.median)
-
-
-def verdict(alternatives: Alternatives) -> str:
-    """Whether a dense alternative beats the pruned network, and by how much, for people."""
-    pruned, dense = alternatives.pruned, fastest_dense(alternatives)
-    ratio, lower, upper = ratio_confidence(pruned.seconds, dense.seconds, CONFIDENCE)
-    times = f"{_milliseconds(dense)} against {_milliseconds(pruned)} ms"
-    bounds = f"{CONFIDENCE:.0%} bounds"
-    if lower > 1:
-        said = (
-            f"The dense network in {dense.name} is {ratio:.2f}x as fast as the pruned one in {pruned.name} "
-            f"({times}; {bounds} {lower:.2f} to {upper:.2f}): "
-        )
-        return said + (
-            f"rather deploy that, if its accuracy in {dense.environment.precision} is good enough."
-            if dense.environment.precision != pruned.environment.precision
-            else "rather deploy that, which loses no accuracy."
-        )
-    if upper < 1:
-        return (
-            f"The pruned network in {pruned.name} beats every dense alternative that was measured: it is "
-            f"{1 / ratio:.2f}x as fast as the best of them, {dense.name} ({_milliseconds(pruned)} against "
-            f"{_milliseconds(dense)} ms; {bounds} {1 / upper:.2f} to {1 / lower:.2f})."
-        )
-    return (
-        f"The pruned network in {pruned.name} and the dense one in {dense.name} can't be told apart "
-        f"({_milliseconds(pruned)} against {_milliseconds(dense)} ms; {bounds} of their ratio {1 / upper:.2f} to "
-        f"{1 / lower:.2f}): pruning buys no speed over that."
-    )
-
-
-def _others(runtime: Runtime, environment: Environment) -> list[str]:
-    if environment.is_formula:  # its seconds are no time: they compare with nothing else
-        return []
-    return [location(runtime) + spec for spec in BASELINES if location(runtime) + spec != runtime_spec(runtime)]
-
-
-def _open_other(stack: contextlib.ExitStack, spec: str, dense: Path, workload: Workload) -> Session:
-    """The dense network in another runtime, which has run it once."""
-    # A comparison must not make a user fetch an engine, nor agree to its licence.
+def open_other(spec: str) -> Runtime:
+    """A runtime to compare with; nobody is made to fetch one, nor to agree to its licence."""
     options = {"download": False} if spec.rpartition("/")[2] == "deepsparse" else {}
-    runtime = stack.enter_context(open_runtime(spec, **options))
-    session = stack.enter_context(runtime.open(dense, workload))
+    return open_runtime(spec, **options)
+
+
+def judged(
+    found: Alternatives,
+    evaluation: Evaluation,
+    known: Mapping[Path, float],
+    runtime: Runtime | None,
+    *,
+    where: str = "",
+    progress: Progress = ignore,
+) -> Alternatives:
+    """Each with its metric, computed by the engine that it was measured in.
+
+    One that has no metric there is no alternative, and is in `missing`.
+
+    Args:
+        evaluation: samples and metric.
+        known: the metric of files that were evaluated in the precision that they are stored in: it serves for all
+            engines that compute in fp32, and where the runtime that was asked for can't run these samples.
+        runtime, where: as in `measure_alternatives`.
+        progress: called with (alternatives done, alternatives, name).
+    """
+    measured, missing = [], dict(found.missing)
+    for number, one in enumerate(found.measured):
+        progress(number, len(found.measured), one.candidate.label)
+        path, spec = one.candidate.path, one.candidate.spec
+        try:
+            if path in known and one.environment.precision in FULL_PRECISION:
+                metric = known[path]
+            elif spec is None:
+                metric = evaluate(path, evaluation.samples, evaluation.metric, runtime=runtime)
+            else:
+                with open_other(f"{where}{spec}") as engine:
+                    metric = evaluate(path, evaluation.samples, evaluation.metric, runtime=engine)
+        except OnnxSpdyError as exc:
+            if spec is not None:
+                missing[one.candidate.label] = f"no {evaluation.name}: {exc}"
+                continue
+            metric = known[path]
+        measured.append(replace(one, metric=metric))
+    return Alternatives(tuple(measured), missing)
+
+
+def _open(stack: contextlib.ExitStack, runtime: Runtime | None, path: Path, workload: Workload) -> Session:
+    """A network in a runtime, which has run it once."""
+    assert runtime is not None, "a candidate without a runtime of its own needs the one that was asked for"
+    session = stack.enter_context(runtime.open(path, workload))
     session.seconds(1)  # some refuse a network only when it runs
     return session
 
 
-def _alternative(role: str, session: Session, times: Measurement, before: Alternative | None) -> Alternative:
+def _alternative(candidate: Candidate, session: Session, times: Measurement, before: Alternative | None) -> Alternative:
     """What was measured before, and this visit."""
-    environment = session.environment
     visits = (*(before.seconds.seconds if before else ()), times.median)
-    name = f"{environment.runtime} {environment.precision}"
-    return Alternative(name, role, Measurement(visits), environment, session.fallback)
-
-
-def _milliseconds(alternative: Alternative) -> str:
-    """Three digits."""
-    value = 1e3 * alternative.seconds.median
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    return Alternative(candidate, Measurement(visits), session.environment, session.fallback)

@@ -17,7 +17,9 @@ VERSION = 1
 FILE = "front.json"
 _FROM_REPORT = (
     "target_speedup", "predicted_speedup", "measured_speedup", "measured_speedup_lower", "measured_speedup_upper",
-    "pruned_seconds", "loss", "held_out_loss", "metric_pruned", "sparsity", "missed",
+    "pruned_seconds", "loss", "held_out_loss", "metric_pruned", "sparsity", "missed", "best_pruned",
+    "best_dense_alternative", "times_as_fast_as_best_dense", "times_as_fast_as_best_dense_lower",
+    "times_as_fast_as_best_dense_upper",
 )  # fmt: skip
 
 
@@ -73,6 +75,31 @@ def meet_all(speedups: Sequence[float], out: Path, meet: Callable[[float, Path],
 def make_front(reports: Sequence[tuple[str, Report]]) -> Front:
     """The front of these (folder, report)."""
     first = reports[0][1].content
-    points = [{"folder": folder, **{key: one.content[key] for key in _FROM_REPORT}} for folder, one in reports]
+    points = [
+        {
+            "folder": folder,
+            "asked_speedup": one.asked_speedup,
+            "beats_best_dense": one.content["times_as_fast_as_best_dense_lower"] > 1,
+            **{key: one.content[key] for key in _FROM_REPORT},
+        }
+        for folder, one in reports
+    ]
     shared = ("runtime", "environment", "loss_name", "metric_name", "metric_dense", "dense_seconds", "highest_speedup")
-    return Front({**{key: first[key] for key in shared}, "points": points})
+    return Front({"headline": _headline(points), **{key: first[key] for key in shared}, "points": points})
+
+
+def _headline(points: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the points are worth deploying, in one sentence."""
+
+    def name(one: Mapping[str, Any]) -> str:
+        return f"{one['runtime']} {one['precision']}"
+
+    winners = [point for point in points if point["beats_best_dense"]]
+    dense = ", ".join(dict.fromkeys(name(point["best_dense_alternative"]) for point in winners or points))
+    if not winners:
+        return f"None of the {len(points)} networks is faster than the best dense alternative ({dense})"
+    times = ", ".join(
+        f"{point['folder']} {point['times_as_fast_as_best_dense']:.2f}x in {name(point['best_pruned'])}"
+        for point in winners
+    )
+    return f"{len(winners)} of {len(points)} networks are faster than the best dense alternative ({dense}): {times}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_spdy.pipeline.aim import Against
 from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
@@ -16,6 +17,7 @@ from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.metric import Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
+from onnx_spdy.pipeline.opponent import headline, standing, verdict
 from onnx_spdy.pipeline.site import Site, find_sites
 from onnx_spdy.pipeline.target import Outcome
 from onnx_spdy.pipeline.training.trainer import Training
@@ -41,6 +43,12 @@ class Report:
     def missed(self) -> str | None:
         """Why the target is out of reach, in one line; None when it was met, or missed by noise only."""
         return self.content["missed"]
+
+    @property
+    def asked_speedup(self) -> float:
+        """The target as it was given, against whatever dense network."""
+        against = self.content["against"]
+        return against["asked_speedup"] if against else self.content["target_speedup"]
 
     def after(self, earlier: Report | None) -> Report:
         """This report with the attempts of an earlier call for the same question before its own.
@@ -78,6 +86,7 @@ def make_report(
     *,
     metrics: Metrics | None,
     alternatives: Alternatives,
+    against: Against | None,
     repaired: Training | None,
     stages: Sequence[Mapping[str, Any]],
 ) -> Report:
@@ -88,14 +97,17 @@ def make_report(
         table, database: from which.
         outcome: the profile that was kept and what it measured, and all that were tried.
         metrics: of both; None when there was nothing to evaluate on.
-        alternatives: the dense network in every runtime and precision of this machine.
+        alternatives: the dense network in every runtime and precision of this machine, and a narrow one too.
+        against: where the target came from one against the best dense alternative.
         repaired: how the weights were trained after the correction; None where they weren't.
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
     choice = [table.levels.index(profile.levels[name]) for name in table.layers]
+    beside, metric = standing(alternatives), metrics.name if metrics else None
     return Report(
         {
+            "headline": headline(validation.speedup, validation.lower, validation.upper, beside),
             "runtime": validation.environment.runtime,
             "target_speedup": profile.target_speedup,
             "predicted_speedup": profile.predicted_speedup,
@@ -105,8 +117,10 @@ def make_report(
             "highest_speedup": table.highest_speedup,
             "prediction": table.prediction and vars(table.prediction),
             "table_foreign_cores": table.foreign_cores,
-            "alternatives": alternatives.to_json(),
-            "metric_name": metrics and metrics.name,
+            "against": against and against.to_json(),
+            **beside.to_json(),
+            "alternatives": {**alternatives.to_json(), "verdict": verdict(beside, metric)},
+            "metric_name": metric,
             "metric_dense": metrics and metrics.dense,
             "metric_pruned": metrics and metrics.pruned,
             "loss_name": profile.loss_name,

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Prepared, load_model, save_model
-from onnx_spdy.pipeline.alternatives import measure_alternatives
+from onnx_spdy.pipeline.aim import FOLDER, Against
+from onnx_spdy.pipeline.alternatives import DENSE, PRUNED, elsewhere, here, judged, measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same, locked
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
@@ -27,6 +28,7 @@ from onnx_spdy.pipeline.metric import Evaluation, Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.progress import Watch
+from onnx_spdy.pipeline.quantised.make import NOTHING, quantise_all
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
@@ -34,7 +36,7 @@ from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.target import meet_target
 from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
-from onnx_spdy.runtimes import Runtime, Workload
+from onnx_spdy.runtimes import Runtime, Workload, location
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,15 @@ class Target:
     Attributes:
         speedup: dense seconds / pruned seconds of the whole network, in one runtime and workload.
         out: folder for model.onnx, profile.json and report.json.
-        shared: folder for what other targets need as well: dense.onnx, latency.json, database/, search.json; None
-            for `out`.
+        shared: folder for what other targets need as well: dense.onnx, latency.json, database/, search.json,
+            alternatives/; None for `out`.
+        against: where the speedup came from one against the best dense alternative.
     """
 
     speedup: float
     out: Path
     shared: Path | None = None
+    against: Against | None = None
 
     @property
     def common(self) -> Path:
@@ -149,15 +153,32 @@ def run(
                     seed=search.seed, checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
                 deploy(dense, pruned, out / "model.onnx", measured)
+        dense_path, pruned_path, where = common / "dense.onnx", out / "model.onnx", location(runtime)
+        rivals, own = NOTHING, NOTHING
+        if not outcome.kept.validation.environment.is_formula:
+            with clock("quantise"):
+                rivals = quantise_all(dense_path, samples, common / FOLDER / DENSE, progress=watch.stage("quantise"))
+                if pruned.widths:  # which runs everywhere
+                    own = quantise_all(pruned_path, samples, out / FOLDER / PRUNED, progress=watch.stage("quantise"))
         with clock("alternatives"):
+            candidates = [here(PRUNED, pruned_path, runtime), here(DENSE, dense_path, runtime)]
+            candidates += elsewhere(DENSE, dense_path, rivals, runtime)
+            if pruned.widths:
+                candidates += elsewhere(PRUNED, pruned_path, own, runtime)
             alternatives = measure_alternatives(
-                common / "dense.onnx", out / "model.onnx", runtime, workload, progress=watch.stage("alternatives")
-            )
+                candidates, runtime, workload, where=where, progress=watch.stage("alternatives")
+            ).without(rivals.missing)  # fmt: skip
         if evaluation:
-            metrics = Metrics(evaluation.name, dense_score, score(evaluation, out / "model.onnx"))
+            metrics = Metrics(evaluation.name, dense_score, score(evaluation, pruned_path))
+            with clock("evaluate"):
+                known = {dense_path: metrics.dense, pruned_path: metrics.pruned}
+                alternatives = judged(
+                    alternatives, evaluation, known, runtime, where=where, progress=watch.stage("judge")
+                )
         report = make_report(
             network, pruned, table, database, outcome,
-            metrics=metrics, alternatives=alternatives, repaired=repaired, stages=clock.stages,
+            metrics=metrics, alternatives=alternatives, against=target.against, repaired=repaired,
+            stages=clock.stages,
         ).after(earlier)  # fmt: skip
         report.save(report_path)
         return report

@@ -7,6 +7,7 @@ see it, so the networks are visited several times, each time opened anew, and th
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,24 +172,27 @@ def evaluate(
     samples: Samples,
     metric: Metric,
     *,
+    runtime: Runtime | None = None,
     progress: Progress = ignore,
 ) -> float:
-    """The metric of a network on evaluation samples, computed by ONNX Runtime in the file's own precision.
+    """The metric of a network on evaluation samples.
 
     Args:
         model: an ONNX file.
         samples: all of them are used.
         metric: called once with all outputs and the target.
+        runtime: what computes it; None for ONNX Runtime, in the file's own precision.
         progress: called with (samples done, samples, name of the file).
     Raises:
         MetricError: the metric returned something that isn't a finite number.
         RowsError: more samples than one batch has, and an output that doesn't tell which of it belongs to which.
+        RuntimeFailure: the runtime refuses the network.
     """
     parts: list[Mapping[str, np.ndarray]] = []
     counts: list[int] = []
-    with open_runtime("onnxruntime") as runtime:
+    with contextlib.nullcontext(runtime) if runtime else open_runtime("onnxruntime") as engine:
         size = fixed_batch(load_model(model)) or min(EVALUATION_BATCH, len(samples))
-        with runtime.open(model, workload_of(samples, size)) as session:
+        with engine.open(model, workload_of(samples, size)) as session:
             for chunk in samples.batches(size):
                 parts.append(session.run(_filled(chunk, size).inputs))
                 counts.append(len(chunk))

@@ -3,6 +3,7 @@
 from . import telemetry  # noqa: F401  # keeps it off
 from .base import (
     ANY_ZEROS,
+    FORMULA,
     EngineCrashed,
     EngineHung,
     Environment,
@@ -32,6 +33,7 @@ from .workload import Workload, WorkloadError
 __all__ = [
     "ANY_ZEROS",
     "DEEPSPARSE_LICENCE_NOTE",
+    "FORMULA",
     "IN_PYTORCH",
     "PREFIX",
     "RUNTIMES",

@@ -21,7 +21,7 @@ EXCEPTIONS = {("models", f"onnx_spdy.runtimes.{name}") for name in ("errors", "a
 # Rooms of the pipeline from the top floor down; whatever else is there is used by all of them, and uses none.
 STAGES = (
     "run", "front", "report", "target", "search", "stitch", "training", "database", "latency",
-    "alternatives", "validate",
+    "aim", "opponent", "alternatives", "validate",
 )  # fmt: skip
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ENGINES = {"deepsparse", "openvino", "tensorrt", "onnxruntime"}

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from onnx_spdy.pipeline.aim import BEST, SAME
 from onnx_spdy.pipeline.database.pruners import PRUNERS
 
 T = TypeVar("T")
@@ -40,6 +41,17 @@ def path(text: str) -> Path:
         return Path(not_empty(text)).expanduser()
     except RuntimeError as exc:
         raise typer.BadParameter(f"{text!r}: {exc}") from exc
+
+
+def opponent(text: str) -> str:
+    """The dense network that a target is against.
+
+    Raises:
+        BadParameter: there is no such one.
+    """
+    if text not in (SAME, BEST):
+        raise typer.BadParameter(f"{text!r} is not {SAME} or {BEST}")
+    return text
 
 
 def out_file(text: str) -> Path:
@@ -91,13 +103,32 @@ ExampleData = Annotated[
 ]
 Evaluation = Annotated[str, typer.Option("--eval", metavar="DATA", parser=not_empty, help="samples for the metric")]
 MetricName = Annotated[str, typer.Option("--metric", metavar="M", help="top1 or FILE.py:FUNCTION")]
+RUNTIMES_HELP = (
+    "deepsparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; ssh://HOST/R for one elsewhere"
+)
 RuntimeName = Annotated[
     str,
     typer.Option(
         "--runtime",
         metavar="R",
-        help="deepsparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; "
-        "ssh://HOST/R for one elsewhere",
+        help=RUNTIMES_HELP,
+    ),
+]
+RuntimeOrAuto = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="R",
+        help=f"{RUNTIMES_HELP}; auto for the fastest here that gains by the pattern",
+    ),
+]
+Against = Annotated[
+    str,
+    typer.Option(
+        "--against",
+        metavar="same|best",
+        parser=opponent,
+        help="the dense network that the target is against: in the same runtime, or the best dense alternative here",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from onnx_spdy.pipeline.progress import Progress as StageProgress
 
+WITH_PARTS = ("database", "evaluate", "quantise")  # which have counts of their own
+
 
 class ProgressBars:
     """Shows the progress of stages; a context manager."""
@@ -47,7 +49,7 @@ class ProgressBars:
         return partial(self._show, name)
 
     def _show(self, stage: str, done: int, total: int, note: str) -> None:
-        part = note if stage in ("database", "evaluate") else ""  # these stages have parts with counts of their own
+        part = note if stage in WITH_PARTS else ""
         key = (stage, part)
         if self._bars.disable:
             self._line(key, done, total, note)

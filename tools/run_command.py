@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from onnx_spdy.pipeline.aim import AUTO, BEST, SAME, against_best, fastest_runtime, measure_dense
 from onnx_spdy.pipeline.artifact import locked
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import meet_all
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Watch
 from onnx_spdy.pipeline.report import Report
-from onnx_spdy.pipeline.run import Target
+from onnx_spdy.pipeline.run import Target, keep_dense
 from onnx_spdy.pipeline.run import run as run_pipeline
 from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
 from onnx_spdy.pipeline.target import TargetMissed
 from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair
+from onnx_spdy.runtimes import Runtime, location, runtime_spec
 from onnx_spdy.tools import show
 from onnx_spdy.tools.doctor import warn_without_kernels
 from onnx_spdy.tools.interrupt import Interrupt
 from onnx_spdy.tools.options import (
+    Against,
     AllowBusy,
     Batch,
     Data,
@@ -36,7 +42,7 @@ from onnx_spdy.tools.options import (
     ModelArgument,
     Pattern,
     PrunerName,
-    RuntimeName,
+    RuntimeOrAuto,
     SearchImages,
     SearchName,
     SearchSamples,
@@ -58,14 +64,18 @@ from onnx_spdy.tools.specs import load_inputs, load_loss, load_metric, load_prun
 def run(
     model: ModelArgument,
     data: Data,
-    runtime: RuntimeName,
+    runtime: RuntimeOrAuto,
     speedup: Annotated[
-        str, typer.Option("--speedup", metavar="X[,X...]", help="dense seconds / pruned seconds; several make a front")
+        str,
+        typer.Option(
+            "--speedup", metavar="X[,X...]", help="dense seconds / pruned seconds; several make a front; see --against"
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", parser=out_folder, help="with several targets DIR/Xx for each"),
     ],
+    against: Against = SAME,
     batch: Batch = 1,
     threads: Threads = None,
     evaluation: Annotated[
@@ -89,27 +99,45 @@ def run(
     settings = SearchSettings(search, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
     check_repair(finetune)
     targets, measure_metric, interrupt = speedups(speedup), load_metric(metric), Interrupt()
-    with open_runtime(runtime) as engine, ProgressBars() as bars:
-        engine.check()
-        warn_without_kernels(engine, compression.levels)
+    with ExitStack() as stack, ProgressBars() as bars:
+        watch = Watch(bars.stage, interrupt)
+        where, is_auto = runtime.removesuffix(AUTO), runtime.rpartition("/")[2] == AUTO
+        engine = None if is_auto else _opened(stack, runtime, compression.levels)
         dense, samples = load_inputs(model, data)
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
         workload = load_workload(samples, dense, batch, threads)
+        stack.enter_context(locked(out))
+        rivals = None
+        if engine is None or against == BEST:
+            keep_dense(dense, out / "dense.onnx")
+            rivals = measure_dense(
+                dense, samples, engine, workload, out,
+                where=where if engine is None else location(engine), evaluation=judged, watch=watch,
+            )  # fmt: skip
+            show.alternatives(rivals, metric)
+        if engine is None:
+            assert rivals is not None
+            engine = _opened(stack, where + fastest_runtime(rivals, compression.levels), compression.levels)
+            print(f"--runtime {runtime}: {runtime_spec(engine)}, the fastest that gains by {pattern}")
+        asked = against_best(rivals, engine) if rivals and against == BEST else None
 
-        def meet(target: float, folder: Path) -> Report:
+        def meet(speedup: float, folder: Path) -> Report:
+            opponent = replace(asked, speedup=speedup) if asked else None
+            if opponent:
+                print(opponent)
+            target = Target(opponent.of_same if opponent else speedup, folder, shared=out, against=opponent)
             found = run_pipeline(
-                dense, samples, engine, workload, Target(target, folder, shared=out),
+                dense, samples, engine, workload, target,
                 compression=compression, search=settings, finetune=finetune, evaluation=judged,
-                allow_busy=allow_busy, watch=Watch(bars.stage, interrupt),
+                allow_busy=allow_busy, watch=watch,
             )  # fmt: skip
             write_report_html(found.content, folder / "report.html")
             return found
 
-        with locked(out):
-            if len(targets) == 1:
-                front, reports = None, [meet(targets[0], out)]
-            else:
-                front, reports = meet_all(targets, out, meet)
+        if len(targets) == 1:
+            front, reports = None, [meet(targets[0], out)]
+        else:
+            front, reports = meet_all(targets, out, meet)
     if front is None:
         show.report(reports[0].content, out)
     else:
@@ -117,3 +145,11 @@ def run(
         show.front(front.content, out)
     if missed := (front or reports[0]).missed:
         raise TargetMissed(missed)
+
+
+def _opened(stack: ExitStack, runtime: str, levels: Sequence[Level]) -> Runtime:
+    """A runtime that works, until the stack ends."""
+    engine = stack.enter_context(open_runtime(runtime))
+    engine.check()
+    warn_without_kernels(engine, levels)
+    return engine

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_spdy.models import Group, Prepared, find_groups, to_canonical
+from onnx_spdy.pipeline.alternatives import DENSE, Alternatives
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import level_violation
@@ -153,6 +154,7 @@ def training(what: str, found: Training) -> None:
 
 def report(content: Mapping[str, Any], folder: Path) -> None:
     """The report of a run."""
+    print(content["headline"])
     rest = f"{1e3 * content['rest_seconds']:.3f}"
     rows = [
         (layer["name"], _level(layer), f"{1e3 * layer['dense_seconds']:.3f}", f"{1e3 * layer['seconds']:.3f}",
@@ -161,8 +163,13 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     ]  # fmt: skip
     rows.append(("everything else", "", rest, rest, "", ""))
     print_table("Layers", ("layer", "level", "dense ms", "ms", "error", "note"), rows)
+    if against := content["against"]:
+        print(
+            f"target {against['asked_speedup']:g}x against the best dense alternative, "
+            f"{against['best']['runtime']} {against['best']['precision']}:"
+        )
     print(
-        f"target {content['target_speedup']:g}x, predicted {content['predicted_speedup']:.3f}x, "
+        f"target {content['target_speedup']:.4g}x, predicted {content['predicted_speedup']:.3f}x, "
         f"search {content['search']}"
     )
     validation(content)
@@ -181,24 +188,41 @@ def _level(layer: Mapping[str, Any]) -> str:
     return f"{layer['level']}{kept}"
 
 
+def alternatives(found: Alternatives, metric: str) -> None:
+    """The dense network in every runtime and precision, the fastest first."""
+    measured = sorted(found.of(DENSE), key=lambda one: one.seconds.median)
+    rows = [
+        (one.name, f"{1e3 * one.seconds.median:.3f}", "-" if one.metric is None else f"{one.metric:.4f}")
+        for one in measured
+    ]
+    rows += [(name, "-", why) for name, why in found.missing.items()]
+    print_table("The dense network", ("runtime and precision", "ms", metric), rows)
+
+
 def front(content: Mapping[str, Any], folder: Path) -> None:
     """The front of several targets."""
     metric = content["metric_name"]
     loss = f"{content['loss_name']} loss"
-    columns = ("target", "predicted", "measured", "lower bound", "ms", "sparsity", loss, "held out",
+    columns = ("target", "predicted", "measured", "lower bound", "ms", "x best dense", "sparsity", loss, "held out",
                metric or "metric", "network")  # fmt: skip
     dense_metric = "-" if content["metric_dense"] is None else f"{content['metric_dense']:.4f}"
     dense_ms = f"{1e3 * content['dense_seconds']:.3f}"
-    rows: list[tuple[object, ...]] = [("dense", "", "", "", dense_ms, "", "", "", dense_metric, folder / "dense.onnx")]
+    print(content["headline"])
+    rows: list[tuple[object, ...]] = [
+        ("dense", "", "", "", dense_ms, "", "", "", "", dense_metric, folder / "dense.onnx")
+    ]
     for point in content["points"]:
         rows.append((
-            f"{point['target_speedup']:g}x", f"{point['predicted_speedup']:.3f}x",
+            f"{point['asked_speedup']:g}x", f"{point['predicted_speedup']:.3f}x",
             f"{point['measured_speedup']:.3f}x", f"{point['measured_speedup_lower']:.3f}x",
-            f"{1e3 * point['pruned_seconds']:.3f}", f"{point['sparsity']:.1%}", f"{point['loss']:.5g}",
+            f"{1e3 * point['pruned_seconds']:.3f}",
+            f"{point['times_as_fast_as_best_dense']:.2f}x{' *' if point['beats_best_dense'] else ''}",
+            f"{point['sparsity']:.1%}", f"{point['loss']:.5g}",
             *("-" if point[key] is None else f"{point[key]:.4g}" for key in ("held_out_loss", "metric_pruned")),
             folder / point["folder"] / "model.onnx",
         ))  # fmt: skip
     print_table("Front", columns, rows)
+    print("* faster than every dense alternative that loses no more")
     print(environment(content["environment"]))
     if Environment.from_json(content["environment"]).is_formula:
         print("These times come from a formula, not from an engine: they say nothing about real hardware.")

@@ -11,22 +11,27 @@ import pytest
 
 from onnx_spdy.pipeline import alternatives
 from onnx_spdy.pipeline.alternatives import (
+    DENSE,
+    PRUNED,
     Alternative,
     Alternatives,
-    fastest_dense,
+    elsewhere,
+    here,
+    judged,
     measure_alternatives,
-    verdict,
 )
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.metric import Evaluation, MetricError, top1
+from onnx_spdy.pipeline.quantised.make import NOTHING, Quantised
 from onnx_spdy.runtimes import (
     Environment,
-    Measurement,
     ModelRefused,
     RuntimeUnavailable,
     Workload,
     open_runtime,
 )
 
-DENSE, PRUNED = Path("dense.onnx"), Path("pruned.onnx")
+DENSE_FILE, PRUNED_FILE, INT8_FILE = Path("dense.onnx"), Path("pruned.onnx"), Path("int8.onnx")
 
 
 def environment(name: str, precision: str = "fp32") -> Environment:
@@ -62,7 +67,7 @@ class ScriptedRuntime:
         precision: str | None = None, problem: Exception | None = None, refuses_runs: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.precision, self.problem, self.refuses_runs = name, precision, problem, refuses_runs
-        self._seconds = {DENSE: dense, PRUNED: pruned}
+        self._seconds = {DENSE_FILE: dense, PRUNED_FILE: pruned, INT8_FILE: dense / 4}
         self.sessions: list[ScriptedSession] = []
 
     def open(self, model: Path, workload: Workload) -> ScriptedSession:
@@ -90,8 +95,13 @@ def machine(monkeypatch):
     return engines
 
 
-def found(machine, spec: str = "deepsparse") -> Alternatives:
-    return measure_alternatives(DENSE, PRUNED, machine[spec], Workload(1))
+def found(machine, spec: str = "deepsparse", quantised: Quantised = NOTHING, narrow: bool = False) -> Alternatives:
+    runtime = machine[spec]
+    candidates = [here(PRUNED, PRUNED_FILE, runtime), here(DENSE, DENSE_FILE, runtime)]
+    candidates += elsewhere(DENSE, DENSE_FILE, quantised, runtime)
+    if narrow:
+        candidates += elsewhere(PRUNED, PRUNED_FILE, NOTHING, runtime)
+    return measure_alternatives(candidates, runtime, Workload(1))
 
 
 def test_pruned_and_every_dense_choice_are_measured_once_each(machine):
@@ -104,7 +114,6 @@ def test_pruned_and_every_dense_choice_are_measured_once_each(machine):
         ("dense", "openvino bf16", 0.010),
     ]
     assert result.missing == {}
-    assert fastest_dense(result).name == "openvino bf16"
     assert all(session.closed for engine in machine.values() for session in engine.sessions)
 
 
@@ -153,63 +162,56 @@ def test_deepsparse_is_not_downloaded_for_a_comparison(machine, monkeypatch):
 def test_fake_is_compared_with_itself_only(model: onnx.ModelProto, tmp_path: Path):
     onnx.save(model, tmp_path / "net.onnx")
     with open_runtime("fake") as runtime:
-        result = measure_alternatives(tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, Workload(2))
+        path = tmp_path / "net.onnx"
+        candidates = [
+            here(PRUNED, path, runtime),
+            here(DENSE, path, runtime),
+            *elsewhere(DENSE, path, NOTHING, runtime),
+        ]
+        result = measure_alternatives(candidates, runtime, Workload(2))
     assert [(one.role, one.name) for one in result.measured] == [("pruned", "fake formula"), ("dense", "fake formula")]
     assert result.missing == {}
 
 
-def test_a_dense_alternative_that_wins_is_named_with_both_times_and_bounds(machine):
-    assert verdict(found(machine)) == (
-        "The dense network in openvino bf16 is 2.00x as fast as the pruned one in deepsparse fp32 "
-        "(10.0 against 20.0 ms; 95% bounds 2.00 to 2.00): rather deploy that, if its accuracy in bf16 is good enough."
-    )
+def test_a_network_in_int8_is_one_more_choice_of_its_engine(machine):
+    quantised = Quantised({"openvino int8": INT8_FILE}, {"onnxruntime int8": "no such tool"})
+    result = found(machine, quantised=quantised).without(quantised.missing)
+    times = {one.candidate.name: one.seconds.median for one in result.of(DENSE)}
+    assert times["openvino int8"] == pytest.approx(0.055 / 4)
+    assert result.missing == {"onnxruntime int8": "no such tool"}
 
 
-def test_one_in_the_same_precision_costs_no_accuracy(machine):
+def test_a_narrow_network_is_measured_everywhere_too(machine):
     machine["openvino:bf16"].problem = RuntimeUnavailable("no bf16 instructions")
-    machine["onnxruntime"] = ScriptedRuntime("onnxruntime", 0.005)
-    assert verdict(found(machine)).endswith("rather deploy that, which loses no accuracy.")
+    result = found(machine, narrow=True)
+    assert [one.name for one in result.of(PRUNED)] == ["deepsparse fp32", "onnxruntime fp32", "openvino fp32"]
+    assert set(result.missing) == {"openvino bf16", "pruned openvino bf16"}
 
 
-def test_a_pruned_network_that_wins_is_compared_with_the_best_alternative(machine):
-    machine["openvino:bf16"].problem = RuntimeUnavailable("no bf16 instructions")
-    assert verdict(found(machine)) == (
-        "The pruned network in deepsparse fp32 beats every dense alternative that was measured: it is 2.50x as fast as "
-        "the best of them, deepsparse fp32 (20.0 against 50.0 ms; 95% bounds 2.50 to 2.50)."
-    )
+def test_only_what_computes_in_full_precision_shares_a_metric(machine, monkeypatch):
+    asked = []
 
+    def evaluated(path, samples, metric, *, runtime):
+        asked.append((path, runtime.precision))
+        if path == INT8_FILE:
+            raise MetricError("it returned nan")
+        return 0.5
 
-def test_times_whose_bounds_meet_are_a_tie():
-    around = np.array([0.9, 0.95, 1.0, 1.0, 1.05, 1.1])
-    both = Alternatives(
-        (
-            Alternative("deepsparse fp32", "pruned", Measurement((1.234,) * 6), environment("deepsparse"), None),
-            Alternative(
-                "openvino fp32", "dense", Measurement(tuple(1.234 * around)), environment("openvino"), None
-            ),
-        ),
-        {},
-    )  # fmt: skip
-    assert verdict(both) == (
-        "The pruned network in deepsparse fp32 and the dense one in openvino fp32 can't be told apart (1234 against "
-        "1234 ms; 95% bounds of their ratio 0.90 to 1.10): pruning buys no speed over that."
-    )
-
-
-def test_the_bounds_hold_the_truth_when_a_noisy_alternative_is_slightly_faster():
-    """Paired rounds: drift that hits both at once must not hide a difference of 5 %."""
-    random = np.random.default_rng(3)
-    drift = np.exp(np.cumsum(0.05 * random.standard_normal(25)))
-    noise = np.exp(0.01 * random.standard_normal((2, 25)))
-    sides = [
-        Alternative(
-            name, role, Measurement(tuple(base * drift * one)), environment(name.split()[0]), None
-        )
-        for name, role, base, one in zip(
-            ("deepsparse fp32", "openvino fp32"), ("pruned", "dense"), (0.0105, 0.0100), noise, strict=True
-        )
-    ]  # fmt: skip
-    assert verdict(Alternatives(tuple(sides), {})).startswith("The dense network in openvino fp32 is 1.0")
+    monkeypatch.setattr(alternatives, "evaluate", evaluated)
+    result = found(machine, quantised=Quantised({"onnxruntime int8": INT8_FILE}, {}))
+    machine["onnxruntime"].precision = "int8"
+    samples = Evaluation(Samples({"input": np.zeros((2, 1), np.float32)}), top1, "top1")
+    known = {DENSE_FILE: 0.9, PRUNED_FILE: 0.8}
+    metrics = judged(result, samples, known, machine["deepsparse"])
+    assert [(one.role, one.name, one.metric) for one in metrics.measured] == [
+        ("pruned", "deepsparse fp32", 0.8),
+        ("dense", "deepsparse fp32", 0.9),
+        ("dense", "onnxruntime fp32", 0.9),
+        ("dense", "openvino fp32", 0.9),
+        ("dense", "openvino bf16", 0.5),
+    ]
+    assert metrics.missing == {"onnxruntime int8": "no top1: it returned nan"}
+    assert asked == [(DENSE_FILE, "bf16"), (INT8_FILE, "int8")]
 
 
 def test_everything_fits_into_a_report(machine):
@@ -218,7 +220,10 @@ def test_everything_fits_into_a_report(machine):
     assert [one["role"] for one in document["measured"]] == ["pruned", "dense", "dense", "dense"]
     assert document["measured"][0]["median_seconds"] == 0.020
     assert document["missing"] == {"onnxruntime": "not installed"}
-    assert document["verdict"].startswith("The dense network in openvino bf16")
+    again = [Alternative.from_json(one, Path(f"{one['role']}.onnx")) for one in document["measured"]]
+    assert [(one.name, one.seconds, one.environment, one.metric) for one in again] == [
+        (one.name, one.seconds, one.environment, one.metric) for one in found(machine).measured
+    ]
 
 
 @pytest.mark.engine
@@ -230,8 +235,14 @@ def test_real_engines_beside_each_other(model: onnx.ModelProto, tmp_path: Path):
     onnx.save(model, tmp_path / "net.onnx")
     steps = []
     with open_runtime("onnxruntime") as runtime:
+        path = tmp_path / "net.onnx"
+        candidates = [
+            here(PRUNED, path, runtime),
+            here(DENSE, path, runtime),
+            *elsewhere(DENSE, path, NOTHING, runtime),
+        ]
         result = measure_alternatives(
-            tmp_path / "net.onnx", tmp_path / "net.onnx", runtime, Workload(8, 1),
+            candidates, runtime, Workload(8, 1),
             progress=lambda done, total, note: steps.append((done, total)),
         )  # fmt: skip
     names = [one.name for one in result.measured]
@@ -242,4 +253,3 @@ def test_real_engines_beside_each_other(model: onnx.ModelProto, tmp_path: Path):
     assert {one.environment.batch for one in result.measured} == {8}
     assert {len(one.seconds.seconds) for one in result.measured} == {6}
     assert steps[-1] == (6, 6)
-    assert "the pruned" in verdict(result).lower()

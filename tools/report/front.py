@@ -50,7 +50,10 @@ def plot(front: Mapping[str, Any], *, alone: bool = False) -> str:
     has_metric = front["metric_dense"] is not None
 
     def curve(axes: Axes, values: list[float], name: str, label: str) -> None:
-        axes.errorbar(speedups, values, xerr=spread, fmt="o-", ms=4, lw=1, color=colour(name), label=label)
+        axes.errorbar(speedups, values, xerr=spread, fmt="o-", ms=4, mfc="none", lw=1, color=colour(name), label=label)
+        for point, speedup, value in zip(points, speedups, values, strict=True):
+            if point["beats_best_dense"]:
+                axes.plot([speedup], [value], "o", ms=4, color=colour(name))
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 1 + has_metric, squeeze=False)[0]
