@@ -81,14 +81,18 @@ class Reference:
         """Of the outputs that others are compared with."""
         return [array.shape for array in self._expected]
 
-    def check(self, changed: onnx.ModelProto, what: str = "preparing the graph") -> None:
-        """Raise ModelError unless the changed graph gives the same outputs; `what` changed it, in words.
+    def check(
+        self, changed: onnx.ModelProto, name: str = "the prepared model", what: str = "preparing the graph"
+    ) -> None:
+        """Raise ModelError unless the changed graph gives the same outputs.
+
+        The message calls the graph by its `name`, and says `what` changed it.
 
         Floating outputs may differ by 1e-4 of the largest absolute value (1e-2 in half precision), or by ten times
         what the original differs from itself when ONNX Runtime optimises it, if that is more. Of the elements of
         integer outputs (the index of the largest value, say) 1 % may differ.
         """
-        self._load(changed, "the changed model")
+        self._load(changed, name)
         actual = self._process.run(self._inputs)
         for i, (value, a, b) in enumerate(zip(self._original.graph.output, self._expected, actual, strict=True)):
             difference, tolerance = _difference(a, b), _tolerance(a)

@@ -33,7 +33,7 @@ def cut_out(pruned: PrunedNetwork, widths: Widths, samples: Samples | None = Non
     narrow = Prepared(narrowed(Prepared(masked), widths))
     examples = samples.take(slice(0, COMPARED_SAMPLES)).inputs if samples else None
     with Reference(masked, examples=examples) as reference:
-        reference.check(narrow.proto, "cutting units out")
+        reference.check(narrow.proto, "the narrower model", "cutting units out")
     return replace(pruned, base=narrow, weights={}, widths=dict(widths))
 
 
