@@ -85,28 +85,25 @@ def _solve_products(errors: np.ndarray, costs: Costs, budget: float, buckets: in
         if linear.total(least) > budget - constant:
             break
         choice = _solve_apart(errors, linear, budget - constant, coarse, least)
-    best = _descended(errors, costs, budget, coarse, choice, fastest)
-    return _descended(errors, costs, budget, buckets, best, best)
-
-
-def _descended(
-    errors: np.ndarray, costs: Costs, budget: float, buckets: int, start: np.ndarray, best: np.ndarray
-) -> np.ndarray:
-    """The best choice of some steps from `start`, or `best`, which fits."""
-
-    def error(choice: np.ndarray) -> float:
-        return float(errors[np.arange(len(errors)), choice].sum())
-
-    for _ in range(_MOST_STEPS):
-        bound = costs.apart_at(start)
-        least = bound.fastest(errors)
-        if bound.total(least) > budget:  # `start` breaks it, or is all that fits
-            return best
-        start = _solve_apart(errors, bound, budget, buckets, least)
-        if error(start) >= error(best):
-            return best
-        best = start
+    best, steps = fastest, [buckets, *[coarse] * _MOST_STEPS]
+    while steps:
+        found = _bounded(errors, costs, budget, steps.pop(), choice)
+        if found is not None and _total(errors, found) < _total(errors, best):
+            best = choice = found
+        elif len(steps) > 1:  # nothing more is to be gained with coarse ones
+            choice, steps = best, steps[:1]
     return best
+
+
+def _bounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int, around: np.ndarray) -> np.ndarray | None:
+    """The optimum for the sums that bound the products, closely around a choice; None where nothing fits so."""
+    bound = costs.apart_at(around)
+    fastest = bound.fastest(errors)
+    return _solve_apart(errors, bound, budget, buckets, fastest) if bound.total(fastest) <= budget else None
+
+
+def _total(errors: np.ndarray, choice: np.ndarray) -> float:
+    return float(errors[np.arange(len(errors)), choice].sum())
 
 
 def _solve_apart(errors: np.ndarray, costs: Costs, budget: float, buckets: int, fastest: np.ndarray) -> np.ndarray:
@@ -140,7 +137,7 @@ def error_bounds(
         (last,) = deque(_rows(np.asarray(errors, np.float64), linear, rounded, buckets), maxlen=1)
         lower = max(lower, float(last[0, -1]))
     choice = solve(errors, costs, budget_seconds, max(1, buckets // 10))
-    return lower, float(errors[np.arange(len(errors)), choice].sum())
+    return lower, _total(errors, choice)
 
 
 def _solve_rounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int) -> np.ndarray | None:

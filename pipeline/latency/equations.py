@@ -133,12 +133,14 @@ class Equations:
         for _ in range(PASSES):
             solution = self._next(solution)
         left, _ = self._weighted(solution)
-        return solution, _inverse(left.T @ left)
+        scaled, scale = _scaled(left.T @ left)
+        return solution, np.linalg.inv(scaled) * scale * scale[:, None]
 
     def _next(self, last: np.ndarray | None) -> np.ndarray:
         """(unknowns,) the next solution: weights and the trials' drift are those that the last one implies."""
         left, right = self._weighted(last)
-        return _inverse(left.T @ left) @ (left.T @ right)
+        scaled, scale = _scaled(left.T @ left)
+        return np.linalg.solve(scaled, scale * (left.T @ right)) * scale
 
     def _weighted(self, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         least = resolution(self.dense_seconds)
@@ -202,16 +204,16 @@ def non_increasing(values: np.ndarray) -> np.ndarray:
     return np.concatenate([np.full(length, mean) for mean, length in blocks])
 
 
-def _inverse(normal: np.ndarray) -> np.ndarray:
-    """The inverse of a matrix of normal equations, (unknowns, unknowns).
+def _scaled(normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix of normal equations, (unknowns, unknowns), with its unknowns scaled to equal weight, and the scale.
 
-    Unknowns are scaled to equal weight first; RIDGE of that keeps one that no equation has at zero. A least-squares
-    solution by singular values says the same, and takes about three times as long.
+    RIDGE of that keeps an unknown that no equation has at zero. A least-squares solution by singular values says the
+    same, and takes several times as long.
     """
     scale = 1 / np.sqrt(np.maximum(normal.diagonal(), np.finfo(float).tiny ** 0.5))
     scaled = normal * scale * scale[:, None]
     scaled[np.diag_indices_from(scaled)] += RIDGE
-    return np.linalg.inv(scaled) * scale * scale[:, None]
+    return scaled, scale
 
 
 def _weights(measured: np.ndarray, expected: np.ndarray, deviation: np.ndarray) -> np.ndarray:

@@ -259,17 +259,20 @@ class _System:
         seconds, spread = np.zeros((2, sites, levels))
         constant = float(solution[0])
         for site in range(sites):
-            gradient = np.zeros((levels, self._size))
+            gradients, places = [], list[int]()
             beside = np.zeros(levels)  # what rows of several groups add, which may be negative
             for part in self._parts.values():
                 if site in part.curves:
                     curve = part.curves[site]
-                    gradient[:, curve.start : curve.stop] += self._curve(part, site)
+                    gradients.append(self._curve(part, site))
+                    places += curve
                     if part.constant is not None:
                         beside += self._curve(part, site) @ solution[curve.start : curve.stop]
-            seconds[site] = gradient @ solution - beside.min()
+            gradient = np.concatenate(gradients, axis=1) if gradients else np.zeros((levels, 0))
+            seconds[site] = gradient @ solution[places] - beside.min()
             constant += float(beside.min())
-            spread[site] = np.sqrt(np.maximum(np.einsum("li,ij,lj->l", gradient, covariance, gradient), 0.0))
+            variance = ((gradient @ covariance[np.ix_(places, places)]) * gradient).sum(axis=1)
+            spread[site] = np.sqrt(np.maximum(variance, 0.0))
         constant += sum(float(solution[part.constant]) for part in self._parts.values() if part.constant is not None)
         factors: dict[tuple[int, int], float] = {}
         for part in self._parts.values():
