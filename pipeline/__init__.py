@@ -10,6 +10,7 @@ training/             the pruned network trained: repair, fine-tuning, gradual p
 database/             weights of every layer at every level; its pruners in database/pruners/
 latency/              seconds of every layer at every level, measured in the runtime
 deploy                the pruned ONNX file
+aim, opponent         what is settled before a run: runtime and target; the best dense alternative against the result
 validate,             the speedup and the metric, measured; the dense network in every other runtime
   alternatives
 
@@ -28,4 +29,5 @@ costs, solve          times of layers x levels; the dynamic programme
 profile, artifact     files that the stages leave
 progress              how far a stage is; the wish to stop
 engine                opening runtimes
+quantised/            the network in int8, by the engines' own tools
 """

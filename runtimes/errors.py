@@ -32,10 +32,11 @@ class OnnxSpdyError(Exception):
     |- LevelError               no such pattern or level
     |- LossError                a loss that doesn't fit the network's outputs or the data
     |- MetricError              a metric that doesn't fit them
-    |- NothingToPrune           no layer of the network can be pruned
+    |- NothingToPrune           no layer of the network can be pruned, or no group can shrink
     |- MachineBusy              other programs use the CPU, so that nothing true can be measured
     |- NoSpeedup                the runtime can't run this network faster, whatever is pruned
     |- UnknownPruner            no pruner has that name
+    |- NoUnitPruner             a pruner that can't remove units
     |- PrunerFailed             a pruner returned weights that are not what its level says
     |- PrunerResult             a pruner returned no weights
     |- UnusableHessian          inputs of a layer that no pruner can compute with
@@ -45,12 +46,15 @@ class OnnxSpdyError(Exception):
     |- InfeasibleTarget         the fastest profile is still too slow
     |- NotCorrected             too few samples for one batch of the network
     |- DeployError              the written network is not what the profile says
+    |- AimError                 there is no runtime to aim in, or no opponent to be against
+    |- QuantisationFailed       an engine's own tools can't quantise the network
     |- TargetMissed             everything was tried and measured, and the target is out of reach
     |- UnknownRepair            no repair has that name
     |- FinetuneError            the pruned network doesn't belong to the dense one
     |- ParameterMismatch        a layer that can't be found among a module's parameters
     |- TrainingDiverged         the loss of a training is no finite number
-    `- SpecError                tools: an argument names nothing that can be used
+    |- SpecError                tools: an argument names nothing that can be used
+    `- NoTorchPruning           Torch-Pruning is missing, or can't prune the module
     """
 
 

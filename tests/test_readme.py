@@ -91,6 +91,7 @@ STANDS_FOR = {
     "FILE.onnx": "out/tuned.onnx",
     "DIR": "out/dir",
     "deepsparse": "fake",
+    "onnxruntime": "fake",
     "ssh://me@board:22/deepsparse": "fake",
     "ssh://board/deepsparse": "fake",
     "288,576,1152,2304": "16,32",
@@ -118,6 +119,7 @@ LESS = {
 TINY_ENCODER = {"minilm.py:network": ["--speedup", "1.005", "--pattern", "2:4"]}
 NOT_RUN = {
     "onnx-spdy doctor": "it starts, and installs, every engine; tests/tools/test_cli.py runs it",
+    "bench torch-pruning": "it needs the package torch-pruning",
     "bench gpu": "tests/tools/bench/test_gpu.py runs it without a GPU",
     "demo out/demo": "it trains a network for a minute: make demo",
 }

@@ -38,21 +38,21 @@ class Quantiser:
     Attributes:
         name: what its result is called, by the engine that it is made for.
         tool: the module in this folder.
-        package: what it needs.
-        install: what brings that.
+        packages: what it and the runtime need, itself first.
+        install: what brings them.
         spec: the runtime that runs its files, as for `open_runtime`.
     """
 
     name: str
     tool: str
-    package: str
+    packages: tuple[str, ...]
     install: str
     spec: str
 
 
 QUANTISERS = (
-    Quantiser("onnxruntime int8", "ort_static", "onnxruntime", "onnxruntime", "onnxruntime"),
-    Quantiser("openvino int8", "nncf_quantize", "nncf", "onnx-spdy[int8]", "openvino:fp32"),
+    Quantiser("onnxruntime int8", "ort_static", ("onnxruntime",), "onnxruntime", "onnxruntime"),
+    Quantiser("openvino int8", "nncf_quantize", ("nncf", "openvino"), "onnx-spdy[int8]", "openvino:fp32"),
 )
 
 
@@ -108,26 +108,27 @@ def quantise(model: Path, samples: Samples, out: Path, quantiser: Quantiser, pro
     Raises:
         QuantisationFailed: the tool isn't there, or fails.
     """
-    if importlib.util.find_spec(quantiser.package) is None:
-        raise QuantisationFailed(f"{quantiser.package} is not installed; pip install '{quantiser.install}'")
+    if absent := [name for name in quantiser.packages if importlib.util.find_spec(name) is None]:
+        raise QuantisationFailed(f"{absent[0]} is not installed; pip install '{quantiser.install}'")
     dense = load_model(model)
-    made_from = f"{model_sha256(dense)} {samples.sha256} {quantiser.tool} {version(quantiser.package)}"
+    made_from = f"{model_sha256(dense)} {samples.sha256} {quantiser.tool} {version(quantiser.packages[0])}"
     if _made_from(out) == made_from:
         return
     with WorkFolder() as folder:
         work = Path(folder)
         save_model(dense, work / "dense.onnx")
-        inputs = _place(samples, fixed_batch(dense) or 1, work)
+        inputs, count = _place(samples, fixed_batch(dense) or 1, work)
         request = {"tool": quantiser.tool, "model": str(work / "dense.onnx"), "inputs": inputs,
                    "out": str(work / "int8.onnx"), "seconds": CALIBRATION_SECONDS}  # fmt: skip
         _work(request, work, lambda read, of: progress(read, of, quantiser.name))
         try:
             made = load_model(work / "int8.onnx")
         except ModelError as exc:
-            raise QuantisationFailed(f"{quantiser.package} wrote no network: {exc}") from exc
+            raise QuantisationFailed(f"{quantiser.packages[0]} wrote no network: {exc}") from exc
     made.metadata_props.append(onnx.StringStringEntryProto(key=MADE_FROM, value=made_from))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(made, out)
+    progress(count, count, quantiser.name)
 
 
 def _made_from(path: Path) -> str | None:
@@ -138,8 +139,8 @@ def _made_from(path: Path) -> str | None:
     return None
 
 
-def _place(samples: Samples, batch: int, folder: Path) -> dict[str, str]:
-    """Calibration batches as files of (batches, shape of a batch), by input."""
+def _place(samples: Samples, batch: int, folder: Path) -> tuple[dict[str, str], int]:
+    """Calibration batches as files of (batches, shape of a batch), by input, and how many they are."""
     each = sum(array.nbytes for array in samples.inputs.values()) / len(samples)
     most = max(1, min(SAMPLES, len(samples), int(LARGEST_SAMPLES_BYTES / max(each, 1))) // batch)
     chosen = [samples.take(np.arange(start, start + batch) % len(samples)) for start in range(0, most * batch, batch)]
@@ -147,7 +148,7 @@ def _place(samples: Samples, batch: int, folder: Path) -> dict[str, str]:
     for number, name in enumerate(samples.inputs):
         paths[name] = str(folder / f"{number}.npy")
         np.save(paths[name], np.stack([one.inputs[name] for one in chosen]), allow_pickle=False)
-    return paths
+    return paths, len(chosen)
 
 
 def _work(request: Mapping[str, Any], folder: Path, tell: Callable[[int, int], None]) -> None:

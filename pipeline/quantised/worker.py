@@ -44,10 +44,9 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for number in range(self._count):
             if number >= FEWEST and time.monotonic() > self._end:
-                break
+                return
             self._tell(number, self._count)
             yield {name: np.array(array[number]) for name, array in self._arrays.items()}
-        self._tell(self._count, self._count)
 
 
 def is_transformer(graph: onnx.GraphProto) -> bool:

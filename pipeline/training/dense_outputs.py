@@ -90,7 +90,7 @@ class DenseOutputs:
 
     def __call__(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Tensor name -> values of the samples at `index`, in that order."""
-        index = np.ascontiguousarray(index)
+        index = np.array(index)  # its own: torch takes no array that runs backwards
         if self._cache is None or not self._known[index].all():
             with torch.no_grad():
                 found = self._capture(self._samples.take(index))

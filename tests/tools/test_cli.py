@@ -165,6 +165,7 @@ def bad_inputs(folder: Path) -> None:
         ((*RUN, "--speedup", "0.5", "--out", "x"), 2, "at least 1"),
         ((*RUN, "--speedup", "fast", "--out", "x"), 2, "'--speedup'"),
         ((*RUN, "--speedup", "2,,3", "--out", "x"), 2, "at least 1"),
+        ((*RUN, "--speedup", "1.3", "--out", "x", "--against", "worst"), 2, "'worst' is not same or best"),
         ((*RUN, "--speedup", "1.3"), 2, "--out"),
         ((*RUN, "--speedup", "1.3", "--out", "x", "--batch", "0"), 2, "--batch"),
         ((*RUN, "--speedup", "1.3", "--out", "x", "--runtime", "abacus"), 1, "no runtime is called 'abacus'"),

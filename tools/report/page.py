@@ -161,7 +161,7 @@ def _ms(seconds: float) -> str:
 
 def _times(speedup: float, up: bool = False) -> str:
     """Rounded to the unfavourable side: 1.9996 must not read as 2 beside a target of 2."""
-    rounded = Decimal(repr(speedup)).quantize(Decimal("0.001"), ROUND_CEILING if up else ROUND_FLOOR)
+    rounded = Decimal(repr(float(speedup))).quantize(Decimal("0.001"), ROUND_CEILING if up else ROUND_FLOOR)
     return f"{rounded}x"
 
 
