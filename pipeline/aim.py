@@ -27,7 +27,7 @@ from onnx_spdy.pipeline.opponent import BEARABLE, fastest
 from onnx_spdy.pipeline.progress import Watch
 from onnx_spdy.pipeline.quantised.make import NOTHING, QUANTISERS, Quantised, quantise_all
 from onnx_spdy.pipeline.validate import evaluate
-from onnx_spdy.runtimes import ANY_ZEROS, Runtime, Workload, location, median_ratio, resolved, runtime_spec
+from onnx_spdy.runtimes import ANY_ZEROS, Runtime, Workload, local_spec, median_ratio, resolved
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 AUTO = "auto"
@@ -95,7 +95,7 @@ def measure_dense(
         evaluation: what metrics are computed on; None leaves them out.
     """
     path, kept = folder / "dense.onnx", folder / FOLDER / "dense.json"
-    wanted = None if runtime is None else runtime_spec(runtime).removeprefix(location(runtime))
+    wanted = None if runtime is None else local_spec(runtime)
     made_from = {
         "model_sha256": dense.sha256,
         "data_sha256": samples.sha256,
@@ -176,7 +176,7 @@ def against_best(found: Alternatives, runtime: Runtime) -> Against:
     Args:
         found: of `measure_dense`, for this runtime.
     """
-    dense, wanted = found.of(DENSE), runtime_spec(runtime).removeprefix(location(runtime))
+    dense, wanted = found.of(DENSE), local_spec(runtime)
     same = next(one for one in dense if one.candidate.spec == wanted)
     able = [
         one

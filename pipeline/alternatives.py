@@ -26,10 +26,9 @@ from onnx_spdy.runtimes import (
     RuntimeFailure,
     Session,
     Workload,
-    location,
+    local_spec,
     measure_interleaved,
     open_runtime,
-    runtime_spec,
 )
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -156,7 +155,7 @@ class Alternatives:
 
 def here(role: str, path: Path, runtime: Runtime) -> Candidate:
     """A network in the runtime that was asked for."""
-    return Candidate(role, _spec(runtime).replace(":", " "), None, path)
+    return Candidate(role, local_spec(runtime).replace(":", " "), None, path)
 
 
 def elsewhere(role: str, path: Path, quantised: Quantised, runtime: Runtime | None = None) -> list[Candidate]:
@@ -164,17 +163,13 @@ def elsewhere(role: str, path: Path, quantised: Quantised, runtime: Runtime | No
     floating = [
         Candidate(role, spec.replace(":", " "), spec, path)
         for spec in BASELINES
-        if runtime is None or spec != _spec(runtime)
+        if runtime is None or spec != local_spec(runtime)
     ]
     return floating + [
         Candidate(role, one.name, one.spec, quantised.files[one.name])
         for one in QUANTISERS
         if one.name in quantised.files
     ]
-
-
-def _spec(runtime: Runtime) -> str:
-    return runtime_spec(runtime).removeprefix(location(runtime))
 
 
 def measure_alternatives(

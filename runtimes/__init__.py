@@ -26,7 +26,7 @@ from .load import is_busy, measure_undisturbed
 from .measurement import Measurement, measure_interleaved, median_bounds, median_ratio, ratio_confidence
 from .model_file import resolved, zero_randomly
 from .nvidia.semi_structured import PATTERN as SEMI_STRUCTURED
-from .registry import IN_PYTORCH, RUNTIMES, location, open_runtime, runtime_spec
+from .registry import IN_PYTORCH, RUNTIMES, local_spec, location, open_runtime, runtime_spec
 from .worker.ssh import PREFIX
 from .workload import Workload, WorkloadError
 
@@ -59,6 +59,7 @@ __all__ = [
     "dense_kernel",
     "instruction_set",
     "is_busy",
+    "local_spec",
     "location",
     "measure_interleaved",
     "measure_undisturbed",

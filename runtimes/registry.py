@@ -59,8 +59,13 @@ def open_runtime(spec: str, **options: Any) -> Runtime:
 
 def runtime_spec(runtime: Runtime) -> str:
     """The argument of `open_runtime` that makes such a runtime."""
+    return location(runtime) + local_spec(runtime)
+
+
+def local_spec(runtime: Runtime) -> str:
+    """The same on the runtime's own machine: its name, and its precision where it has a choice of it."""
     precision = getattr(runtime, "precision", None)
-    return location(runtime) + (f"{runtime.name}:{precision}" if precision else runtime.name)
+    return f"{runtime.name}:{precision}" if precision else runtime.name
 
 
 def location(runtime: Runtime) -> str:
