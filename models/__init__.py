@@ -16,7 +16,7 @@ from onnx_spdy.models.graph import (
 from onnx_spdy.models.groups import Group, GroupError, find_groups
 from onnx_spdy.models.layers import Layer, find_layers, from_canonical, to_canonical
 from onnx_spdy.models.load import load_model
-from onnx_spdy.models.narrow import masked, narrowed
+from onnx_spdy.models.narrow import masked, narrowed, removed_indices
 from onnx_spdy.models.patches import InputPatches
 from onnx_spdy.models.prepare import prepare
 from onnx_spdy.models.prepared import Prepared
@@ -51,6 +51,7 @@ __all__ = [
     "narrowed",
     "node_names",
     "prepare",
+    "removed_indices",
     "save_model",
     "to_canonical",
     "write_module",

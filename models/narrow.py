@@ -22,6 +22,7 @@ from onnx_spdy.models.groups import Group, GroupError, find_groups
 from onnx_spdy.models.prepared import Prepared
 
 Keep = Mapping[str, Sequence[int]]
+Indices = dict[tuple[str, int], list[int]]
 
 
 def narrowed(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
@@ -40,7 +41,7 @@ def narrowed(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
     """
     written, removed = _copy_and_removed(model, keep)
     tensors = _stored(written)
-    for (name, axis), indices in _indices(removed, None).items():
+    for (name, axis), indices in _indices(removed).items():
         _replace(tensors[name], np.delete(numpy_helper.to_array(tensors[name]), indices, axis))
     _write_sizes(written, removed, tensors)
     _drop_shapes(written, {value for group, _ in removed for value in group.values})
@@ -108,8 +109,19 @@ def _stored(model: onnx.ModelProto) -> dict[str, TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer} | constants
 
 
-def _indices(removed: Sequence[tuple[Group, tuple[int, ...]]], role: str | None) -> dict[tuple[str, int], list[int]]:
-    """(tensor, axis) -> indices there of the units that are removed; with a role only of axes that have it."""
+def removed_indices(model: Prepared, keep: Keep, role: str | None = None) -> Indices:
+    """What `narrowed` leaves out of the stored tensors.
+
+    Args:
+        model, keep: as there.
+        role: of the axes that are wanted, see `Axis`; None for all of them.
+    Returns:
+        (tensor, axis) -> the indices on it of the units that aren't kept, group after group.
+    """
+    return _indices([(group, group.removed(keep[group.name])) for group in model.groups if group.name in keep], role)
+
+
+def _indices(removed: Sequence[tuple[Group, tuple[int, ...]]], role: str | None = None) -> Indices:
     found: dict[tuple[str, int], list[int]] = {}
     for group, units in removed:
         for axis in group.axes:

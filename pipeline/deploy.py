@@ -14,6 +14,7 @@ from onnx_spdy.models import (
     differences,
     find_layers,
     node_names,
+    removed_indices,
     save_model,
     to_canonical,
     write_weights,
@@ -96,17 +97,13 @@ def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProt
         raise DeployError(f"the narrow graph differs from the one that was cut out: {found[0]}")
     if _nodes(dense.proto.graph) != _nodes(written.graph):
         raise DeployError("the narrow graph has other nodes than the dense one")
-    sizes = {tensor.name: list(tensor.dims) for tensor in dense.proto.graph.initializer}
-    expected, changeable = dict(sizes), {layer.weight for layer in pruned.layers}
-    for group in dense.groups:
-        if group.name in pruned.widths:
-            gone = group.removed(pruned.widths[group.name])
-            for axis in group.axes:
-                changeable.add(axis.initializer)
-                size = list(expected[axis.initializer])
-                size[axis.axis] -= sum(len(axis.indices[unit]) for unit in gone)
-                expected[axis.initializer] = size
+    expected = {tensor.name: list(tensor.dims) for tensor in dense.proto.graph.initializer}
+    changeable = {layer.weight for layer in pruned.layers}
     changeable |= {layer.bias for layer in touched(dense, pruned.widths) if layer.bias is not None}
+    for (name, axis), indices in removed_indices(dense, pruned.widths).items():
+        changeable.add(name)
+        if name in expected:  # a Constant's tensor isn't among them
+            expected[name][axis] -= len(indices)
     weights = {tensor.name: tensor for tensor in written.graph.initializer if tensor.data_type in FLOATS}
     for name, tensor in weights.items():
         if list(tensor.dims) != expected.get(name):

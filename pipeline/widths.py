@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_spdy.models import Layer, Prepared, narrowed, write_weights
+from onnx_spdy.models import Layer, Prepared, narrowed, removed_indices, write_weights
 from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.graph import FLOATS
 from onnx_spdy.pipeline.data import Samples
@@ -52,16 +52,9 @@ def kept_outputs(whole: Prepared, widths: Widths) -> dict[str, np.ndarray]:
     Returns:
         initializer of a layer's weight -> (channels,).
     """
-    removed: dict[str, set[int]] = {}
-    for group in whole.groups:
-        if group.name in widths:
-            gone = group.removed(widths[group.name])
-            for axis in group.axes:
-                if axis.role == "out":
-                    lost = removed.setdefault(axis.initializer, set())
-                    lost.update(index for unit in gone for index in axis.indices[unit])
+    removed = {name: indices for (name, _), indices in removed_indices(whole, widths, "out").items()}
     return {
-        layer.weight: np.setdiff1d(np.arange(layer.shape[0]), [*removed[layer.weight]])
+        layer.weight: np.setdiff1d(np.arange(layer.shape[0]), removed[layer.weight])
         for layer in whole.layers
         if layer.weight in removed and layer.shape
     }
