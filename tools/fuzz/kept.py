@@ -16,7 +16,7 @@ from onnx_spdy.pipeline.artifact import CHECKSUM, write_json
 from onnx_spdy.runtimes.atomic import WorkFolder
 from onnx_spdy.tools.fuzz.child import Outcome, ended, import_everything
 from onnx_spdy.tools.fuzz.damage import damaged_bytes, damaged_fields
-from onnx_spdy.tools.fuzz.setting import OUT, RUN, differing, make, prune, results
+from onnx_spdy.tools.fuzz.setting import OUT, RUN, cleared, differing, make, prune, results
 
 CALL = (*RUN, "--pruner", "magnitude")  # whose weights a repair changes
 OTHER_CALLS = (
@@ -52,10 +52,7 @@ def trials(count: int, seed: int, first: int = 0, keep: Path | None = None) -> I
         for number in range(first, first + count):
             case = Path(work) / "case"
             outcome = _trial(number, np.random.default_rng([seed, number]), case, sound, other)
-            if outcome.trouble and keep is not None:
-                shutil.copytree(case, keep / str(number), dirs_exist_ok=True)
-            shutil.rmtree(case)
-            yield number, outcome
+            yield number, cleared(outcome, case, number, keep)
 
 
 def _trial(number: int, rng: np.random.Generator, case: Path, sound: Path, other: Other) -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -15,7 +14,7 @@ import numpy as np
 from onnx_spdy.pipeline.search import state
 from onnx_spdy.runtimes.atomic import UNFINISHED, WORK, WorkFolder
 from onnx_spdy.tools.fuzz.child import Ended, Outcome, command, import_everything, start, wait
-from onnx_spdy.tools.fuzz.setting import OUT, RUN, differing, make, results
+from onnx_spdy.tools.fuzz.setting import OUT, RUN, cleared, differing, make, results
 
 CALL = (*RUN, "--pruner", "magnitude")
 KILLED, ENDED_BEFORE = "killed, same bits at the end", "had ended before, same bits"
@@ -35,10 +34,7 @@ def trials(count: int, seed: int, first: int = 0, keep: Path | None = None) -> I
         for number in range(first, first + count):
             make(case)
             outcome = _trial(np.random.default_rng([seed, number]), case, seconds, expected)
-            if outcome.trouble and keep is not None:
-                shutil.copytree(case, keep / str(number), dirs_exist_ok=True)
-            shutil.rmtree(case)
-            yield number, outcome
+            yield number, cleared(outcome, case, number, keep)
 
 
 def _run(folder: Path) -> Callable[[], int]:

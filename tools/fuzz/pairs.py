@@ -11,7 +11,7 @@ import numpy as np
 
 from onnx_spdy.runtimes.atomic import WorkFolder
 from onnx_spdy.tools.fuzz.child import Ended, Outcome, command, import_everything, start, wait
-from onnx_spdy.tools.fuzz.setting import OUT, RUN, differing, make, results
+from onnx_spdy.tools.fuzz.setting import OUT, RUN, cleared, differing, make, results
 
 VARIATIONS: tuple[tuple[str, ...], ...] = (
     (),
@@ -37,10 +37,7 @@ def trials(count: int, seed: int, first: int = 0, keep: Path | None = None) -> I
         case = Path(work) / "case"
         for number in range(first, first + count):
             outcome = _trial(np.random.default_rng([seed, number]), case)
-            if outcome.trouble and keep is not None:
-                shutil.copytree(case, keep / str(number), dirs_exist_ok=True)
-            shutil.rmtree(case)
-            yield number, outcome
+            yield number, cleared(outcome, case, number, keep)
 
 
 def _trial(rng: np.random.Generator, case: Path) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_spdy.tools.fuzz.child import Ended, ended
+from onnx_spdy.tools.fuzz.child import Ended, Outcome, ended
 from onnx_spdy.tools.fuzz.graphs import example
 
 TINY = """
@@ -58,6 +59,14 @@ def prune(folder: Path, arguments: Sequence[str] = RUN) -> Ended:
     if done.code != 0:
         raise RuntimeError(f"{' '.join(arguments)}: {done.text}")
     return done
+
+
+def cleared(outcome: Outcome, case: Path, number: int, keep: Path | None) -> Outcome:
+    """The outcome of a trial, whose folder is removed; where it made trouble, `keep` gets a copy under its number."""
+    if outcome.trouble and keep is not None:
+        shutil.copytree(case, keep / str(number), symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(case)
+    return outcome
 
 
 def results(folder: Path) -> dict[str, Any]:

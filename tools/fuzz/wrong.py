@@ -12,7 +12,7 @@ from onnx_spdy.runtimes.atomic import WorkFolder
 from onnx_spdy.tools.fuzz import wrong_functions
 from onnx_spdy.tools.fuzz.child import Outcome, ended, import_everything
 from onnx_spdy.tools.fuzz.damage import damaged_bytes
-from onnx_spdy.tools.fuzz.setting import DATA, NETWORK, RUN, make, prune
+from onnx_spdy.tools.fuzz.setting import DATA, NETWORK, RUN, cleared, make, prune
 
 FAST = ("--search", "dp", "--pruner", "magnitude")
 CALLS: dict[str, tuple[str, ...]] = {
@@ -99,10 +99,10 @@ def trials(count: int, seed: int, first: int = 0, keep: Path | None = None) -> I
             shutil.copytree(sound, case, symlinks=True)
             (case / "locked").chmod(0o500)
             done = ended(call, case, Path(work) / "printed")
-            shutil.rmtree(case)
             trouble = done.trouble or ("no word" if done.code == 2 and not done.err.strip() else None)
             what = " ".join(word if len(word) < 60 else f"{word[:57]}..." for word in call).encode("utf8", "replace")
-            yield number, Outcome(trouble, done.became, done.text, what.decode(), done.seconds, done.memory_bytes)
+            outcome = Outcome(trouble, done.became, done.text, what.decode(), done.seconds, done.memory_bytes)
+            yield number, cleared(outcome, case, number, keep)
 
 
 def calls(seed: int) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from onnx_spdy.tools.fuzz import child, kept, wrong
 from onnx_spdy.tools.fuzz.child import Ended
 from onnx_spdy.tools.fuzz.graphs import SENTENCES, example
 from onnx_spdy.tools.fuzz.odd import CHANGES, odd
-from onnx_spdy.tools.fuzz.setting import TINY
+from onnx_spdy.tools.fuzz.setting import TINY, cleared
 
 
 @pytest.mark.slow
@@ -127,3 +127,18 @@ print(kills.trouble_of(done, folder / "b", a), "/", kills.trouble_of(done, folde
     same, trouble = done.stdout.splitlines()
     assert same.startswith("[] [") and "model.onnx" in same and "report.json" in same
     assert trouble.startswith("None / other bits in ") and "model.onnx" in trouble
+
+
+@pytest.mark.parametrize("trouble", [None, "traceback"])
+def test_a_trial_is_kept_where_it_made_trouble(trouble: str | None, tmp_path: Path) -> None:
+    case, keep = tmp_path / "case", tmp_path / "keep"
+    case.mkdir()
+    (case / "net.onnx").write_text("a network")
+    (case / "link").symlink_to("nowhere")
+    outcome = child.Outcome(trouble, "", "")
+    assert cleared(outcome, case, 7, keep) is outcome
+    assert not case.exists()
+    assert keep.exists() == (trouble is not None)
+    assert trouble is None or (
+        (keep / "7" / "net.onnx").read_text() == "a network" and (keep / "7" / "link").is_symlink()
+    )
