@@ -42,7 +42,8 @@ class ProgressBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if not self._bars.disable:  # older versions of rich write an empty line even so
+            self._bars.stop()
 
     def stage(self, name: str) -> StageProgress:
         """What a stage of this name tells its progress to."""
