@@ -1,8 +1,10 @@
-"""What would take all memory or time is found before anything runs: by the shapes that follow from the graph itself."""
+"""What would take all memory or time, or end the process, is found before anything runs: memory by the shapes that
+follow from the graph itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import onnx
@@ -16,7 +18,7 @@ LARGEST_STEPS = 10**6  # of a loop that nothing but its number of steps ends
 
 
 def check_limits(model: onnx.ModelProto, name: str) -> None:
-    """Raise ModelError for a tensor that is known to be huge for one sample, or a loop without an end.
+    """Raise ModelError for a tensor that is known to be huge for one sample, a loop without an end, or a stride of 0.
 
     Huge is over 2 GiB, and larger than every weight: one that is only transposed, say, is no sample's.
 
@@ -25,6 +27,7 @@ def check_limits(model: onnx.ModelProto, name: str) -> None:
     """
     for graph in _graphs(model.graph):
         _check_loops(graph, name)
+    _check_strides((*model.graph.node, *(node for function in model.functions for node in function.node)), name)
     outline = outline_of(model)
     for graph in _graphs(outline.graph):
         graph.ClearField("value_info")
@@ -72,6 +75,16 @@ def _check_loops(graph: onnx.GraphProto, name: str) -> None:
             steps = _number(numbers.get(next(iter(node.input), "")))
             if steps is not None and steps > LARGEST_STEPS:
                 raise ModelError(f"{name}: the loop '{node_name}' runs {steps} times, more than {LARGEST_STEPS}")
+
+
+def _check_strides(nodes: Iterable[onnx.NodeProto], name: str) -> None:
+    """Shape inference divides by them, in onnx before 1.22 and its copy in ONNX Runtime: 0 ends the process there."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.name == "strides" and 0 in attribute.ints and node.domain in ("", "ai.onnx"):
+                raise ModelError(f"{name}: the {node.op_type} '{node.name}' has a stride of 0: export the model again")
+        for graph in inner_graphs(node):
+            _check_strides(graph.node, name)
 
 
 def _ends_by_number(node: onnx.NodeProto) -> bool:

@@ -31,7 +31,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
             outside the model's folder, text that is no UTF-8, tensors without the data that their shape promises, a
             model that `onnx.checker` refuses, inputs or outputs that are no tensors, tensors or loops beyond all
-            measure, or NaN, infinite or enormous weights.
+            measure, strides of 0, or NaN, infinite or enormous weights.
     """
     path = Path(path)
     if not path.is_file():

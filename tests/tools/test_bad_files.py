@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.tools.cli import main
 from onnx_spdy.tools.fuzz.damage import DATA_FILE, Files
@@ -115,6 +115,25 @@ def no_stride(model):
     node(model, "conv1").attribute[1].ints[:] = [0, 0]
 
 
+def no_stride_in_a_branch(model):
+    conv = onnx.NodeProto()
+    no_stride(model)
+    conv.CopyFrom(node(model, "conv1"))
+    branch = helper.make_graph([conv], "branch", [], [onnx.ValueInfoProto(name=conv.output[0])])
+    choice = helper.make_node("If", ["on"], conv.output, "choice", then_branch=branch, else_branch=branch)
+    node(model, "conv1").CopyFrom(choice)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "on"))
+
+
+def no_stride_in_a_function(model):
+    conv = onnx.NodeProto()
+    no_stride(model)
+    conv.CopyFrom(node(model, "conv1"))
+    model.functions.append(helper.make_function("own", "Window", conv.input, conv.output, [conv], model.opset_import))
+    node(model, "conv1").CopyFrom(helper.make_node("Window", conv.input, conv.output, "window", domain="own"))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+
+
 def negative_kernel(model):
     node(model, "pool").attribute[0].ints[:] = [-2, -2]
 
@@ -142,6 +161,7 @@ WRONG: dict[str, bytes] = {
             cycle, output_twice, value_from_nowhere, name_missing, weight_twice, input_twice, huge_weight,
             overflowing_weight, more_than_it_claims, huge_input,
             overflowing_input, no_weights, nan_weight, huge_pads, large_pads, no_stride,
+            no_stride_in_a_branch, no_stride_in_a_function,
             negative_kernel, unknown_operator, no_outputs, newer_than_known,
         )
     },
