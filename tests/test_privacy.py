@@ -55,7 +55,8 @@ def network(tmp_path: Path) -> Path:
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 64])],
         [onnx.numpy_helper.from_array(array, f"w{k}") for k, array in enumerate(weights)],
     )  # fmt: skip
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "model.onnx")
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
     np.savez(tmp_path / "data.npz", x=rng.normal(size=(64, 64)).astype(np.float32))
     return tmp_path / "model.onnx"
 
