@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,6 +38,7 @@ LOG_ERRORS_ONLY = 3
 LAYOUT_SUFFIX = "_nchwc"  # ONNX Runtime names a node in its blocked layout after the tensor it makes, plus this
 REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
 OUTSIDE = "outside the nodes"
+NUMBERED = re.compile(r"_token_\d+$")
 
 
 class OnnxRuntime(WatchesLoad):
@@ -209,9 +211,10 @@ def _rows(
                     microseconds[name] += duration
             current.clear()
     scale = 1e-6 / (runs - warmup)
-    known = {output for node in graph.node for output in node.output}
+    made = {node.name: tuple(node.output) for node in graph.node}
+    known = {output for outputs in made.values() for output in outputs}
     nodes = [node for node in optimized.node if node.name in microseconds]
-    anchors = [tuple(name for name in _made_by(node) if name in known) for node in nodes]
+    anchors = [tuple(name for name in dict.fromkeys(_made_by(node, made)) if name in known) for node in nodes]
     rows = [
         LayerTime(outputs, node.op_type, microseconds[node.name] * scale, sparse=False, kernel_sparsity=None)
         for node, outputs in zip(nodes, covered_outputs(graph, anchors), strict=True)
@@ -220,10 +223,15 @@ def _rows(
     return [*rows, LayerTime((), OUTSIDE, max(rest, 0.0), sparse=False, kernel_sparsity=None)]
 
 
-def _made_by(node: onnx.NodeProto) -> list[str]:
-    """Names of the tensors that a node of the optimized graph makes, some of them unknown to the original."""
+def _made_by(node: onnx.NodeProto, made: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
+    """Names of the tensors that a node of the optimized graph makes, some of them unknown to the original.
+
+    Args:
+        made: name of a node of the original -> its outputs.
+    """
     if node.op_type in REORDERS:
         return []  # a copy of a tensor that another node made
     if node.name.endswith(LAYOUT_SUFFIX):
         return [node.name.removesuffix(LAYOUT_SUFFIX)]
-    return list(node.output)
+    # In channels-last layout and in int8 outputs get new names, and nodes at most a number at their own.
+    return [*node.output, *made.get(NUMBERED.sub("", node.name), ())]
