@@ -1,0 +1,28 @@
+"""A pruned network in int8."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from onnx_spdy.models import Prepared, write_weights
+from onnx_spdy.models.int8.form import Form
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.int8.quantise import quantise
+from onnx_spdy.pipeline.loss import Loss
+from onnx_spdy.pipeline.network import Network, PrunedNetwork
+from onnx_spdy.pipeline.progress import Progress, ignore
+
+
+def in_int8(
+    pruned: PrunedNetwork,
+    samples: Samples,
+    form: Form,
+    *,
+    loss: str | Loss | None = None,
+    seed: int = 0,
+    progress: Progress = ignore,
+) -> PrunedNetwork:
+    """The same network with its numbers in int8; see `quantise`."""
+    weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
+    network = Network(Prepared(write_weights(pruned.base.proto, weights)))
+    return replace(pruned, int8=quantise(network, samples, form, loss=loss, seed=seed, progress=progress))
