@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from onnx_spdy.models import Group, Layer, Prepared, find_layers, to_canonical
-from onnx_spdy.models.groups import FFN, HEADS, INNER
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.models.groups import HEADS
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-KINDS = (INNER, FFN, HEADS)  # of groups whose width is chosen
 # Engines compute channels in runs of 16 or 32 at a time; a network too narrow for that has smaller steps.
 STEPS = {64: 16, 32: 8, 16: 4, 8: 2}  # units of a group, at least -> units that are removed at a time
 
@@ -56,7 +55,7 @@ class Site:
         A multiple of `step`, and never less than one step.
         """
         assert self.group is not None
-        if level == DENSE:
+        if level.is_whole:
             return self.group.units
         most = self.group.units * (10_000 - round(10_000 * level.sparsity)) // 10_000
         return max(self.step, most // self.step * self.step)
@@ -102,8 +101,6 @@ def find_sites(prepared: Prepared, levels: Sequence[Level]) -> tuple[Site, ...]:
         layers = tuple(dict.fromkeys(layer for layer in consumers if layer is not None))
         if not group.prunable:
             reasons.append(f"{group.name}: {group.skip}")
-        elif group.kind not in KINDS:
-            reasons.append(f"{group.name}: a width that additions couple")
         elif not layers or len(layers) < len(set(consumers)) or not all(_takes(group, layer) for layer in layers):
             reasons.append(f"{group.name}: what takes its units in is no layer that can be pruned")
         else:
