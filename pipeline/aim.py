@@ -20,7 +20,6 @@ from onnx_spdy.pipeline.alternatives import (
 )
 from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.level import DENSE as NO_ZEROS
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.opponent import BEARABLE, fastest
@@ -34,7 +33,7 @@ AUTO = "auto"
 SAME, BEST = "same", "best"
 FOLDER = "alternatives"  # in that of a run
 VERSION = 1
-QUANTISED = frozenset(one.name for one in QUANTISERS)
+QUANTISED = frozenset(name for one in QUANTISERS for name in one.specs)
 
 
 class AimError(OnnxSpdyError, ValueError):
@@ -151,10 +150,11 @@ def fastest_runtime(found: Alternatives, levels: Sequence[Level]) -> str:
     Raises:
         AimError: there is none.
     """
-    patterns = {level.pattern for level in levels if not level.is_width} - {NO_ZEROS.pattern}
+    in_int8 = levels[0].is_int8
+    patterns = {level.pattern for level in levels if not level.is_width and not level.is_whole}
 
     def gains(one: Alternative) -> bool:
-        if one.candidate.spec is None or one.candidate.name in QUANTISED:
+        if one.candidate.spec is None or (one.candidate.name in QUANTISED) != in_int8:
             return False
         known = open_other(one.candidate.spec).patterns
         return not patterns or ANY_ZEROS in known or patterns <= known

@@ -50,12 +50,14 @@ class Candidate:
         name: runtime and precision, for people.
         spec: the runtime, as for `open_runtime`, without its machine; None for the one that was asked for.
         path: an ONNX file.
+        quantiser: the tool that made its file of one in floating point; None where none did.
     """
 
     role: str
     name: str
     spec: str | None
     path: Path
+    quantiser: str | None = None
 
     @property
     def label(self) -> str:
@@ -87,8 +89,9 @@ class Alternative:
 
     @property
     def name(self) -> str:
-        """Runtime and precision, such as "openvino bf16"."""
-        return f"{self.environment.runtime} {self.environment.precision}"
+        """Runtime and precision, such as "openvino bf16", and who quantised it where that wasn't done here."""
+        by = f" by {self.candidate.quantiser}" if self.candidate.quantiser and self.role == PRUNED else ""
+        return f"{self.environment.runtime} {self.environment.precision}{by}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -166,9 +169,10 @@ def elsewhere(role: str, path: Path, quantised: Quantised, runtime: Runtime | No
         if runtime is None or spec != local_spec(runtime)
     ]
     return floating + [
-        Candidate(role, one.name, one.spec, quantised.files[one.name])
+        Candidate(role, name, spec, quantised.files[one.name], one.packages[0])
         for one in QUANTISERS
         if one.name in quantised.files
+        for name, spec in one.specs.items()
     ]
 
 

@@ -19,12 +19,14 @@ from onnx_spdy.models import (
     to_canonical,
     write_weights,
 )
-from onnx_spdy.models.graph import FLOATS
+from onnx_spdy.models.graph import FLOATS, check_model
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import PrunedNetwork
 from onnx_spdy.pipeline.widths import touched
 from onnx_spdy.runtimes.errors import OnnxSpdyError
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 class DeployError(OnnxSpdyError, ValueError):
@@ -34,7 +36,7 @@ class DeployError(OnnxSpdyError, ValueError):
 def deploy(
     dense: Prepared, pruned: PrunedNetwork, path: Path, measured: onnx.ModelProto | None = None
 ) -> onnx.ModelProto:
-    """Write a pruned network.
+    """Write a pruned network; in int8 where it has that.
 
     Args:
         dense: the prepared dense network.
@@ -48,12 +50,15 @@ def deploy(
     """
     weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
     written = write_weights(pruned.base.proto, weights)
-    if pruned.widths:
+    if pruned.widths or pruned.int8:
         check_narrow(dense, pruned, written)
     else:
         check_deployed(dense, written, pruned.levels)
     if measured is not None:
         check_zeros_kept(measured, written)
+    if pruned.int8 is not None:
+        check_int8(written, pruned.int8.proto)
+        written = pruned.int8.proto
     save_model(written, path)
     return written
 
@@ -114,6 +119,21 @@ def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProt
 
 def _nodes(graph: onnx.GraphProto) -> list[tuple[str, str]]:
     return [(name, node.op_type) for name, node in zip(node_names(graph), graph.node, strict=True)]
+
+
+def check_int8(before: onnx.ModelProto, written: onnx.ModelProto) -> None:
+    """Compare a network in int8 with the one in floating point: only nodes that quantise are new.
+
+    Raises:
+        DeployError: the first thing that isn't so.
+    """
+    kept = [node for node in _nodes(written.graph) if node[1] not in QDQ]
+    if kept != [node for node in _nodes(before.graph) if node[1] not in QDQ]:
+        raise DeployError("the graph in int8 has other nodes than the one in floating point")
+    for ends in ("input", "output"):
+        if [*map(str, getattr(before.graph, ends))] != [*map(str, getattr(written.graph, ends))]:
+            raise DeployError(f"the graph in int8 has other {ends}s than the one in floating point")
+    check_model(written, "the graph in int8")
 
 
 def check_zeros_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:

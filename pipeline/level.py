@@ -5,6 +5,8 @@ unstructured@0.8700      87 % of the weights are zero, anywhere
 block4@0.9000            zeros come in runs of 4 consecutive input channels
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
 channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
+int8                     nothing is removed, and the network computes in int8
+channels+int8@0.2500     both
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ HIGHEST_SPARSITY = 0.99
 SPARSE_LEVELS = 41
 WIDTH_LEVELS = 39
 CHANNELS = "channels"
-GRADED = ("unstructured", "block4", CHANNELS)  # patterns with a sparsity of their choice
+INT8 = "int8"
+NARROW_INT8 = f"{CHANNELS}+{INT8}"
+WHOLE = ("dense", INT8)  # patterns in which nothing is removed
+GRADED = ("unstructured", "block4", CHANNELS, NARROW_INT8)  # patterns with a sparsity of their choice
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -33,7 +38,7 @@ class Level:
     """One compression level of a layer. Ordered by sparsity within a list; `str` and `parse` are exact inverses.
 
     Attributes:
-        pattern: "dense", "unstructured", "block4", "N:M" or "channels".
+        pattern: "dense", "int8", "unstructured", "block4", "N:M", "channels" or "channels+int8".
         sparsity: fraction of zeros, or of units that are removed, in [0, 1), to 4 decimals.
     """
 
@@ -46,9 +51,9 @@ class Level:
             kept, group = int(shape[1]), int(shape[2])
             if not 0 < kept < group or self.sparsity != round(1 - kept / group, 4):
                 raise LevelError(f"level {self.pattern!r} keeps {kept} of {group}; N:M needs 0 < N < M")
-        elif self.pattern not in ("dense", *GRADED):
+        elif self.pattern not in (*WHOLE, *GRADED):
             raise LevelError(f"unknown pattern {self.pattern!r}; known: dense, {', '.join(GRADED)}, N:M such as 2:4")
-        elif (self.sparsity == 0) != (self.pattern == "dense") or not 0 <= self.sparsity < 1:
+        elif (self.sparsity == 0) != (self.pattern in WHOLE) or not 0 <= self.sparsity < 1:
             raise LevelError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
         if self.sparsity != round(self.sparsity, 4):
             raise LevelError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
@@ -86,7 +91,17 @@ class Level:
     @property
     def is_width(self) -> bool:
         """Whether it is for a group of units, which then are missing, and not for the weights of one layer."""
-        return self.pattern == CHANNELS
+        return self.pattern in (CHANNELS, NARROW_INT8)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the network then computes in int8."""
+        return self.pattern in (INT8, NARROW_INT8)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is removed."""
+        return self.pattern in WHOLE
 
     def zeros(self, count: int) -> int:
         """How many of `count` weights this level sets to zero (unstructured; patterns may differ at ragged edges)."""
@@ -98,7 +113,7 @@ DEFAULT_PATTERN = "unstructured"
 
 
 def levels_for(pattern: str) -> tuple[Level, ...]:
-    """The levels of a search over one or more patterns, dense first, then from lowest to highest sparsity.
+    """The levels of a search over one or more patterns, the whole network first, then from lowest to highest sparsity.
 
     Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
     fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Widths get 39, a fortieth apart; how many
@@ -111,18 +126,19 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     names = [name.strip() for name in pattern.split(",")]
     if len(set(names)) < len(names):
         raise LevelError(f"pattern {pattern!r} names one twice; name each once")
-    if CHANNELS in names and len(names) > 1:
-        raise LevelError(f"pattern {pattern!r}: a search over widths and zeros at once isn't built yet; name one kind")
-    return DENSE, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
+    if {CHANNELS, NARROW_INT8} & {*names} and len(names) > 1:
+        raise LevelError(f"pattern {pattern!r}: a search over widths and others at once isn't built yet; name one kind")
+    whole = Level(INT8, 0.0) if NARROW_INT8 in names else DENSE
+    return whole, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
 
 
 def _levels_of(pattern: str) -> list[Level]:
-    if pattern == "dense":
-        raise LevelError(f"pattern 'dense' leaves nothing to choose; use {', '.join(GRADED)} or N:M such as 2:4")
+    if pattern in WHOLE:
+        raise LevelError(f"pattern {pattern!r} leaves nothing to choose; use {', '.join(GRADED)} or N:M such as 2:4")
     if _N_OF_M.fullmatch(pattern):
         return [Level.parse(pattern)]
-    if pattern == CHANNELS:
-        return [Level(CHANNELS, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
+    if pattern in (CHANNELS, NARROW_INT8):
+        return [Level(pattern, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
     kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]
     return [Level(pattern, round(1 - k, 4)) for k in kept]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -22,6 +23,9 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.site import NothingToPrune
+
+if TYPE_CHECKING:
+    from onnx_spdy.pipeline.int8.quantise import Int8Network
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +209,7 @@ class PrunedNetwork:
         layers: those of the dense network in which weights were removed, in graph order.
         widths: group -> units that stay, ascending, of the groups that are narrower.
         corrected: what was corrected in it, in words, or why nothing was.
+        int8: the same in int8, which is what is deployed; None where it stays in floating point.
     """
 
     base: Prepared
@@ -213,6 +218,7 @@ class PrunedNetwork:
     layers: tuple[Layer, ...] = ()
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     corrected: str = "not applied"
+    int8: Int8Network | None = None
 
     @classmethod
     def with_zeros(cls, network: Network, weights: Weights, levels: Mapping[str, Level]) -> PrunedNetwork:

@@ -17,11 +17,11 @@ class Standing:
     """The pruned network beside the best dense alternative.
 
     Attributes:
-        pruned: it in the runtime where it is fastest.
+        pruned: it in the runtime where it is fastest; the one that was asked for, unless another is faster for sure.
         dense: the fastest dense alternative that loses no more than that, by the metric; without one, the fastest.
         times, lower, upper: how many times as fast as `dense` it is, and 95 % bounds.
         lossy: a dense alternative that is faster still, and loses more; None where there is none.
-        pruned_here: the pruned network in the runtime that was asked for.
+        pruned_here, dense_here: both in the runtime that was asked for.
     """
 
     pruned: Alternative
@@ -31,6 +31,7 @@ class Standing:
     upper: float
     lossy: Alternative | None
     pruned_here: Alternative
+    dense_here: Alternative
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -49,13 +50,15 @@ def standing(found: Alternatives) -> Standing:
     if here.metric is not None and dense_here.metric is not None:
         floor = here.metric - BEARABLE * abs(dense_here.metric)
     pruned = fastest(one for one in found.of(PRUNED) if one is here or _reaches(one, floor))
+    if ratio_confidence(here.seconds, pruned.seconds, CONFIDENCE)[1] <= 1:  # which can't be told apart
+        pruned = here
     floor = None
     if pruned.metric is not None and dense_here.metric is not None:
         floor = min(pruned.metric, dense_here.metric)
     dense = fastest(one for one in found.of(DENSE) if _reaches(one, floor))
     quickest = fastest(found.of(DENSE))
     times, lower, upper = ratio_confidence(dense.seconds, pruned.seconds, CONFIDENCE)
-    return Standing(pruned, dense, times, lower, upper, None if quickest is dense else quickest, here)
+    return Standing(pruned, dense, times, lower, upper, None if quickest is dense else quickest, here, dense_here)
 
 
 def fastest(several) -> Alternative:
@@ -105,7 +108,7 @@ def headline(speedup: float, lower: float, upper: float, found: Standing) -> str
         speedup, lower, upper: measured in the runtime that was asked for.
     """
     elsewhere = "" if found.pruned is found.pruned_here else f" in {found.pruned.name}, where it is fastest,"
-    said = f"{speedup:.2f}x as fast as the dense network in {found.pruned_here.name} ({lower:.2f} to {upper:.2f});"
+    said = f"{speedup:.2f}x as fast as the dense network in {found.dense_here.name} ({lower:.2f} to {upper:.2f});"
     if found.times < 1:
         return (
             f"{said} the best dense alternative, {found.dense.name}, is {1 / found.times:.2f}x as fast as "

@@ -14,7 +14,7 @@ from onnx_spdy.pipeline.alternatives import Alternatives
 from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.metric import Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.opponent import headline, standing, verdict
@@ -174,7 +174,7 @@ def _layer_rows(
                 "dense_kernel": table.kernels[row][0],
                 "break_even": break_even and str(break_even),
                 "error": float(errors[row, column]),
-                "note": _why(table, row, column, table.levels[column] == DENSE),
+                "note": _why(table, row, column, table.levels[column].is_whole),
             }
         )
     return rows

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Prepared, load_model, save_model
+from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.aim import FOLDER, Against
 from onnx_spdy.pipeline.alternatives import DENSE, PRUNED, elsewhere, here, judged, measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same, locked
@@ -23,6 +24,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database
 from onnx_spdy.pipeline.deploy import deploy
+from onnx_spdy.pipeline.int8.pruned import in_int8
 from onnx_spdy.pipeline.latency.load_or_measure import load_or_measure
 from onnx_spdy.pipeline.metric import Evaluation, Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
@@ -103,15 +105,18 @@ def run(
     check_repair(finetune)
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
     clock, out, common = _Stages(), target.out, target.common
+    form = form_for(runtime.name) if compression.levels[0].is_int8 else None
     with locked(common), locked(out):
         network = Network(dense)
         keep_dense(dense, common / "dense.onnx")
         report_path = out / "report.json"
         earlier = Report.load(report_path) if report_path.exists() else None  # a damaged one is told before the work
 
-        def score(evaluation: Evaluation, path: Path) -> float:
+        def score(evaluation: Evaluation, path: Path, engine: Runtime | None = None) -> float:
             with clock("evaluate"):
-                return evaluate(path, evaluation.samples, evaluation.metric, progress=watch.stage("evaluate"))
+                return evaluate(
+                    path, evaluation.samples, evaluation.metric, runtime=engine, progress=watch.stage("evaluate")
+                )
 
         metrics = None
         if evaluation:  # before the long work: a metric may not fit the data
@@ -133,45 +138,69 @@ def run(
         stitcher = CorrectedStitcher(finder.stitcher, samples, search.loss)
         pruned = PrunedNetwork(dense, {}, {})
 
-        def deploy_and_measure(profile: Profile) -> Validation:
-            nonlocal pruned
-            pruned = stitcher.stitch(profile)
-            deploy(dense, pruned, out / "model.onnx")
-            profile.save(out / "profile.json")
+        def finished(pruned: PrunedNetwork) -> PrunedNetwork:
+            """In the precision that it is deployed in."""
+            if form is None:
+                return pruned
+            with clock("int8"):
+                return in_int8(
+                    pruned, samples, form, loss=search.loss, seed=search.seed, progress=watch.stage("int8")
+                )  # fmt: skip
+
+        def measured() -> Validation:
             return validate(
                 common / "dense.onnx", out / "model.onnx", runtime, workload, progress=watch.stage("validate")
             )  # fmt: skip
+
+        def deploy_and_measure(profile: Profile) -> Validation:
+            nonlocal pruned
+            pruned = finished(stitcher.stitch(profile))
+            deploy(dense, pruned, out / "model.onnx")
+            profile.save(out / "profile.json")
+            return measured()
 
         with clock("validate"):
             outcome = meet_target(target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure)
         repaired = None
         if finetune != NO_REPAIR:
+            before = load_model(out / "model.onnx")
             with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
-                measured = load_model(out / "model.onnx")
                 pruned, repaired = repair(
                     network, pruned, samples,
                     seed=search.seed, checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
-                deploy(dense, pruned, out / "model.onnx", measured)
+            pruned = finished(pruned)
+            deploy(dense, pruned, out / "model.onnx", before)
+            if form is not None:  # new grids may have other zero points, which take time
+                with clock("validate"):
+                    outcome = outcome.measured_again(measured())
         dense_path, pruned_path, where = common / "dense.onnx", out / "model.onnx", location(runtime)
+        float_path = out / FOLDER / "pruned.onnx" if pruned.int8 else pruned_path
+        if pruned.int8:
+            float_path.parent.mkdir(parents=True, exist_ok=True)
+            deploy(dense, replace(pruned, int8=None), float_path)
         rivals, own = NOTHING, NOTHING
         if not outcome.kept.validation.environment.is_formula:
             with clock("quantise"):
                 rivals = quantise_all(dense_path, samples, common / FOLDER / DENSE, progress=watch.stage("quantise"))
                 if pruned.widths:  # which runs everywhere
-                    own = quantise_all(pruned_path, samples, out / FOLDER / PRUNED, progress=watch.stage("quantise"))
+                    own = quantise_all(float_path, samples, out / FOLDER / PRUNED, progress=watch.stage("quantise"))
         with clock("alternatives"):
             candidates = [here(PRUNED, pruned_path, runtime), here(DENSE, dense_path, runtime)]
             candidates += elsewhere(DENSE, dense_path, rivals, runtime)
             if pruned.widths:
-                candidates += elsewhere(PRUNED, pruned_path, own, runtime)
+                candidates += elsewhere(PRUNED, float_path, own, None if pruned.int8 else runtime)
             alternatives = measure_alternatives(
                 candidates, runtime, workload, where=where, progress=watch.stage("alternatives")
             ).without(rivals.missing)  # fmt: skip
         if evaluation:
-            metrics = Metrics(evaluation.name, dense_score, score(evaluation, pruned_path))
+            metrics = Metrics(
+                evaluation.name, dense_score, score(evaluation, pruned_path, runtime if pruned.int8 else None)
+            )
             with clock("evaluate"):
                 known = {dense_path: metrics.dense, pruned_path: metrics.pruned}
+                if pruned.int8 and pruned.widths:
+                    known[float_path] = score(evaluation, float_path)
                 alternatives = judged(
                     alternatives, evaluation, known, runtime, where=where, progress=watch.stage("judge")
                 )
@@ -198,10 +227,14 @@ def keep_dense(dense: Prepared, path: Path) -> None:
 
 
 class _Stages:
-    """Wall seconds of the stages, in order; of one that comes twice, both together where it came last."""
+    """Wall seconds of the stages, in order; of one that comes twice, both together where it came last.
+
+    A stage inside another counts for itself only.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._inside = 0.0  # of the stages inside the one that is timed now
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -209,6 +242,8 @@ class _Stages:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        start, outer, self._inside = time.monotonic(), self._inside, 0.0
         yield
-        self._seconds[name] = self._seconds.pop(name, 0.0) + time.monotonic() - start
+        taken = time.monotonic() - start
+        self._seconds[name] = self._seconds.pop(name, 0.0) + taken - self._inside
+        self._inside = outer + taken

@@ -51,7 +51,7 @@ class Stitcher:
         """
         found: dict[str, torch.Tensor] = {}
         for number, level in enumerate(levels):
-            if level == DENSE:
+            if level.is_whole:
                 continue
             for name, values in self._of(number, level).items():
                 found[name] = values if name not in found else _both(found[name], values, self.network.dense(name))
@@ -59,7 +59,7 @@ class Stitcher:
 
     def changed(self, levels: Mapping[str, Level]) -> tuple[Layer, ...]:
         """The layers whose weights differ from the dense ones, in graph order."""
-        changed = [layer for site in self.sites if levels.get(site.name, DENSE) != DENSE for layer in site.layers]
+        changed = [layer for site in self.sites if not levels.get(site.name, DENSE).is_whole for layer in site.layers]
         return tuple(sorted(dict.fromkeys(changed), key=lambda layer: self.network.graph.step_of(layer.name)))
 
     def widths(self, levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:

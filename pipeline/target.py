@@ -83,6 +83,11 @@ class Outcome:
             "deployed all the same; lower --speedup or raise --batch"
         )
 
+    def measured_again(self, validation: Validation) -> Outcome:
+        """The same for what was deployed in the end, where that may have another speed than what was tried."""
+        kept = Attempt(self.kept.profile, validation)
+        return Outcome(kept, tuple(kept if one is self.kept else one for one in self.attempts), self.exhausted)
+
 
 class TargetMissed(OnnxSpdyError, ValueError):
     """Everything was tried and measured, and the target is out of reach."""

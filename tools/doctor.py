@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from onnx_spdy.pipeline.engine import open_runtime
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes import ANY_ZEROS, DEEPSPARSE_LICENCE_NOTE, RUNTIMES, Runtime, RuntimeFailure
 
 NOT_ON_HARDWARE = "not run on hardware yet"
@@ -60,8 +60,8 @@ def with_kernels_for(pattern: str) -> list[str]:
 
 def warn_without_kernels(engine: Runtime, levels: Sequence[Level]) -> None:
     """Say which of these patterns the runtime has no kernels for; a narrower network needs none."""
-    zeros = {level.pattern for level in levels if not level.is_width}
-    for pattern in sorted(zeros - {DENSE.pattern} - engine.patterns):
+    zeros = {level.pattern for level in levels if not level.is_width and not level.is_whole}
+    for pattern in sorted(zeros - engine.patterns):
         if ANY_ZEROS in engine.patterns:
             message = "takes its zeros as it takes any others: what they gain depends on how many there are"
         else:

@@ -38,7 +38,7 @@ from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes,
 from onnx_spdy.pipeline.database.pruners import PrunerFailed
 from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
 from onnx_spdy.pipeline.database.widths import build_group, units_at, weights_at
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
@@ -80,7 +80,7 @@ class LayerDatabase:
         Raises:
             ArtifactError: the file is missing or damaged.
         """
-        if level == DENSE or (site.group is not None and site.kept(level) == site.group.units):
+        if level.is_whole or (site.group is not None and site.kept(level) == site.group.units):
             return {}
         with self._file(site.name) as file:
             if site.group is not None:

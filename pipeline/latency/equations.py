@@ -79,6 +79,7 @@ class Fit:
         kept: (sites, levels) fraction of its units that a site keeps.
         pairs: (pairs, 2) sites whose widths multiply in some row.
         pair_seconds: (pairs,) seconds of that product, both whole.
+        dense_seconds: of the dense network, where that is none of these: where all of them are in int8.
     """
 
     seconds: np.ndarray
@@ -91,6 +92,7 @@ class Fit:
     kept: np.ndarray
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     pair_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    dense_seconds: float | None = None
 
     @cached_property
     def costs(self) -> Costs:
@@ -101,7 +103,9 @@ class Fit:
 
     def relative(self, choice: np.ndarray) -> float:
         """Seconds of the network with these level indices, (sites,) / those of the dense one."""
-        dense = self.rest_seconds + self.costs.total(np.zeros(len(self.seconds), np.int64))
+        dense = self.dense_seconds
+        if dense is None:
+            dense = self.rest_seconds + self.costs.total(np.zeros(len(self.seconds), np.int64))
         return (self.rest_seconds + self.costs.total(choice)) / dense
 
 
@@ -166,9 +170,14 @@ def resolution(dense_seconds: float) -> float:
     return min(RESOLUTION_SECONDS, RESOLUTION * dense_seconds)
 
 
-def noise_of(trials: Sequence[Trial]) -> np.ndarray:
-    """(trials,) relative standard deviation of each network's time."""
-    return np.where([not any(trial.choice) for trial in trials], DENSE_NOISE, [trial.noise for trial in trials])
+def noise_of(trials: Sequence[Trial], first_is_dense: bool = True) -> np.ndarray:
+    """(trials,) relative standard deviation of each network's time.
+
+    Args:
+        first_is_dense: whether a network all of whose sites are at the first level is the dense one, the unit.
+    """
+    dense = [first_is_dense and not any(trial.choice) for trial in trials]
+    return np.where(dense, DENSE_NOISE, [trial.noise for trial in trials])
 
 
 def knots_of(levels: int) -> np.ndarray:

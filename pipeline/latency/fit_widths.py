@@ -80,7 +80,9 @@ class Places:
         return cls(tuple(names), {name: tuple(those) for name, those in readers.items()}, found, products)
 
 
-def fit_widths(trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_seconds: float) -> Fit:
+def fit_widths(
+    trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_seconds: float, *, first_is_dense: bool = True
+) -> Fit:
     """Solve for all cells and products at once.
 
     Args:
@@ -88,8 +90,10 @@ def fit_widths(trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_
         places: of the sites.
         kept: (sites, levels) fraction of its units that each site keeps, falling from 1.
         dense_seconds: of the whole dense network: the unit of `Trial.relative`.
+        first_is_dense: whether that is what the first level of all sites makes.
     """
-    return _System(trials, places, kept, dense_seconds).fit()
+    fit = _System(trials, places, kept, dense_seconds, first_is_dense).fit()
+    return fit if first_is_dense else replace(fit, dense_seconds=dense_seconds)
 
 
 def blocks(trials: Sequence[Trial], places: Places) -> list[dict[tuple[str, ...], float]]:
@@ -150,7 +154,9 @@ class _Part:
 class _System:
     """The equations. Unknowns: of each part its constant, curves and products; and the seconds of no tensor."""
 
-    def __init__(self, trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_seconds: float) -> None:
+    def __init__(
+        self, trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_seconds: float, first_is_dense: bool
+    ) -> None:
         self._kept = kept
         self._least = resolution(dense_seconds)
         widths = [np.unique(row)[::-1] for row in kept]
@@ -184,7 +190,7 @@ class _System:
             ],
             totals=np.array([self._total(trial.choice) for trial in trials]),
             relative=np.array([trial.relative for trial in trials]),
-            noise=noise_of(trials),
+            noise=noise_of(trials, first_is_dense),
             beliefs=np.array([*self._beliefs()]).reshape(-1, self._size),
             dense_seconds=dense_seconds,
         )

@@ -20,15 +20,18 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.models import Prepared, save_model
+from onnx_spdy.models.int8.form import form_for
+from onnx_spdy.models.int8.write import in_float
 from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, check_same, read_json, write_json
 from onnx_spdy.pipeline.latency.equations import Fit, Row, Trial
+from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Kind, Profile
 from onnx_spdy.pipeline.latency.observation import Observation
 from onnx_spdy.pipeline.latency.sampling import NETWORKS
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction, check_workload
 from onnx_spdy.pipeline.latency.widths import Widths
 from onnx_spdy.pipeline.latency.zeros import Zeros
-from onnx_spdy.pipeline.level import DENSE, Level, LevelError
+from onnx_spdy.pipeline.level import Level, LevelError
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
@@ -99,7 +102,7 @@ def measure_latency(
         RuntimeFailure: the engine is missing, refuses the network, crashes or hangs; the same.
         ArtifactError: what was kept is of another network, environment or question.
     """
-    if len(patterns := sorted({level.pattern for level in levels} - {DENSE.pattern})) > 1:
+    if len(patterns := sorted({level.pattern for level in levels if not level.is_whole})) > 1:
         raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
     keep = save and save.with_suffix(PARTIAL)
     with WorkFolder() as folder:
@@ -119,13 +122,17 @@ def measure_latency(
     return table
 
 
-def kind_of(network: Prepared, levels: Sequence[Level]) -> Kind:
+def kind_of(network: Prepared, levels: Sequence[Level], runtime: Runtime, workload: Workload) -> Kind:
     """What these levels do to the network's time.
 
     Raises:
         NothingToPrune: widths, and no group of the network can shrink.
+        NoForm: int8, and it isn't known how the runtime wants it written.
     """
-    return Widths(network, levels) if any(level.is_width for level in levels) else Zeros(network, levels)
+    if not any(level.is_width for level in levels):
+        return Zeros(network, levels)
+    in_int8 = InInt8(network, form_for(runtime.name), workload) if levels[0].is_int8 else None
+    return Widths(network, levels, in_int8)
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,10 @@ class _Work:
     ) -> None:
         self._network, self._runtime, self._levels, self._seed = dense, runtime, tuple(levels), seed
         self._workload = resolved(dense.proto.graph, workload)
-        self._kind = kind_of(dense, levels)
+        self._kind = kind_of(dense, levels, runtime, self._workload)
         self._allow_busy, self._progress = allow_busy, progress
         self._path = folder / "dense.onnx"
+        self._tensors = {name for node in dense.proto.graph.node for name in node.output}
         self.observations: list[Observation] = []
 
     def measure(self, keep: Path | None) -> LatencyTable:
@@ -221,11 +229,16 @@ class _Work:
 
     def _profile_once(self) -> Profile:
         def profile(path: Path, zeros: dict[str, float], seed: int) -> list[LayerTime]:
-            return self._runtime.layer_seconds(
+            rows = self._runtime.layer_seconds(
                 path, self._workload, iterations=1, warmup=0, zeros=zeros, seed=seed, merged=False
             )
+            return self._renamed(rows)
 
         return profile
+
+    def _renamed(self, rows: Sequence[LayerTime]) -> list[LayerTime]:
+        """Rows of a network in int8, with the tensors' names in floating point."""
+        return [replace(row, outputs=in_float(row.outputs, self._tensors)) for row in rows]
 
     def _observe(
         self, dense: Session, reference: Measurement, choices: np.ndarray, predicted: Sequence[float | None]
@@ -267,11 +280,10 @@ class _Work:
         with contextlib.ExitStack() as opened:
             sessions = {"dense": dense}
             for number, one in enumerate(networks):
-                profiles.append(
-                    self._runtime.layer_seconds(
-                        one.path, self._workload, iterations=iterations, warmup=WARMUP, zeros=one.zeros, seed=one.seed
-                    )
+                rows = self._runtime.layer_seconds(
+                    one.path, self._workload, iterations=iterations, warmup=WARMUP, zeros=one.zeros, seed=one.seed
                 )
+                profiles.append(self._renamed(rows))
                 session = self._runtime.open(one.path, self._workload, zeros=one.zeros, seed=one.seed)
                 sessions[str(number)] = opened.enter_context(session)
             times = measure_interleaved(sessions, rounds=rounds, iterations=RUNS_A_ROUND, warmup=WARMUP)

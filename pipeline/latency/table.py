@@ -51,7 +51,7 @@ class LatencyTable:
 
     Attributes:
         layers: names of the prunable layers, or of the groups that get a width, in graph order: see `find_sites`.
-        levels: dense first, then from lowest to highest sparsity.
+        levels: the whole network first, then from lowest to highest sparsity.
         seconds: (layers, levels), cleaned: more zeros, or fewer units, are not slower in the same kind of kernel.
         transition: (layers, levels), seconds more, or less, where the layer before runs in a dense kernel.
         predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
@@ -107,8 +107,8 @@ class LatencyTable:
 
     @cached_property
     def dense_seconds(self) -> float:
-        """Seconds of the dense network by the table: what predicted speedups are relative to."""
-        return self.predict([0] * len(self.layers))
+        """Seconds of the dense network, by the table where it is one of its networks: what speedups are relative to."""
+        return self.dense.median if self.levels[0].is_int8 else self.predict([0] * len(self.layers))
 
     @cached_property
     def highest_speedup(self) -> float:

@@ -1,4 +1,4 @@
-"""Levels of width: networks that lack some units of their groups."""
+"""Levels of width: networks that lack some units of their groups, in floating point or in int8."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from onnx_spdy.models import Prepared, narrowed, save_model
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
 from onnx_spdy.pipeline.latency.fit_widths import Places, fit_widths
+from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Profile
 from onnx_spdy.pipeline.latency.sampling import plan_networks
 from onnx_spdy.pipeline.level import Level
@@ -20,8 +21,9 @@ from onnx_spdy.runtimes import LayerTime
 class Widths:
     """Each group keeps some of its units; see `Kind`. Which of them makes no difference in time."""
 
-    def __init__(self, network: Prepared, levels: Sequence[Level]) -> None:
+    def __init__(self, network: Prepared, levels: Sequence[Level], in_int8: InInt8 | None = None) -> None:
         self._network, self._levels, self._sites = network, tuple(levels), find_sites(network, levels)
+        self._in_int8 = in_int8
         self._places = Places.of(network.proto.graph, self._sites)
         self._kept = np.array([[site.kept(level) for level in levels] for site in self._sites])  # (sites, levels)
         self.kernels: tuple[tuple[str, ...], ...] = ()
@@ -29,6 +31,9 @@ class Widths:
 
     def look(self, rows: Sequence[LayerTime], profile: Profile, dense: Path) -> bool:
         """Every engine is faster with fewer units. As its kernel counts, at every level, the one that takes longest."""
+        if self._in_int8 is not None:  # which has other kernels
+            own = dense.with_name("int8.onnx")
+            rows = profile(self.network([0] * len(self._sites), 0, dense, own)[0], {}, 0)
         longest: dict[int, LayerTime] = {}
         for row in rows:
             for site in self.works_on(row):
@@ -47,17 +52,19 @@ class Widths:
         return plan_networks(np.ones_like(self._kept, bool), self._levels, rng)
 
     def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
-        """A narrower file, or the dense one."""
+        """A narrower file, one in int8, or the dense one."""
         keep = {
             site.name: range(kept[level])
             for site, kept, level in zip(self._sites, self._kept, choice, strict=True)
             if kept[level] < kept[0]
         }
-        if not keep:
+        if not keep and self._in_int8 is None:
             return dense, {}
-        save_model(narrowed(self._network, keep), own)
+        model = narrowed(self._network, keep) if keep else self._network.proto
+        save_model(self._in_int8.written(model) if self._in_int8 else model, own)
         return own, {}
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
         """See `fit_widths`."""
-        return fit_widths(trials, self._places, self._kept / self._kept[:, :1], dense_seconds)
+        kept, is_dense = self._kept / self._kept[:, :1], self._in_int8 is None
+        return fit_widths(trials, self._places, kept, dense_seconds, first_is_dense=is_dense)

@@ -40,19 +40,26 @@ class Quantiser:
         tool: the module in this folder.
         packages: what it and the runtime need, itself first.
         install: what brings them.
-        spec: the runtime that runs its files, as for `open_runtime`.
+        specs: what the result is called in a runtime -> that runtime, as for `open_runtime`. What isn't quantised is in
+            the precision that is named there.
     """
 
     name: str
     tool: str
     packages: tuple[str, ...]
     install: str
-    spec: str
+    specs: Mapping[str, str]
 
 
 QUANTISERS = (
-    Quantiser("onnxruntime int8", "ort_static", ("onnxruntime",), "onnxruntime", "onnxruntime"),
-    Quantiser("openvino int8", "nncf_quantize", ("nncf", "openvino"), "onnx-spdy[int8]", "openvino:fp32"),
+    Quantiser("onnxruntime int8", "ort_static", ("onnxruntime",), "onnxruntime", {"onnxruntime int8": "onnxruntime"}),
+    Quantiser(
+        "openvino int8",
+        "nncf_quantize",
+        ("nncf", "openvino"),
+        "onnx-spdy[int8]",
+        {"openvino int8": "openvino:fp32", "openvino int8+bf16": "openvino:bf16"},
+    ),
 )
 
 

@@ -62,9 +62,9 @@ def bench(
     levels = levels_for(pattern)
     dense = load_network(model)
     workload = Workload(batch, threads)
-    kind = kind_of(dense, levels)
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         engine.check()
+        kind = kind_of(dense, levels, engine, workload)
         if not latency.exists():
             measure_latency(dense, engine, levels, workload, save=latency, progress=bars.stage("table"))
         found = LatencyTable.load(latency)

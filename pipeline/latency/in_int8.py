@@ -1,0 +1,71 @@
+"""Networks in int8 as they would be deployed, made for their time alone.
+
+Grids come from what the dense network gives for the inputs that it is timed with. Their numbers hardly matter, but
+where the zero points are does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnx_spdy.models import Prepared
+from onnx_spdy.models.graph import graph_inputs
+from onnx_spdy.models.int8.form import Form
+from onnx_spdy.models.int8.grid import Grid
+from onnx_spdy.models.int8.place import Placement, find_placement
+from onnx_spdy.models.int8.write import Integers, write_int8
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.int8.ranges import extremes, grids, observe
+from onnx_spdy.pipeline.int8.rounding import integer_weight
+from onnx_spdy.pipeline.network import Network
+from onnx_spdy.runtimes import Workload, resolved
+from onnx_spdy.runtimes.batch_axes import batch_axes
+
+
+class InInt8:
+    """Writes a network, and narrower ones of it, in int8.
+
+    Args:
+        network: the dense one.
+        form: of the engine.
+        workload: what it is timed with.
+    """
+
+    def __init__(self, network: Prepared, form: Form, workload: Workload) -> None:
+        self._network, self._form, self._workload = network, form, workload
+
+    def written(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A network with the nodes of the dense one in int8."""
+        placement = find_placement(model, self._form)
+        grids = {name: _fitting(grid, name, placement, model) for name, grid in self._grids.items()}
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        weights = {
+            weight.name: integer_weight(numpy_helper.to_array(stored[weight.name]), weight.axis, None)
+            for weight in placement.weights
+        }
+        return write_int8(model, placement, Integers(grids, weights, self._form.int32_bias))
+
+    @cached_property
+    def _grids(self) -> dict[str, Grid]:
+        """Of the dense network."""
+        model = self._network.proto
+        batch = Samples(dict(resolved(model.graph, self._workload).inputs or {}), axes=batch_axes(graph_inputs(model)))
+        network, placement = Network(self._network), find_placement(model, self._form)
+        by_channel = placement.depthwise if self._form.per_channel else frozenset()
+        seen = observe(network, placement.points, by_channel, batch, np.random.default_rng(0))
+        return grids(seen, self._form, extremes)
+
+
+def _fitting(grid: Grid, tensor: str, placement: Placement, model: onnx.ModelProto) -> Grid:
+    """The grid for as many channels as a narrower network has."""
+    if grid.axis is None:
+        return grid
+    readers = {name for name, _ in placement.points[tensor]}
+    node = next(node for node in model.graph.node if node.name in readers)
+    channels = next(one.i for one in node.attribute if one.name == "group")
+    return replace(grid, scale=np.full(channels, grid.scale.max(), np.float32))
