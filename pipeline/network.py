@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -23,9 +22,6 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.site import NothingToPrune
-
-if TYPE_CHECKING:
-    from onnx_spdy.pipeline.int8.quantise import Int8Network
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +192,27 @@ class Network:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 outputs = self.run(batch, weights)
             yield batch, outputs
+
+
+@dataclass(frozen=True)
+class Int8Network:
+    """A network in int8.
+
+    Attributes:
+        proto: standard ONNX, QDQ.
+        ranges: which way to choose the ranges of activations was best.
+        corrected: whether its biases are corrected.
+        loss: calibration loss on the judged samples.
+        layers: names of the layers that compute in int8.
+        skipped: name of a layer that can't -> why.
+    """
+
+    proto: onnx.ModelProto
+    ranges: str
+    corrected: bool
+    loss: float
+    layers: tuple[str, ...]
+    skipped: Mapping[str, str]
 
 
 @dataclass(frozen=True)

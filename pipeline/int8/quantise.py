@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -23,11 +23,11 @@ from onnx_spdy.models.int8.write import Integers, IntegerWeight, write_int8
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.int8.biases import channel_means, corrected_biases
-from onnx_spdy.pipeline.int8.ranges import RANGES, grids, observe
 from onnx_spdy.pipeline.int8.rounding import integer_weight
 from onnx_spdy.pipeline.loss import Loss, fit_loss, numbers
-from onnx_spdy.pipeline.network import Network, as_tensor
+from onnx_spdy.pipeline.network import Int8Network, Network, as_tensor
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.ranges import RANGES, grids, observe
 from onnx_spdy.pipeline.rows import sample_axes
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -38,27 +38,6 @@ JUDGED = 128  # the last ones, on which variants are compared
 
 class NothingToQuantise(OnnxSpdyError, ValueError):
     """No layer of the network can compute in int8."""
-
-
-@dataclass(frozen=True)
-class Int8Network:
-    """A network in int8.
-
-    Attributes:
-        proto: standard ONNX, QDQ.
-        ranges: which of `RANGES` was best.
-        corrected: whether its biases are corrected.
-        loss: calibration loss on the judged samples.
-        layers: names of the layers that compute in int8.
-        skipped: name of a layer that can't -> why.
-    """
-
-    proto: onnx.ModelProto
-    ranges: str
-    corrected: bool
-    loss: float
-    layers: tuple[str, ...]
-    skipped: Mapping[str, str]
 
 
 def quantise(

@@ -17,12 +17,12 @@ from onnx_spdy.models import Prepared
 from onnx_spdy.models.graph import graph_inputs
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid
+from onnx_spdy.models.int8.nearest import nearest
 from onnx_spdy.models.int8.place import Placement, find_placement
 from onnx_spdy.models.int8.write import Integers, write_int8
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.int8.ranges import extremes, grids, observe
-from onnx_spdy.pipeline.int8.rounding import integer_weight
 from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.ranges import extremes, grids, observe
 from onnx_spdy.runtimes import Workload, resolved
 from onnx_spdy.runtimes.batch_axes import batch_axes
 
@@ -45,7 +45,7 @@ class InInt8:
         grids = {name: _fitting(grid, name, placement, model) for name, grid in self._grids.items()}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         weights = {
-            weight.name: integer_weight(numpy_helper.to_array(stored[weight.name]), weight.axis, None)
+            weight.name: nearest(numpy_helper.to_array(stored[weight.name]), weight.axis)
             for weight in placement.weights
         }
         return write_int8(model, placement, Integers(grids, weights, self._form.int32_bias))

@@ -1,7 +1,7 @@
 """Ranges of activations: what is seen on the calibration samples, and where a grid of 256 values should end.
 
 A wide grid holds every value and is coarse, a narrow one cuts off the largest. Which loses less in the network's
-outputs differs from network to network, so `quantise.py` tries all of `RANGES`.
+outputs differs from network to network, so `int8/quantise.py` tries all of `RANGES`.
 """
 
 from __future__ import annotations
