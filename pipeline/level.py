@@ -6,7 +6,7 @@ block4@0.9000            zeros come in runs of 4 consecutive input channels
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
 channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
 int8                     nothing is removed, and the network computes in int8
-channels+int8@0.2500     both
+channels@0.2500+int8     both
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Level:
             raise LevelError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
 
     def __str__(self) -> str:
-        return f"{self.pattern}@{self.sparsity:.4f}" if self.pattern in GRADED else self.pattern
+        removed, plus, precision = self.pattern.partition("+")
+        return f"{removed}@{self.sparsity:.4f}{plus}{precision}" if self.pattern in GRADED else self.pattern
 
     @classmethod
     def parse(cls, text: str) -> Level:
@@ -72,9 +73,10 @@ class Level:
             if not int(shape[2]):
                 raise LevelError(f"level {text!r} has groups of 0 weights; write N:M such as 2:4")
             return cls(text, round(1 - int(shape[1]) / int(shape[2]), 4))
-        pattern, at, sparsity = text.partition("@")
+        removed, plus, precision = text.partition("+")
+        pattern, at, sparsity = removed.partition("@")
         try:
-            return cls(pattern, round(float(sparsity), 4) if at else 0.0)
+            return cls(pattern + plus + precision, round(float(sparsity), 4) if at else 0.0)
         except ValueError as exc:
             raise LevelError(f"{text!r} is not a level ({exc}); write dense, unstructured@0.8700 or 2:4") from exc
 

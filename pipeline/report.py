@@ -16,7 +16,7 @@ from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.metric import Metrics
-from onnx_spdy.pipeline.network import Network, PrunedNetwork
+from onnx_spdy.pipeline.network import Int8Network, Network, PrunedNetwork
 from onnx_spdy.pipeline.opponent import headline, standing, verdict
 from onnx_spdy.pipeline.site import Site, find_sites
 from onnx_spdy.pipeline.target import Outcome
@@ -133,6 +133,7 @@ def make_report(
             "seed": profile.seed,
             "sparsity": _sparsity(network, pruned),
             "statistics_correction": pruned.corrected,
+            "int8": pruned.int8 and _int8(pruned.int8),
             "repair": repaired and vars(repaired),
             "made_from": dict(profile.made_from),
             "stages": list(stages),
@@ -144,6 +145,17 @@ def make_report(
             "rest_seconds": table.rest_seconds,
         }
     )
+
+
+def _int8(found: Int8Network) -> dict[str, Any]:
+    """How the network came to int8."""
+    return {
+        "ranges": found.ranges,
+        "corrected_biases": found.corrected,
+        "loss": found.loss,
+        "layers": len(found.layers),
+        "skipped": dict(found.skipped),
+    }
 
 
 def _sparsity(network: Network, pruned: PrunedNetwork) -> float:

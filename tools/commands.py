@@ -22,6 +22,7 @@ for command in (
     steps.search,
     steps.deploy,
     steps.finetune,
+    steps.quantise,
     steps.validate,
     steps.report,
     steps.doctor,

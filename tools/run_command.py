@@ -16,6 +16,7 @@ from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import meet_all
+from onnx_spdy.pipeline.int8.quantise import ready_for
 from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Watch
@@ -104,6 +105,7 @@ def run(
         where, is_auto = runtime.removesuffix(AUTO), runtime.rpartition("/")[2] == AUTO
         engine = None if is_auto else _opened(stack, runtime, compression.levels)
         dense, samples = load_inputs(model, data)
+        dense = ready_for(compression.levels, dense)
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
         workload = load_workload(samples, dense, batch, threads)
         stack.enter_context(locked(out))

@@ -15,6 +15,7 @@ from onnx_spdy.pipeline.alternatives import DENSE, Alternatives
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import level_violation
+from onnx_spdy.pipeline.network import Int8Network
 from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import Environment, is_busy
 from onnx_spdy.tools.doctor import Finding
@@ -66,6 +67,17 @@ def groups(found: Sequence[Group]) -> None:
 
 def _named(names: Sequence[str]) -> str:
     return f"{', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''}"
+
+
+def int8(found: Int8Network) -> None:
+    """What of a network is in int8, and how it was chosen."""
+    biases = "corrected biases" if found.corrected else "biases as they were"
+    print(
+        f"{len(found.layers)} layers in int8, ranges by {found.ranges}, {biases}; calibration loss {found.loss:.3g} "
+        "against floating point"
+    )
+    for name, why in found.skipped.items():
+        print(f"  {name} stays in floating point: {why}")
 
 
 def pattern_of(weight: np.ndarray) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from onnx_spdy.models import Prepared, load_model, save_model
+from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
@@ -17,6 +18,9 @@ from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import FILE as FRONT
 from onnx_spdy.pipeline.front import Front
+from onnx_spdy.pipeline.int8.pruned import in_int8
+from onnx_spdy.pipeline.int8.quantise import quantise as quantise_network
+from onnx_spdy.pipeline.int8.quantise import ready_for, with_int8_opset
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
@@ -100,6 +104,7 @@ def measure(
         engine.check()
         warn_without_kernels(engine, levels)
         dense, samples = load_inputs(model, data) if data else (load_network(model), None)
+        dense = ready_for(levels, dense)
         workload = load_workload(samples, dense, batch, threads)
         table = measure_latency(
             dense, engine, levels, workload,
@@ -119,7 +124,7 @@ def database(
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
     dense, samples = load_inputs(model, data)
-    network = Network(dense)
+    network = Network(ready_for(compression.levels, dense))
     with ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"))
     print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
@@ -146,7 +151,7 @@ def search(
     targets = speedups(speedup)
     table, weights = LatencyTable.load(latency), open_database(database)
     dense, samples = load_inputs(model, data)
-    network = Network(dense)
+    network = Network(ready_for(table.levels, dense))
     with ProgressBars() as bars:
         finder = ProfileSearch(
             network, table, weights, samples, settings,
@@ -172,6 +177,10 @@ def deploy(
             "--data", metavar="DATA", parser=not_empty, help="for the correction of statistics and the repair"
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", metavar="R", help="the one that int8 is written for, where the profile has int8"),
+    ] = None,
     finetune: Finetune = NO_REPAIR,
     seed: Seed = 0,
 ) -> None:
@@ -179,8 +188,13 @@ def deploy(
     check_repair(finetune)
     if finetune != NO_REPAIR and not data:
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
+    chosen = Profile.load(profile)
+    is_int8 = any(level.is_int8 for level in chosen.levels.values())
+    if is_int8 and not (data and runtime):
+        raise typer.BadParameter(f"{profile} is of a network in int8, which needs --data and --runtime")
+    form = form_for(open_runtime(runtime).name) if is_int8 and runtime else None
     dense, samples = load_inputs(model, data) if data else (load_network(model), None)
-    network, chosen = Network(dense), Profile.load(profile)
+    network = Network(ready_for(chosen.levels.values(), dense))
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
@@ -188,6 +202,11 @@ def deploy(
             pruned, repaired = repair(network, pruned, samples, seed=seed, progress=bars.stage("repair"))
         if repaired:
             show.training("repair", repaired)
+    if form and samples:
+        with ProgressBars() as bars:
+            pruned = in_int8(pruned, samples, form, seed=seed, progress=bars.stage("int8"))
+    if pruned.int8:
+        show.int8(pruned.int8)
     deploy_network(network.prepared, pruned, out)
     print(f"{out} written")
 
@@ -236,6 +255,27 @@ def finetune(
         checkpoint.unlink(missing_ok=True)
     elif checkpoint.exists():
         print(f"it is the best so far; the same command goes on from {checkpoint}")
+
+
+def quantise(
+    model: ModelArgument,
+    data: Data,
+    runtime: RuntimeName,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", parser=out_file)],
+    loss: LossName = None,
+    seed: Seed = 0,
+) -> None:
+    """Write a network in int8, in the form that a runtime computes in: one that was trained, say, after it was pruned."""
+    with open_runtime(runtime) as engine, ProgressBars() as bars:
+        form = form_for(engine.name)
+        dense, samples = load_inputs(model, data)
+        network = Network(with_int8_opset(dense))
+        found = quantise_network(
+            network, samples, form, loss=load_loss(loss), seed=seed, progress=bars.stage("int8")
+        )  # fmt: skip
+    save_model(found.proto, out)
+    show.int8(found)
+    print(f"{out} written")
 
 
 def validate(

@@ -7,7 +7,7 @@ calibration loss of samples that neither was made from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.int8.biases import channel_means, corrected_biases
 from onnx_spdy.pipeline.int8.rounding import integer_weight
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.loss import Loss, fit_loss, numbers
 from onnx_spdy.pipeline.network import Int8Network, Network, as_tensor
 from onnx_spdy.pipeline.progress import Progress, ignore
@@ -64,6 +65,11 @@ def quantise(
         RangeError: activations are NaN or infinite on the samples.
     """
     return _Quantising(network, samples, form, layers, loss, seed, progress).best()
+
+
+def ready_for(levels: Iterable[Level], prepared: Prepared) -> Prepared:
+    """The network as a run with these levels takes it; see `with_int8_opset`."""
+    return with_int8_opset(prepared) if any(level.is_int8 for level in levels) else prepared
 
 
 def with_int8_opset(prepared: Prepared) -> Prepared:
