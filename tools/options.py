@@ -138,7 +138,7 @@ Pattern = Annotated[
     str,
     typer.Option(
         "--pattern",
-        help="unstructured, block4, N:M (several joined by commas), channels: widths, or channels+int8: widths in int8",
+        help="zeros: unstructured, block4, N:M (several joined by commas); widths: channels, or channels+int8 in int8",
     ),
 ]
 PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]

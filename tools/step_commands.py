@@ -265,7 +265,7 @@ def quantise(
     loss: LossName = None,
     seed: Seed = 0,
 ) -> None:
-    """Write a network in int8, in the form that a runtime computes in: one that was trained, say, after it was pruned."""
+    """Write a network in int8, in the form that a runtime computes in: one that was trained after pruning, say."""
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         form = form_for(engine.name)
         dense, samples = load_inputs(model, data)
