@@ -36,7 +36,7 @@ from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.target import meet_target
-from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.repair import LONGEST_SECONDS, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime, Workload, location
 
@@ -167,7 +167,8 @@ def run(
             with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
                 pruned, repaired = repair(
                     network, pruned, samples,
-                    seed=search.seed, checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
+                    seed=search.seed, time_limit_seconds=LONGEST_SECONDS,
+                    checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
             pruned = finished(pruned)
             deploy(dense, pruned, out / "model.onnx", before)

@@ -1,7 +1,7 @@
 """A network in int8, from one in floating point and calibration samples.
 
 What is tried and measured, not assumed: the ranges of activations, and whether corrected biases are better, by the
-calibration loss of samples that neither was made from.
+calibration loss; of samples that neither was made from, where there are enough.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 NO_REPAIR = "none"
 REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
 
+LONGEST_SECONDS = 600  # of the repair in a run: wide inputs on few cores would take an hour; the schedule follows
 STEPS = 300  # so that repair takes about as long whatever the number of samples
 MOST_EPOCHS = 50
 RATE = 0.01
