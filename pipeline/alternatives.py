@@ -199,7 +199,8 @@ def measure_alternatives(
     """
     missing: dict[str, str] = {}
     measured: dict[Candidate, Alternative] = {}
-    for visit in range(visits):
+    done = 0
+    while done < visits:
         with contextlib.ExitStack() as stack:
             sessions: dict[Candidate, Session] = {}
             engines: dict[str | None, Runtime | None] = {None: runtime}
@@ -215,15 +216,22 @@ def measure_alternatives(
                     if one.spec is None:
                         raise
                     missing[one.label] = str(exc)
-            times = measure_interleaved(
-                {str(number): session for number, session in enumerate(sessions.values())},
-                rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
-            )  # fmt: skip
+            try:
+                times = measure_interleaved(
+                    {str(number): session for number, session in enumerate(sessions.values())},
+                    rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
+                )  # fmt: skip
+            except RuntimeFailure:
+                if not (ended := _ended(sessions)):
+                    raise
+                missing |= ended
+                continue  # this visit again, without them
             measured = {
                 one: _alternative(one, session, times[str(number)], measured.get(one))
                 for number, (one, session) in enumerate(sessions.items())
             }
-        progress(visit + 1, visits, "every runtime and precision")
+        done += 1
+        progress(done, visits, "every runtime and precision")
     return Alternatives(tuple(measured.values()), missing)
 
 
@@ -280,6 +288,23 @@ def _open(stack: contextlib.ExitStack, runtime: Runtime | None, path: Path, work
     session = stack.enter_context(runtime.open(path, workload))
     session.seconds(1)  # some refuse a network only when it runs
     return session
+
+
+def _ended(sessions: Mapping[Candidate, Session]) -> dict[str, str]:
+    """Label of each candidate whose engine ended while it was measured -> why.
+
+    Raises:
+        RuntimeFailure: of the runtime that was asked for.
+    """
+    found = {}
+    for one, session in sessions.items():
+        try:
+            session.seconds(1)
+        except RuntimeFailure as exc:
+            if one.spec is None:
+                raise
+            found[one.label] = str(exc)
+    return found
 
 
 def _alternative(candidate: Candidate, session: Session, times: Measurement, before: Alternative | None) -> Alternative:
