@@ -16,6 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.graph import ModelError, captured_names, inner_graphs, node_names, outline_of
 from onnx_spdy.models.int8.form import Form
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 # Values that come out are among those that went in, so the grid stays the same.
 MOVES = frozenset(
@@ -25,6 +26,10 @@ MOVES = frozenset(
 CLIPS = frozenset({"Relu", "Clip"})  # which engines fuse into the convolution before them
 TWO = frozenset({"Add", "MatMul", "Mul"})  # operators of two operands; of Concat all are data, of others the first
 OPSET = 13  # from which on scales may be those of channels
+
+
+class NothingToQuantise(OnnxSpdyError, ValueError):
+    """No layer of the network can compute in int8."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,13 @@ def find_placement(model: onnx.ModelProto, form: Form, layers: Collection[str] |
         layers: names of the nodes with weights that shall compute in int8; None for all that can.
     Raises:
         ModelError: the graph's opset is older.
+        NothingToQuantise: no layer can; the message says why for the first few.
     """
-    return _Placing(model, form, layers).placement
+    found = _Placing(model, form, layers).placement
+    if not found.weights:
+        reasons = "; ".join(f"{name}: {why}" for name, why in [*found.skipped.items()][:3])
+        raise NothingToQuantise(f"no layer of the network can compute in int8 ({reasons or 'it has none'})")
+    return found
 
 
 class _Placing:

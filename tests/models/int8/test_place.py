@@ -10,7 +10,7 @@ from onnx import helper
 
 from onnx_spdy.models.graph import ModelError
 from onnx_spdy.models.int8.form import FORMS
-from onnx_spdy.models.int8.place import Placement, find_placement
+from onnx_spdy.models.int8.place import NothingToQuantise, Placement, find_placement
 from tests.models.narrowing import network
 
 ORT, VINO, TRT = FORMS["onnxruntime"], FORMS["openvino"], FORMS["tensorrt"]
@@ -168,9 +168,10 @@ def test_layers_can_be_named() -> None:
 
 REASONS = """
 g (float[n, 8, 8, 8] x, float[8, 8] row, float16[n, 4] half) =>
-  (float[n, 4, 16, 16] y1, float[8, 4] y2, float[8, 4] y3, float[2, 8, 4] y4, float16[n, 3] y5, float[8, 4] y6)
+  (float[n, 4, 16, 16] y1, float[8, 4] y2, float[8, 4] y3, float[2, 8, 4] y4, float16[n, 3] y5, float[8, 4] y6,
+   float[8, 4] y7)
 <float[8, 4, 2, 2] up, float[8, 4] across, float[8, 4] scaled, float[2, 8, 4] stack, float16[4, 3] halves,
- float[8, 8] stored, float[8, 4] after>
+ float[8, 8] stored, float[8, 4] after, float[8, 4] able>
 {
     [up] y1 = ConvTranspose <strides = [2, 2]> (x, up)
     [across] y2 = Gemm <transA = 1> (row, across)
@@ -178,13 +179,14 @@ g (float[n, 8, 8, 8] x, float[8, 8] row, float16[n, 4] half) =>
     [stack] y4 = MatMul (row, stack)
     [half] y5 = MatMul (half, halves)
     [stored] y6 = MatMul (stored, after)
+    [able] y7 = MatMul (row, able)
 }"""
 
 
 def test_a_layer_that_stays_says_why() -> None:
     placement = find_placement(network(REASONS), VINO)
-    assert placement.weights == ()
-    assert placement.points == {}
+    assert [one.name for one in placement.weights] == ["able"]
+    assert readers(placement) == {"row": {("able", 0)}}
     assert placement.skipped == {
         "up": "transposed convolutions stay in floating point",
         "across": "its input is transposed or scaled",
@@ -193,6 +195,12 @@ def test_a_layer_that_stays_says_why() -> None:
         "half": "its weight is FLOAT16, not float32",
         "stored": "its input is stored",
     }
+    with pytest.raises(NothingToQuantise) as caught:
+        find_placement(network(REASONS), VINO, {"up", "half", "no such layer"})
+    assert str(caught.value) == (
+        "no layer of the network can compute in int8 "
+        "(up: transposed convolutions stay in floating point; half: its weight is FLOAT16, not float32)"
+    )
 
 
 def test_a_weight_that_others_use_stays_as_it_is() -> None:
