@@ -135,7 +135,10 @@ Batch = Annotated[int, typer.Option("--batch", min=1, help="samples a run")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="default: all physical cores")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED)]
 Pattern = Annotated[
-    str, typer.Option("--pattern", help="unstructured, block4, N:M (several joined by commas), or channels: widths")
+    str,
+    typer.Option(
+        "--pattern", help="unstructured, block4, N:M (several joined by commas); or widths: channels, channels+int8"
+    ),
 ]
 PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]
 Memory = Annotated[

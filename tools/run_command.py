@@ -10,12 +10,14 @@ from typing import Annotated
 
 import typer
 
+from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.aim import AUTO, BEST, SAME, against_best, fastest_runtime, measure_dense
 from onnx_spdy.pipeline.artifact import locked
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import meet_all
+from onnx_spdy.pipeline.int8.quantise import with_int8_opset
 from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Watch
@@ -104,6 +106,7 @@ def run(
         where, is_auto = runtime.removesuffix(AUTO), runtime.rpartition("/")[2] == AUTO
         engine = None if is_auto else _opened(stack, runtime, compression.levels)
         dense, samples = load_inputs(model, data)
+        dense = with_int8_opset(dense) if compression.levels[0].is_int8 else dense
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
         workload = load_workload(samples, dense, batch, threads)
         stack.enter_context(locked(out))
@@ -150,6 +153,8 @@ def run(
 def _opened(stack: ExitStack, runtime: str, levels: Sequence[Level]) -> Runtime:
     """A runtime that works, until the stack ends."""
     engine = stack.enter_context(open_runtime(runtime))
+    if levels[0].is_int8:
+        form_for(engine.name)  # before the long work
     engine.check()
     warn_without_kernels(engine, levels)
     return engine

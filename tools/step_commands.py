@@ -13,6 +13,7 @@ from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
+from onnx_spdy.pipeline.deploy import DeployError
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import FILE as FRONT
@@ -181,6 +182,8 @@ def deploy(
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
     dense, samples = load_inputs(model, data) if data else (load_network(model), None)
     network, chosen = Network(dense), Profile.load(profile)
+    if any(level.is_int8 for level in chosen.levels.values()):
+        raise DeployError(f"{profile} is of a network in int8, which only `run` writes; call it with the same --out")
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
