@@ -44,7 +44,8 @@ class Network:
             as it does on purpose.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, *, for_pruning: bool = True) -> None:
+        """Raises NothingToPrune where it is for pruning and no layer can be: what became of one may be too small."""
         self.prepared = prepared
         self.graph = TorchGraph(prepared.proto).eval().requires_grad_(False)
         for tensor in (*self.graph.parameters(), *self.graph.buffers()):
@@ -52,7 +53,7 @@ class Network:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.layers = prepared.prunable
         self.skipped = tuple(layer for layer in prepared.layers if not layer.prunable)
-        if not self.layers:
+        if for_pruning and not self.layers:
             reasons = (
                 "; ".join(f"{layer.name}: {layer.skip}" for layer in self.skipped[:3]) or "no Conv, Gemm or MatMul"
             )

@@ -70,6 +70,8 @@ def observe(
     seen: dict[str, Seen] = {}
 
     def look(name: str, values: torch.Tensor) -> None:
+        if not values.numel():  # as the state of a language model has none before its first word
+            values = values.new_zeros([max(1, size) for size in values.shape])
         others = [axis for axis in range(values.dim()) if axis != CHANNELS] if name in by_channel else None
         low, high = (values.amin(others), values.amax(others)) if others else (values.min(), values.max())
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):

@@ -15,6 +15,7 @@ class OnnxSpdyError(Exception):
     |  |- GroupError            ... a group of units that doesn't exist or can't shrink, or hasn't these units
     |  |- RunFailed             ... ONNX Runtime can't run it
     |  `- InputTooLarge         ... random values for an input would take too much memory
+    |- NoForm                   a runtime that runs no networks in int8
     |- RuntimeFailure           runtimes: an engine did not do what it was asked to do
     |  |- RuntimeUnavailable    ... it can't be used on this machine
     |  |- ModelRefused          ... it (or we, on its behalf) won't take this model
@@ -47,6 +48,8 @@ class OnnxSpdyError(Exception):
     |- NotCorrected             too few samples for one batch of the network
     |- DeployError              the written network is not what the profile says
     |- AimError                 there is no runtime to aim in, or no opponent to be against
+    |- RangeError               activations that no grid of 8 bits can hold
+    |- NothingToQuantise        no layer of the network can compute in int8
     |- QuantisationFailed       an engine's own tools can't quantise the network
     |- TargetMissed             everything was tried and measured, and the target is out of reach
     |- UnknownRepair            no repair has that name

@@ -7,6 +7,9 @@ For a Conv, Gemm or MatMul with a constant weight, M multiply-accumulates in a r
 that is a dense kernel up to the break-even sparsity, and above it a sparse one, which is slower for each non-zero
 and skips the zeros. Every other node costs `node_seconds`. The numbers come from ONNX Runtime.
 
+A layer whose weight is stored in int8, behind a DequantizeLinear, takes INT8_SHARE of the seconds for its
+multiply-accumulates. That node itself takes nothing, as an engine folds it into the layer.
+
 With `kernels="2:4"` it has the shape of a GPU instead: a layer whose weights are 2:4, and whose channels are multiples
 of CHANNELS, may run in a kernel with half the multiply-accumulates, which takes `sparse_overhead_seconds` more. Where
 that isn't faster it keeps the dense one.
@@ -33,6 +36,7 @@ from .workload import Workload
 VERSION = "1"
 KERNELS = ("unstructured", PATTERN)
 CHANNELS = 16
+INT8_SHARE = 1 / 3  # about what engines gain by int8 on CPUs that have instructions for it
 
 
 @dataclass
@@ -123,7 +127,16 @@ class FakeRuntime(Closing):
             raise ModelRefused(f"fake can't infer the model's shapes: {one_line(str(exc))}") from exc
         weights = _weights(shaped.graph)
         shapes = _shapes(shaped.graph)
-        return [self._row(node, weights, shapes) for node in shaped.graph.node if node.op_type != "Constant"]
+        integers = {
+            node.output[0]: weights[node.input[0]]
+            for node in shaped.graph.node
+            if node.op_type == "DequantizeLinear" and node.input[0] in weights
+        }
+        return [
+            self._row(node, weights | integers, shapes)
+            for node in shaped.graph.node
+            if node.op_type != "Constant" and node.output[0] not in integers
+        ]
 
     def _row(self, node: onnx.NodeProto, weights: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LayerTime:
         outputs = tuple(node.output)
@@ -138,6 +151,7 @@ class FakeRuntime(Closing):
             return self._semi_structured_row(node, weights, macs, float(sparsity))
         sparse = bool(sparsity > self.break_even)
         work = (1 - sparsity) / (1 - self.break_even) if sparse else 1.0
+        work *= INT8_SHARE if weight.dtype == np.int8 else 1.0
         seconds = self.layer_overhead_seconds + self.seconds_per_mac * macs * work
         return LayerTime(outputs, "fake_sparse" if sparse else "fake_dense", float(seconds), sparse, float(sparsity))
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.aim import AUTO, BEST, SAME, against_best, fastest_runtime, measure_dense
 from onnx_spdy.pipeline.artifact import locked
 from onnx_spdy.pipeline.database.compression import Compression
@@ -152,6 +153,8 @@ def run(
 def _opened(stack: ExitStack, runtime: str, levels: Sequence[Level]) -> Runtime:
     """A runtime that works, until the stack ends."""
     engine = stack.enter_context(open_runtime(runtime))
+    if levels[0].is_int8:
+        form_for(engine.name)  # before the long work
     engine.check()
     warn_without_kernels(engine, levels)
     return engine

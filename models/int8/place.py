@@ -14,8 +14,9 @@ from functools import cached_property
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnx_spdy.models.graph import ModelError, node_names, outline_of
+from onnx_spdy.models.graph import ModelError, captured_names, inner_graphs, node_names, outline_of
 from onnx_spdy.models.int8.form import Form
+from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 # Values that come out are among those that went in, so the grid stays the same.
 MOVES = frozenset(
@@ -25,6 +26,10 @@ MOVES = frozenset(
 CLIPS = frozenset({"Relu", "Clip"})  # which engines fuse into the convolution before them
 TWO = frozenset({"Add", "MatMul", "Mul"})  # operators of two operands; of Concat all are data, of others the first
 OPSET = 13  # from which on scales may be those of channels
+
+
+class NothingToQuantise(OnnxSpdyError, ValueError):
+    """No layer of the network can compute in int8."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,13 @@ def find_placement(model: onnx.ModelProto, form: Form, layers: Collection[str] |
         layers: names of the nodes with weights that shall compute in int8; None for all that can.
     Raises:
         ModelError: the graph's opset is older.
+        NothingToQuantise: no layer can; the message says why for the first few.
     """
-    return _Placing(model, form, layers).placement
+    found = _Placing(model, form, layers).placement
+    if not found.weights:
+        reasons = "; ".join(f"{name}: {why}" for name, why in [*found.skipped.items()][:3])
+        raise NothingToQuantise(f"no layer of the network can compute in int8 ({reasons or 'it has none'})")
+    return found
 
 
 class _Placing:
@@ -85,6 +95,8 @@ class _Placing:
         self._form, self._layers = form, layers
         self._nodes = dict(zip(node_names(model.graph), model.graph.node, strict=True))
         self._outputs = {value.name for value in model.graph.output}
+        inner = [graph for node in model.graph.node for graph in inner_graphs(node)]
+        self._leaving = self._outputs | {name for graph in inner for name in captured_names(graph)}
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._constant = {n.output[0] for n in model.graph.node if n.op_type == "Constant"} | self._stored.keys()
         self._maker = {out: name for name, node in self._nodes.items() for out in node.output if out}
@@ -95,8 +107,12 @@ class _Placing:
         self._floats = _floats(model)
         self._skipped: dict[str, str] = {}
         self._weights: dict[str, int] = {}  # node -> axis of its weight's output channels
+        self._wanted: dict[str, bool] = {}
         for name, node in self._nodes.items():
             self._look_at(name, node)
+        for node in reversed(model.graph.node):  # each after those that read it, so that no question goes deep
+            for output in node.output:
+                self._is_wanted(output)
 
     @cached_property
     def placement(self) -> Placement:
@@ -117,7 +133,7 @@ class _Placing:
             node = self._nodes[name]
             before = weights.get(node.input[1], Weight(node.input[1], axis, ()))
             weights[node.input[1]] = Weight(node.input[1], axis, (*before.nodes, name))
-            if len(node.input) > 2 and node.input[2]:
+            if len(node.input) > 2 and self._has_bias(node, axis):
                 biases[node.input[2]] = (self._source(node.input[0]), node.input[1])
         for tensor in points:
             readers = {name for name, _ in points[tensor]}
@@ -135,16 +151,16 @@ class _Placing:
         weight = self._stored.get(node.input[1])
         if weight is None:
             return
-        attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         if self._layers is not None and name not in self._layers:
             return
-        if reason := self._reason(name, node, weight, attributes):
+        if reason := self._reason(node, weight):
             self._skipped[name] = reason
             return
-        self._weights[name] = 0 if node.op_type == "Conv" or attributes.get("transB", 0) else 1
+        self._weights[name] = _output_axis(node)
 
-    def _reason(self, name: str, node: onnx.NodeProto, weight: TensorProto, attributes: Mapping) -> str | None:
+    def _reason(self, node: onnx.NodeProto, weight: TensorProto) -> str | None:
         """Why a layer can't compute in int8."""
+        attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         if node.op_type == "ConvTranspose":
             return "transposed convolutions stay in floating point"
         if weight.data_type != TensorProto.FLOAT:
@@ -157,13 +173,19 @@ class _Placing:
             return "its input is stored"
         if node.input[0] not in self._floats:
             return "its input isn't float32"
-        if any(
-            self._nodes[other].op_type != node.op_type or number != 1 for other, number in self._readers[weight.name]
-        ):
+        others = [(self._nodes[name], number) for name, number in self._readers[weight.name]]
+        if any(other.op_type != node.op_type or number != 1 for other, number in others):
             return "its weight is read by another kind of node too"
+        if any(_output_axis(other) != _output_axis(node) for other, _ in others):
+            return "its weight is read both as it is and transposed"
         if weight.name in self._outputs:
             return "its weight is an output of the graph"
         return None
+
+    def _has_bias(self, node: onnx.NodeProto, axis: int) -> bool:
+        """Whether the third input is one stored value for each output channel."""
+        bias, weight = self._stored.get(node.input[2]), self._stored[node.input[1]]
+        return bias is not None and bias.data_type == TensorProto.FLOAT and [*bias.dims] == [weight.dims[axis]]
 
     def _moves(self, name: str) -> bool:
         """Whether a node only moves or picks values; padding with anything but 0 puts other values in."""
@@ -239,13 +261,9 @@ class _Placing:
             self._wanted[tensor] = False  # a circle can't be in a graph
             readers = self._readers.get(tensor, [])
             self._wanted[tensor] = (
-                bool(readers) and tensor not in self._outputs and all(self._reads(*reader) for reader in readers)
+                bool(readers) and tensor not in self._leaving and all(self._reads(*reader) for reader in readers)
             )
         return self._wanted[tensor]
-
-    @cached_property
-    def _wanted(self) -> dict[str, bool]:
-        return {}
 
     def _reads(self, name: str, number: int) -> bool:
         node = self._nodes[name]
@@ -254,10 +272,12 @@ class _Placing:
         return number in self._int8_inputs(name)
 
     def _takes(self, name: str, number: int) -> bool:
-        """Whether a node reads an input in int8, or hands it on to what does."""
+        """Whether a node reads an input in int8, or hands it on to nothing but what does."""
         node = self._nodes[name]
         if self._moves(name) and number == 0:
-            return any(self._takes(*reader) for output in node.output for reader in self._readers.get(output, []))
+            moved = [reader for output in node.output for reader in self._readers.get(output, [])]
+            leaves = any(output in self._leaving for output in node.output)
+            return bool(moved) and not leaves and all(self._takes(*reader) for reader in moved)
         return number in self._int8_inputs(name)
 
     def _source(self, tensor: str) -> str:
@@ -265,21 +285,23 @@ class _Placing:
         while (maker := self._maker.get(tensor)) is not None and self._moves(maker):
             node = self._nodes[maker]
             before = node.input[0]
-            moved = [reader for output in node.output for reader in self._readers.get(output, [])]
-            if before not in self._floats or before in self._constant or not all(self._takes(*one) for one in moved):
-                break
-            if any(output in self._outputs for output in node.output):
+            if before not in self._floats or before in self._constant or not self._takes(maker, 0):
                 break
             tensor = before
         return tensor
 
     def _result(self, name: str) -> str | None:
-        """What a layer makes, behind what is fused into it; None where that is an output of the graph."""
+        """What a layer makes, behind what is fused into it; None where that leaves the graph."""
         tensor = self._nodes[name].output[0]
         readers = self._readers.get(tensor, [])
-        if tensor not in self._outputs and len(readers) == 1 and self._nodes[readers[0][0]].op_type in CLIPS:
+        if tensor not in self._leaving and len(readers) == 1 and self._nodes[readers[0][0]].op_type in CLIPS:
             tensor = self._nodes[readers[0][0]].output[0]
-        return None if tensor in self._outputs else tensor
+        return tensor if tensor not in self._leaving and tensor in self._readers else None
+
+
+def _output_axis(node: onnx.NodeProto) -> int:
+    """Of the stored weight, on which the layer's output channels lie."""
+    return 0 if node.op_type == "Conv" or any(one.name == "transB" and one.i for one in node.attribute) else 1
 
 
 def _floats(model: onnx.ModelProto) -> set[str]:

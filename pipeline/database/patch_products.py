@@ -21,6 +21,7 @@ from onnx_spdy.models import InputPatches
 from onnx_spdy.pipeline.database.matmul import fast_float32
 
 PATCH_BYTES = 64 << 20  # of patches in memory at once
+LOST = 1e-5  # of an input's sum of squares over all positions: less than this after the subtraction is rounding
 
 Range = tuple[int, int]
 Part = tuple[tuple[int, ...], ...]  # kernel positions of each axis whose patches were unfolded; SHIFTS, WHOLE
@@ -55,20 +56,28 @@ class PatchProducts:
         return len(x) * prod(end - begin for begin, end in self._grid(x, [0] * len(self._kernel)))
 
     def matrix(self, parts: Mapping[Part, torch.Tensor]) -> torch.Tensor:
-        """(d, d) in the order of `weight.flatten(1)`, from the sum of each part."""
+        """(d, d) in the order of `weight.flatten(1)`, from the sum of each part.
+
+        An input that is seen in the frame only, of which the subtraction leaves rounding errors, gets exact zeros.
+        """
         channels, positions = self._patches.channels, list(itertools.product(*map(range, self._kernel)))
         size = channels * len(positions)
         found = torch.zeros(len(positions), channels, len(positions), channels, dtype=torch.float64)
+        everywhere = torch.zeros(size, dtype=torch.float64)
         for part, total in parts.items():
             if part == SHIFTS:
                 for (n, a), (m, b) in itertools.product(enumerate(positions), repeat=2):
                     found[n, :, m] += self._shifted(total, [j - i for i, j in zip(a, b, strict=True)])
+                everywhere = found.view(size, size).diagonal().clone()
             elif part == WHOLE:
                 found += total.view(found.shape)
             else:
                 index = torch.tensor([positions.index(one) for one in itertools.product(*part)])
                 block = total.view(len(index), channels, len(index), channels)
                 found[index[:, None], :, index] -= block.permute(0, 2, 1, 3)
+        never = (found.view(size, size).diagonal() <= LOST * everywhere).view(len(positions), channels)
+        found[never] = 0
+        found[:, :, never] = 0
         return found.permute(1, 0, 3, 2).reshape(size, size)
 
     def _shifts_pay(self, x: torch.Tensor) -> bool:

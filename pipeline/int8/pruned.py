@@ -24,5 +24,5 @@ def in_int8(
 ) -> PrunedNetwork:
     """The same network with its numbers in int8; see `quantise`."""
     weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
-    network = Network(Prepared(write_weights(pruned.base.proto, weights)))
+    network = Network(Prepared(write_weights(pruned.base.proto, weights)), for_pruning=False)
     return replace(pruned, int8=quantise(network, samples, form, loss=loss, seed=seed, progress=progress))

@@ -30,15 +30,10 @@ from onnx_spdy.pipeline.network import Int8Network, Network, as_tensor
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.ranges import RANGES, grids, observe
 from onnx_spdy.pipeline.rows import sample_axes
-from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 SAMPLES = 256  # for ranges and Hessians
 MEANS = 64  # for the correction of biases
 JUDGED = 128  # the last ones, on which variants are compared
-
-
-class NothingToQuantise(OnnxSpdyError, ValueError):
-    """No layer of the network can compute in int8."""
 
 
 def quantise(
@@ -106,9 +101,6 @@ class _Quantising:
         self._network, self._form, self._progress = network, form, progress
         self._model = network.model
         self._placement = find_placement(self._model, form, layers)
-        if not self._placement.weights:
-            reasons = "; ".join(f"{name}: {why}" for name, why in [*self._placement.skipped.items()][:3])
-            raise NothingToQuantise(f"no layer of the network can compute in int8 ({reasons or 'it has none'})")
         self._rng = np.random.default_rng(seed)
         self._some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
         judged = samples.take(slice(-max(JUDGED, network.batch_size(1)), None))

@@ -34,10 +34,13 @@ class InInt8:
         network: the dense one.
         form: of the engine.
         workload: what it is timed with.
+    Raises:
+        ModelError, NothingToQuantise: see `find_placement`.
     """
 
     def __init__(self, network: Prepared, form: Form, workload: Workload) -> None:
         self._network, self._form, self._workload = network, form, workload
+        self._placement = find_placement(network.proto, form)
 
     def written(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A network with the nodes of the dense one in int8."""
@@ -55,9 +58,9 @@ class InInt8:
         """Of the dense network."""
         model = self._network.proto
         batch = Samples(dict(resolved(model.graph, self._workload).inputs or {}), axes=batch_axes(graph_inputs(model)))
-        network, placement = Network(self._network), find_placement(model, self._form)
-        by_channel = placement.depthwise if self._form.per_channel else frozenset()
-        seen = observe(network, placement.points, by_channel, batch, np.random.default_rng(0))
+        network = Network(self._network, for_pruning=False)
+        by_channel = self._placement.depthwise if self._form.per_channel else frozenset()
+        seen = observe(network, self._placement.points, by_channel, batch, np.random.default_rng(0))
         return grids(seen, self._form, extremes)
 
 

@@ -128,6 +128,7 @@ def kind_of(network: Prepared, levels: Sequence[Level], runtime: Runtime, worklo
     Raises:
         NothingToPrune: widths, and no group of the network can shrink.
         NoForm: int8, and it isn't known how the runtime wants it written.
+        ModelError, NothingToQuantise: int8, and the network can't be; see `find_placement`.
     """
     if not any(level.is_width for level in levels):
         return Zeros(network, levels)

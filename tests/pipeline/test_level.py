@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_spdy.pipeline.level import DENSE, Level, levels_for
+from onnx_spdy.pipeline.level import DENSE, Level, LevelError, levels_for
 
 
 def test_text_and_value_are_inverses() -> None:
-    for level in (*levels_for("unstructured"), *levels_for("block4"), *levels_for("2:4"), *levels_for("1:4")):
-        assert Level.parse(str(level)) == level
+    for pattern in ("unstructured", "block4", "2:4", "1:4", "channels", "channels+int8"):
+        for level in levels_for(pattern):
+            assert Level.parse(str(level)) == level
     assert str(Level("unstructured", 0.87)) == "unstructured@0.8700"
 
 
@@ -23,7 +24,22 @@ def test_any_text_is_a_level_or_a_value_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dense@0.5", "unstructured", "unstructured@0", "unstructured@1", "4:2", "2:0", "block8@0.5"]
+    "text",
+    [
+        "",
+        "dense@0.5",
+        "unstructured",
+        "unstructured@0",
+        "unstructured@1",
+        "4:2",
+        "2:0",
+        "block8@0.5",
+        "int8@0.5",
+        "channels+int8",
+        "channels+int8@0",
+        "channels+int4@0.5",
+        "int8+channels@0.5",
+    ],
 )
 def test_nonsense_is_refused_with_the_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"level|pattern|sparsity"):
@@ -53,3 +69,28 @@ def test_patterns_joined_by_commas_make_one_rising_list() -> None:
     assert all(one.sparsity <= other.sparsity for one, other in itertools.pairwise(levels))
     with pytest.raises(ValueError, match="names one twice"):
         levels_for("2:4, 2:4")
+
+
+def test_widths_in_int8_are_those_in_floating_point_and_the_whole_network_is_in_int8_too() -> None:
+    levels = levels_for("channels+int8")
+    assert [level.sparsity for level in levels] == [level.sparsity for level in levels_for("channels")]
+    assert [str(levels[0]), str(levels[10])] == ["int8", "channels@0.2500+int8"]
+    assert all(level.is_int8 for level in levels)
+    assert [level.is_whole for level in levels] == [True] + [False] * 39
+    assert [level.is_width for level in levels] == [False] + [True] * 39
+    assert not any(level.is_int8 for level in levels_for("channels"))
+
+
+@pytest.mark.parametrize("pattern", ["channels+int8,2:4", "channels,channels+int8", "unstructured,channels+int8"])
+def test_widths_and_others_at_once_are_refused_in_one_line(pattern: str) -> None:
+    with pytest.raises(LevelError) as caught:
+        levels_for(pattern)
+    assert str(caught.value) == (
+        f"pattern {pattern!r}: a search over widths and others at once isn't built yet; name one kind"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["int8", "dense"])
+def test_a_pattern_in_which_nothing_is_removed_is_no_search(pattern: str) -> None:
+    with pytest.raises(LevelError, match=f"^pattern '{pattern}' leaves nothing to choose; use "):
+        levels_for(pattern)

@@ -123,3 +123,30 @@ def test_the_bounds_hold_the_truth_when_a_noisy_alternative_is_slightly_faster()
         {},
     )
     assert verdict(standing(both)).startswith("The dense network in openvino fp32 is 1.0")
+
+
+def test_the_headline_names_the_precision_of_the_dense_network_and_not_that_of_the_pruned_one():
+    found = standing(
+        Alternatives(
+            (
+                one(PRUNED, "onnxruntime int8", 10.0, asked=True), one(DENSE, "onnxruntime fp32", 40.0, asked=True),
+                one(DENSE, "openvino int8+bf16", 15.0),
+            ),
+            {},
+        )
+    )  # fmt: skip
+    assert headline(4.0, 3.9, 4.1, found) == (
+        "4.00x as fast as the dense network in onnxruntime fp32 (3.90 to 4.10); 1.50x as fast as the best dense "
+        "alternative, openvino int8+bf16 (1.50 to 1.50)"
+    )
+
+
+@pytest.mark.parametrize(("elsewhere", "name"), [(0.98, "deepsparse fp32"), (0.7, "onnxruntime fp32")])
+def test_the_runtime_that_was_asked_for_counts_unless_another_is_faster_for_sure(elsewhere: float, name: str):
+    around = np.array([0.9, 0.95, 1.0, 1.0, 1.05, 1.1])
+    narrow = one(PRUNED, "onnxruntime fp32", 20 * elsewhere * around[::-1])
+    asked = one(PRUNED, "deepsparse fp32", 20 * around, asked=True)
+    found = standing(Alternatives((asked, one(DENSE, "deepsparse fp32", 50.0, asked=True), narrow), {}))
+    assert found.pruned.name == name
+    assert found.pruned_here is asked
+    assert ("where it is fastest" in headline(2.5, 2.4, 2.6, found)) == (found.pruned is narrow)

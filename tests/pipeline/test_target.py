@@ -169,3 +169,19 @@ def test_few_promises_are_broken_on_a_clock_that_is_noisy_and_drifts() -> None:
         broken += kept.meets(2.0) and kept.profile.table_target * wrong_by < 2.0
     assert promised > 290
     assert broken <= 0.03 * promised
+
+
+def test_what_was_deployed_in_the_end_counts_where_it_was_measured_again() -> None:
+    engine = Engine(0.5, highest=4.0)
+    outcome = meet_target(2.0, profile(2.0), engine.search, engine.deploy_and_measure)
+    assert outcome.missed(2.0) is None
+    slower = dataclasses.replace(outcome.kept.validation, speedup=1.8, lower=1.7, upper=1.9)
+    again = outcome.measured_again(slower)
+    assert again.kept.profile is outcome.kept.profile
+    assert again.kept.validation is slower
+    place = outcome.attempts.index(outcome.kept)
+    assert [one.validation for one in again.attempts] == [
+        slower if number == place else one.validation for number, one in enumerate(outcome.attempts)
+    ]
+    assert not again.kept.meets(2.0)
+    assert dataclasses.replace(again, exhausted=True).missed(2.0)

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from onnx_spdy.runtimes import Workload, open_runtime
 
@@ -56,3 +61,23 @@ def test_noise_is_seeded(conv_net):
 def test_an_impossible_break_even_is_refused():
     with pytest.raises(ValueError, match=r"break_even 1.0"):
         open_runtime("fake", break_even=1.0)
+
+
+def test_a_layer_whose_weight_is_stored_in_int8_takes_a_third_for_its_multiplications(conv_net, tmp_path):
+    model = onnx.load(conv_net())
+    node = next(node for node in model.graph.node if node.output[0] == "c")
+    stored = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    integers = np.clip(np.round(numpy_helper.to_array(stored) * 100), -127, 127).astype(np.int8)
+    stored.CopyFrom(numpy_helper.from_array(integers, stored.name))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.01), "step"))
+    position = list(model.graph.node).index(node)
+    back = onnx.helper.make_node("DequantizeLinear", [stored.name, "step"], ["back"])
+    node.input[1] = "back"
+    model.graph.node.insert(position, back)
+    onnx.save(model, tmp_path / "int8.onnx")
+    expected = rows(conv_net())
+    (third,) = (row for row in expected if row.outputs == ("c",))
+    expected[expected.index(third)] = replace(third, seconds=1e-3 + 1e-8 * MACS["c"] / 3)
+    found = rows(tmp_path / "int8.onnx")
+    assert [(row.outputs, row.kernel) for row in found] == [(row.outputs, row.kernel) for row in expected]
+    assert [row.seconds for row in found] == pytest.approx([row.seconds for row in expected])

@@ -76,3 +76,19 @@ def test_shifts_are_taken_where_they_save_work(sizes: tuple[int, ...], attribute
     found, expected = PatchProducts(patches).matrix(parts), canonical(patches, unfolded.T @ unfolded).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     assert bool((found[expected == 0] == 0).all())
+
+
+def test_inputs_that_a_kernel_position_meets_in_the_frame_only_are_exact_zeros() -> None:
+    """As of a channel that is alive in a corner of the image: what the subtraction leaves must not be negative."""
+    patches = convolution((3, 3), (12, 12), {"pads": [1, 1, 1, 1]})
+    x = torch.randn(40, 5, 12, 12, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0
+    x[:, 1, 0, 0] = torch.linspace(0.1, 1, 40)
+    parts = dict(PatchProducts(patches)(x))
+    assert SHIFTS in parts
+    unfolded = patches(x).double()
+    found, expected = PatchProducts(patches).matrix(parts), canonical(patches, unfolded.T @ unfolded)
+    assert bool((expected.diagonal() == 0).any())
+    assert bool((found[expected.diagonal() == 0] == 0).all())
+    assert bool((found[:, expected.diagonal() == 0] == 0).all())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
