@@ -14,10 +14,12 @@ from onnx import TensorProto
 from onnx_spdy.models import Prepared, TorchGraph, load_model
 from onnx_spdy.models.int8.form import NoForm
 from onnx_spdy.pipeline import run as run_module
+from onnx_spdy.pipeline import validate
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import pruner_named
+from onnx_spdy.pipeline.latency import measure
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation, top1
@@ -120,7 +122,6 @@ def test_a_runtime_without_a_form_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("finetune", ["none", "gap"])
 def test_the_whole_way_in_onnx_runtime(
     model: onnx.ModelProto, samples: Samples, tmp_path: Path, finetune: str, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +129,9 @@ def test_the_whole_way_in_onnx_runtime(
     """How fast it is depends on the machine; that it is measured, in int8 and valid does not."""
     monkeypatch.setattr(run_module, "quantise_all", lambda *_, **__: NOTHING)
     monkeypatch.setattr(run_module, "elsewhere", lambda *_, **__: [])
+    monkeypatch.setattr(measure, "PROFILE_SECONDS", 0.02)
+    monkeypatch.setattr(measure, "ROUNDS_SECONDS", 0.05)
+    monkeypatch.setattr(validate, "BUSY_WAITS_SECONDS", ())
     with open_runtime("onnxruntime") as runtime:
         report = do(model, samples, runtime, Target(0.05, tmp_path), finetune=finetune, allow_busy=True)
     check_int8(tmp_path, samples)

@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from onnx_spdy.models import Prepared, narrowed
 from onnx_spdy.models.int8.form import FORMS, NoForm
+from onnx_spdy.pipeline.latency import measure
 from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
@@ -115,7 +116,9 @@ def test_what_belongs_to_no_group_has_the_names_of_the_dense_network(model: onnx
     assert set(table.kernels[0]) == {"fake_dense"}
 
 
-def test_it_runs_in_onnx_runtime(model: onnx.ModelProto) -> None:
+def test_it_runs_in_onnx_runtime(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PROFILE_SECONDS", 0.02)
+    monkeypatch.setattr(measure, "ROUNDS_SECONDS", 0.05)
     with open_runtime("onnxruntime") as runtime:
         table = measure_latency(Prepared(model), runtime, LEVELS, Workload(8), allow_busy=True)
     assert table.layers == ("conv_a", "conv_b", "gemm_c")
