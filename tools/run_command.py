@@ -106,7 +106,7 @@ def run(
         where, is_auto = runtime.removesuffix(AUTO), runtime.rpartition("/")[2] == AUTO
         engine = None if is_auto else _opened(stack, runtime, compression.levels)
         dense, samples = load_inputs(model, data)
-        dense = ready_for(compression.levels, dense)
+        dense = ready_for(compression.levels, dense, samples)
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
         workload = load_workload(samples, dense, batch, threads)
         stack.enter_context(locked(out))

@@ -104,7 +104,7 @@ def measure(
         engine.check()
         warn_without_kernels(engine, levels)
         dense, samples = load_inputs(model, data) if data else (load_network(model), None)
-        dense = ready_for(levels, dense)
+        dense = ready_for(levels, dense, samples)
         workload = load_workload(samples, dense, batch, threads)
         table = measure_latency(
             dense, engine, levels, workload,
@@ -124,7 +124,7 @@ def database(
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
     dense, samples = load_inputs(model, data)
-    network = Network(ready_for(compression.levels, dense))
+    network = Network(ready_for(compression.levels, dense, samples))
     with ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"))
     print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
@@ -151,7 +151,7 @@ def search(
     targets = speedups(speedup)
     table, weights = LatencyTable.load(latency), open_database(database)
     dense, samples = load_inputs(model, data)
-    network = Network(ready_for(table.levels, dense))
+    network = Network(ready_for(table.levels, dense, samples))
     with ProgressBars() as bars:
         finder = ProfileSearch(
             network, table, weights, samples, settings,
@@ -194,7 +194,7 @@ def deploy(
         raise typer.BadParameter(f"{profile} is of a network in int8, which needs --data and --runtime")
     form = form_for(open_runtime(runtime).name) if is_int8 and runtime else None
     dense, samples = load_inputs(model, data) if data else (load_network(model), None)
-    network = Network(ready_for(chosen.levels.values(), dense))
+    network = Network(ready_for(chosen.levels.values(), dense, samples))
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
@@ -269,7 +269,7 @@ def quantise(
     with open_runtime(runtime) as engine, ProgressBars() as bars:
         form = form_for(engine.name)
         dense, samples = load_inputs(model, data)
-        network = Network(with_int8_opset(dense))
+        network = Network(with_int8_opset(dense, samples))
         found = quantise_network(
             network, samples, form, loss=load_loss(loss), seed=seed, progress=bars.stage("int8")
         )  # fmt: skip

@@ -15,7 +15,8 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from onnx_spdy.models import Prepared, TorchGraph, find_layers, write_weights
+from onnx_spdy.models import Prepared, TorchGraph, find_layers, fixed_batch, prepare, write_weights
+from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.graph import ModelError, one_line
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.place import OPSET, find_placement
@@ -62,27 +63,33 @@ def quantise(
     return _Quantising(network, samples, form, layers, loss, seed, progress).best()
 
 
-def ready_for(levels: Iterable[Level], prepared: Prepared) -> Prepared:
+def ready_for(levels: Iterable[Level], prepared: Prepared, samples: Samples | None = None) -> Prepared:
     """The network as a run with these levels takes it; see `with_int8_opset`."""
-    return with_int8_opset(prepared) if any(level.is_int8 for level in levels) else prepared
+    return with_int8_opset(prepared, samples) if any(level.is_int8 for level in levels) else prepared
 
 
-def with_int8_opset(prepared: Prepared) -> Prepared:
+def with_int8_opset(prepared: Prepared, samples: Samples | None = None) -> Prepared:
     """The network in an opset that has scales for channels, which is the same where it has one already.
 
+    Args:
+        samples: on which both are compared; None for random inputs.
     Raises:
-        ModelError: it can't be converted.
+        ModelError: it can't be converted, or computes something else then.
     """
     version = next((one.version for one in prepared.proto.opset_import if one.domain in ("", "ai.onnx")), 1)
     if version >= OPSET:
         return prepared
     try:
-        return Prepared(onnx.version_converter.convert_version(prepared.proto, OPSET))
+        raised = onnx.version_converter.convert_version(prepared.proto, OPSET)
     except Exception as exc:  # it raises RuntimeError and whatever its operators' converters do
         raise ModelError(
             f"int8 needs opset {OPSET}, and this graph of opset {version} can't be converted: {one_line(str(exc))}; "
             "export it with a newer opset"
         ) from exc
+    examples = samples.take(slice(0, fixed_batch(prepared.proto) or 2)).inputs if samples else None
+    with Reference(prepared.proto, examples=examples) as reference:
+        reference.check(raised, "the graph of a newer opset", "raising its opset")
+    return prepare(raised, examples, samples.axes if samples else None)
 
 
 class _Quantising:
