@@ -17,7 +17,6 @@ from onnx_spdy.models import (
     removed_indices,
     save_model,
     to_canonical,
-    write_weights,
 )
 from onnx_spdy.models.graph import FLOATS, check_model
 from onnx_spdy.pipeline.level import DENSE, Level
@@ -48,9 +47,8 @@ def deploy(
     Raises:
         DeployError: something else than the pruned layers' parameters would change, or zeros are missing.
     """
-    weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
-    written = write_weights(pruned.base.proto, weights)
-    if pruned.widths or pruned.int8:
+    written = pruned.in_float()
+    if pruned.widths or any(level.is_width or level.is_int8 for level in pruned.levels.values()):  # of groups
         check_narrow(dense, pruned, written)
     else:
         check_deployed(dense, written, pruned.levels)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 
-from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, fixed_batch
+from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, fixed_batch, write_weights
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
@@ -140,9 +140,9 @@ class Network:
     ) -> dict[str, torch.Tensor]:
         """The same with the weights that the graph holds, which is for those who train it; see `trainable`."""
         if start is None and keep is None:
-            outputs = self.graph(_tensors(samples))
+            outputs = self.graph(as_tensors(samples))
         else:
-            outputs = self.graph.run(_tensors(samples), start, keep, keep_before)
+            outputs = self.graph.run(as_tensors(samples), start, keep, keep_before)
         padding = Padding(samples.samples_first)
         return {name: padding.zeroed(values) for name, values in outputs.items()}
 
@@ -183,7 +183,7 @@ class Network:
     ) -> None:
         """Run all batches node by node; see `TorchGraph.run_together`."""
         self.load(weights)
-        self.graph.run_together([_tensors(batch) for batch in batches], after)
+        self.graph.run_together([as_tensors(batch) for batch in batches], after)
 
     def outputs(
         self, samples: Samples, weights: Weights = DENSE_WEIGHTS, *, bfloat16: bool = False
@@ -238,6 +238,10 @@ class PrunedNetwork:
     corrected: str = "not applied"
     int8: Int8Network | None = None
 
+    def in_float(self) -> onnx.ModelProto:
+        """Its graph in floating point."""
+        return write_weights(self.base.proto, {name: one.numpy(force=True) for name, one in self.weights.items()})
+
     @classmethod
     def with_zeros(cls, network: Network, weights: Weights, levels: Mapping[str, Level]) -> PrunedNetwork:
         """A network whose layers are at these levels, of those that aren't widths."""
@@ -245,7 +249,8 @@ class PrunedNetwork:
         return cls(network.prepared, weights, levels, layers)
 
 
-def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
+def as_tensors(samples: Samples) -> dict[str, torch.Tensor]:
+    """The inputs as a TorchGraph takes them; see `as_tensor`."""
     return {name: as_tensor(array) for name, array in samples.inputs.items()}
 
 

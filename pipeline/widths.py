@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_spdy.models import Layer, Prepared, narrowed, removed_indices, write_weights
+from onnx_spdy.models import Layer, Prepared, narrowed, removed_indices
 from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.graph import FLOATS
 from onnx_spdy.pipeline.data import Samples
@@ -29,7 +29,7 @@ def cut_out(pruned: PrunedNetwork, widths: Widths, samples: Samples | None = Non
     Raises:
         ModelError: the result is no valid model, or gives other outputs; that is a bug.
     """
-    masked = write_weights(pruned.base.proto, {name: one.numpy(force=True) for name, one in pruned.weights.items()})
+    masked = pruned.in_float()
     narrow = Prepared(narrowed(Prepared(masked), widths))
     examples = samples.take(slice(0, COMPARED_SAMPLES)).inputs if samples else None
     with Reference(masked, examples=examples) as reference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnx_spdy.models import Prepared, write_weights
+from onnx_spdy.models import Prepared
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.int8.quantise import quantise
@@ -23,6 +23,5 @@ def in_int8(
     progress: Progress = ignore,
 ) -> PrunedNetwork:
     """The same network with its numbers in int8; see `quantise`."""
-    weights = {name: values.numpy(force=True) for name, values in pruned.weights.items()}
-    network = Network(Prepared(write_weights(pruned.base.proto, weights)), for_pruning=False)
+    network = Network(Prepared(pruned.in_float()), for_pruning=False)
     return replace(pruned, int8=quantise(network, samples, form, loss=loss, seed=seed, progress=progress))

@@ -177,3 +177,9 @@ def test_a_batch_is_corrected_by_its_own_statistics_as_if_the_weights_had_been(
 def test_too_few_samples_for_a_fixed_batch_are_not_corrected(model: onnx.ModelProto, samples: Samples) -> None:
     with pytest.raises(NotCorrected, match="4 samples don't fill one batch of 8"):
         StatisticsCorrection(Network(Prepared(with_batch(model, 8))), samples.take(slice(0, 4)))
+
+
+def test_groups_that_lost_nothing_need_not_be_layers(network: Network, tmp_path: Path) -> None:
+    """As in a network that is fast enough in int8 alone, whose levels are those of groups."""
+    whole = PrunedNetwork(network.prepared, {}, {"a group": Level.parse("int8")})
+    assert deploy(network.prepared, whole, tmp_path / "model.onnx") == network.model
