@@ -83,6 +83,11 @@ def data_bytes(model: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for tensor in all_tensors(model)) + 1024 * len(model.graph.node)
 
 
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators; 1 where the file names none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+
 def check_model(model: onnx.ModelProto, name: str) -> None:
     """Let `onnx.checker` look at the model; `name` stands for it in the message of the ModelError."""
     # Above 2 GiB the checker can't be given the data; what it has to say about the structure stays the same.

@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from onnx_spdy.models.graph import ModelError, UnsupportedOperator, graph_inputs
+from onnx_spdy.models.graph import ModelError, UnsupportedOperator, graph_inputs, opset_of
 from onnx_spdy.models.operators import OPERATORS, Node
 from onnx_spdy.models.operators.operator import Compute
 from onnx_spdy.models.placement import Placement, place
@@ -265,9 +265,8 @@ class TorchGraph(nn.Module):
 
 
 def _read(model: onnx.ModelProto) -> list[tuple[Node, Compute]]:
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     try:
-        return read_nodes(model.graph, opset)
+        return read_nodes(model.graph, opset_of(model))
     except UnsupportedOperator as exc:
         raise UnsupportedOperator(f"TorchGraph can't run this graph: {exc}") from exc
 

@@ -94,10 +94,10 @@ class StatisticsCorrection:
         mean, deviation = self._statistics(outputs, layer)
         scale = _scale(deviation, dense_deviation)
         weight = self._network.values(layer.weight, weights)
-        weights[layer.weight] = weight * (scale if layer.transposed else _along(scale, weight, 0))
-        axis = _channel_axis(outputs[0], layer)
+        weights[layer.weight] = weight * (scale if layer.transposed else along(scale, weight, 0))
+        axis = channel_axis(outputs[0], layer)
         if layer.bias is None:
-            return [(output * _along(scale, output, axis)).to(output.dtype) for output in outputs]
+            return [(output * along(scale, output, axis)).to(output.dtype) for output in outputs]
         bias = self._network.values(layer.bias, weights)  # (out,)
         if layer.op != "MatMul":
             inside, expected = bias, dense_mean
@@ -107,7 +107,7 @@ class StatisticsCorrection:
         weights[layer.bias] = bias + shift
         # That later node still has the bias from before, so the shift is in the outputs already.
         corrected = (
-            (output - _along(inside, output, axis)) * _along(scale, output, axis) + _along(inside + shift, output, axis)
+            (output - along(inside, output, axis)) * along(scale, output, axis) + along(inside + shift, output, axis)
             for output in outputs
         )
         return [after.to(before.dtype) for after, before in zip(corrected, outputs, strict=True)]
@@ -118,7 +118,7 @@ class StatisticsCorrection:
             pairs = zip(self._paddings, outputs, strict=True)
             outputs = [padding.real_rows(output).flatten(0, -2) for padding, output in pairs]
         output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-        others = [axis for axis in range(output.ndim) if axis != _channel_axis(output, layer)]
+        others = [axis for axis in range(output.ndim) if axis != channel_axis(output, layer)]
         deviation, mean = torch.std_mean(output.float(), dim=others, correction=0)
         return mean, deviation
 
@@ -211,11 +211,12 @@ def _affordable(network: Network, samples: Samples) -> int:
     return max(size, min(SAMPLES, LARGEST_ACTIVATION_BYTES * size // largest))
 
 
-def _channel_axis(output: torch.Tensor, layer: Layer) -> int:
+def channel_axis(output: torch.Tensor, layer: Layer) -> int:
+    """Of a layer's output, on which its channels lie."""
     return 1 if layer.op == "Conv" else output.ndim - 1
 
 
-def _along(values: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
+def along(values: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
     """(n,) shaped so that it broadcasts along one axis of `like`."""
     shape = [1] * like.ndim
     shape[axis] = len(values)

@@ -23,8 +23,9 @@ WIDTH_LEVELS = 39
 CHANNELS = "channels"
 INT8 = "int8"
 NARROW_INT8 = f"{CHANNELS}+{INT8}"
+WIDTHS = (CHANNELS, NARROW_INT8)  # patterns of groups of units
 WHOLE = ("dense", INT8)  # patterns in which nothing is removed
-GRADED = ("unstructured", "block4", CHANNELS, NARROW_INT8)  # patterns with a sparsity of their choice
+GRADED = ("unstructured", "block4", *WIDTHS)  # patterns with a sparsity of their choice
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -93,7 +94,7 @@ class Level:
     @property
     def is_width(self) -> bool:
         """Whether it is for a group of units, which then are missing, and not for the weights of one layer."""
-        return self.pattern in (CHANNELS, NARROW_INT8)
+        return self.pattern in WIDTHS
 
     @property
     def is_int8(self) -> bool:
@@ -128,7 +129,7 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     names = [name.strip() for name in pattern.split(",")]
     if len(set(names)) < len(names):
         raise LevelError(f"pattern {pattern!r} names one twice; name each once")
-    if {CHANNELS, NARROW_INT8} & {*names} and len(names) > 1:
+    if {*WIDTHS} & {*names} and len(names) > 1:
         raise LevelError(f"pattern {pattern!r}: a search over widths and others at once isn't built yet; name one kind")
     whole = Level(INT8, 0.0) if NARROW_INT8 in names else DENSE
     return whole, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
@@ -139,7 +140,7 @@ def _levels_of(pattern: str) -> list[Level]:
         raise LevelError(f"pattern {pattern!r} leaves nothing to choose; use {', '.join(GRADED)} or N:M such as 2:4")
     if _N_OF_M.fullmatch(pattern):
         return [Level.parse(pattern)]
-    if pattern in (CHANNELS, NARROW_INT8):
+    if pattern in WIDTHS:
         return [Level(pattern, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
     kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]

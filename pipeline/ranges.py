@@ -17,7 +17,6 @@ from onnx_spdy.models.int8.grid import Grid, grid_between
 from onnx_spdy.models.torch_graph import NodeModule
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network
-from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 CHANNELS = 1  # axis of a convolution's input
@@ -56,14 +55,12 @@ def observe(
     by_channel: Collection[str],
     samples: Samples,
     rng: np.random.Generator,
-    progress: Progress = ignore,
 ) -> dict[str, Seen]:
     """Watch tensors while the network runs on samples.
 
     Args:
         tensors: names of inputs and inner tensors.
         by_channel: those of them with a range for each channel.
-        progress: called with (samples done, samples, "").
     Raises:
         RangeError: one of them is NaN or infinite for some sample; the message names it.
     """
@@ -93,15 +90,12 @@ def observe(
 
     hooks = [network.graph.node(name).register_forward_hook(hook) for name in _makers(network, tensors)]
     try:
-        done, batches = 0, network.batches(samples)
-        for batch in batches:
+        for batch in network.batches(samples):
             with torch.inference_mode():
                 for name, array in batch.inputs.items():
                     if name in tensors:
                         look(name, torch.from_numpy(array))
                 network.run(batch)
-            done += len(batch)
-            progress(done, sum(map(len, batches)), "")
     finally:
         for one in hooks:
             one.remove()
@@ -164,9 +158,9 @@ def grids(seen: Mapping[str, Seen], form: Form, method: Method) -> dict[str, Gri
 
 
 def _grid(seen: Seen, form: Form, method: Method) -> Grid:
+    axis = CHANNELS if seen.low.ndim else None
     low, high = method(seen)
     least, most = float(np.min(low)), float(np.max(high))
-    axis = CHANNELS if seen.low.ndim else None
     if float(np.min(seen.low)) >= 0 and form.unsigned:
         return grid_between(low, high, signed=False, symmetric=True, axis=axis)
     lopsided = max(most, -least) > form.lopsided * max(0.0, min(most, -least)) and axis is None

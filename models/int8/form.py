@@ -6,7 +6,7 @@ A form is data, not code: what it says, `place.py` and `write.py` do. To add an 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -20,6 +20,7 @@ class Form:
     """What an engine fuses.
 
     Attributes:
+        name: of the runtime.
         unsigned: whether activations may be uint8.
         lopsided: how many times as far a range reaches to one side of 0 as to the other, from which on it gets a zero
             point of its own: that costs some engines time, and a range that is cut in half costs accuracy.
@@ -46,13 +47,32 @@ BETWEEN = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool"})
 # ONNX Runtime: its page on quantisation advises uint8 for activations on x86, and fuses a layer between
 # DequantizeLinear and QuantizeLinear only. OpenVINO: as NNCF writes it for it. TensorRT: "explicit quantisation" takes
 # symmetric int8 only. The test double takes anything.
+OPENVINO = Form(
+    "openvino",
+    unsigned=True,
+    lopsided=2.0,
+    per_channel=True,
+    outputs=False,
+    between=BETWEEN,
+    products=True,
+    int32_bias=False,
+)
 FORMS = {
     form.name: form
     for form in (
-        Form("onnxruntime", True, 1.0, False, True, BETWEEN | {"Mul", "Sigmoid"}, False, True),
-        Form("openvino", True, 2.0, True, False, BETWEEN, True, False),
-        Form("tensorrt", False, math.inf, False, False, BETWEEN, True, False),
-        Form("fake", True, 2.0, True, False, BETWEEN, True, False),
+        Form(
+            "onnxruntime",
+            unsigned=True,
+            lopsided=1.0,
+            per_channel=False,
+            outputs=True,
+            between=BETWEEN | {"Mul", "Sigmoid"},
+            products=False,
+            int32_bias=True,
+        ),
+        OPENVINO,
+        replace(OPENVINO, name="tensorrt", unsigned=False, lopsided=math.inf, per_channel=False),
+        replace(OPENVINO, name="fake"),
     )
 }
 

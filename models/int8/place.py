@@ -14,7 +14,7 @@ from functools import cached_property
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnx_spdy.models.graph import ModelError, captured_names, inner_graphs, node_names, outline_of
+from onnx_spdy.models.graph import ModelError, captured_names, inner_graphs, node_names, opset_of, outline_of
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -66,6 +66,10 @@ class Placement:
     depthwise: frozenset[str] = frozenset()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
+    def by_channel(self, form: Form) -> frozenset[str]:
+        """The tensors that have a scale for each channel in this form."""
+        return self.depthwise if form.per_channel else frozenset()
+
 
 def find_placement(model: onnx.ModelProto, form: Form, layers: Collection[str] | None = None) -> Placement:
     """What of a graph is quantised.
@@ -89,8 +93,7 @@ class _Placing:
     """One search through a graph."""
 
     def __init__(self, model: onnx.ModelProto, form: Form, layers: Collection[str] | None) -> None:
-        version = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 1)
-        if version < OPSET:
+        if (version := opset_of(model)) < OPSET:
             raise ModelError(f"the graph has opset {version}; int8 weights need opset {OPSET} or later")
         self._form, self._layers = form, layers
         self._nodes = dict(zip(node_names(model.graph), model.graph.node, strict=True))

@@ -18,7 +18,7 @@ class Compression:
     """How layers are compressed.
 
     Attributes:
-        levels: dense first, then from lowest to highest sparsity.
+        levels: the whole network first, then from lowest to highest sparsity.
         pruner: what compresses a layer to them.
         memory_bytes: of the whole process while the database is built: where the Hessians of all layers don't fit, the
             layers are taken in several passes over the samples. None: everything in one pass.

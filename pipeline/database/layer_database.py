@@ -56,7 +56,7 @@ class LayerDatabase:
 
     Attributes:
         folder: where the files are.
-        levels: dense first.
+        levels: the whole network first.
         layers: name of a site, a layer or a group -> its entry: file, sha256, errors.
         made_from: model_sha256, data_sha256, pruner, pattern.
     """

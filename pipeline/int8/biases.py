@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from onnx_spdy.models import Layer, TorchGraph
+from onnx_spdy.pipeline.correct import along, channel_axis
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.network import Network, as_tensor
+from onnx_spdy.pipeline.network import Network, as_tensors
 from onnx_spdy.pipeline.padding import Padding
 
 Means = Mapping[str, torch.Tensor]  # layer -> (out,) mean of its output channels
@@ -45,7 +46,7 @@ def corrected_biases(
     """
     watch = _Means(graph, layers, batches, wanted, biases)
     with torch.inference_mode():
-        graph.run_together([{n: as_tensor(a) for n, a in batch.inputs.items()} for batch in batches], watch.correct)
+        graph.run_together([as_tensors(batch) for batch in batches], watch.correct)
     return watch.biases
 
 
@@ -77,9 +78,8 @@ class _Means:
             return outputs
         shift = self._wanted[layer.name] - self._mean(layer, outputs)  # (out,)
         self.biases[layer.bias] = self.biases[layer.bias] + shift.numpy()
-        axis = 1 if layer.op == "Conv" else outputs[0].ndim - 1
-        along = shift.view([-1 if number == axis else 1 for number in range(outputs[0].ndim)])
-        return [output + along for output in outputs]
+        axis = channel_axis(outputs[0], layer)
+        return [output + along(shift, output, axis) for output in outputs]
 
     def _mean(self, layer: Layer, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         if layer.op == "Conv":

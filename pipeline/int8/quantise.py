@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from onnx_spdy.models import Prepared, TorchGraph, find_layers, fixed_batch, prepare, write_weights
 from onnx_spdy.models.agreement import Reference
-from onnx_spdy.models.graph import ModelError, one_line
+from onnx_spdy.models.graph import ModelError, one_line, opset_of
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.place import OPSET, find_placement
 from onnx_spdy.models.int8.write import Integers, IntegerWeight, write_int8
@@ -27,7 +27,7 @@ from onnx_spdy.pipeline.int8.biases import channel_means, corrected_biases
 from onnx_spdy.pipeline.int8.rounding import integer_weight
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.loss import Loss, fit_loss, numbers
-from onnx_spdy.pipeline.network import Int8Network, Network, as_tensor
+from onnx_spdy.pipeline.network import Int8Network, Network, as_tensors
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.ranges import RANGES, grids, observe
 from onnx_spdy.pipeline.rows import sample_axes
@@ -76,8 +76,7 @@ def with_int8_opset(prepared: Prepared, samples: Samples | None = None) -> Prepa
     Raises:
         ModelError: it can't be converted, or computes something else then.
     """
-    version = next((one.version for one in prepared.proto.opset_import if one.domain in ("", "ai.onnx")), 1)
-    if version >= OPSET:
+    if (version := opset_of(prepared.proto)) >= OPSET:
         return prepared
     try:
         raised = onnx.version_converter.convert_version(prepared.proto, OPSET)
@@ -119,17 +118,18 @@ class _Quantising:
     def best(self) -> Int8Network:
         steps = 3 + len(RANGES)
         self._progress(0, steps, "ranges of activations")
-        depthwise = self._placement.depthwise if self._form.per_channel else frozenset()
-        seen = observe(self._network, self._placement.points, depthwise, self._some, self._rng)
+        by_channel = self._placement.by_channel(self._form)
+        seen = observe(self._network, self._placement.points, by_channel, self._some, self._rng)
         self._progress(1, steps, "rounding weights")
         weights = self._weights()
         judge = self._judge()
+        tried = {name: Integers(grids(seen, self._form, method), weights) for name, method in RANGES.items()}
         losses: dict[str, float] = {}
-        for number, (name, method) in enumerate(RANGES.items()):
+        for number, (name, integers) in enumerate(tried.items()):
             self._progress(2 + number, steps, f"trying {name}")
-            losses[name] = judge(self._written({}, Integers(grids(seen, self._form, method), weights)))
+            losses[name] = judge(self._written({}, integers))
         name = min(losses, key=losses.__getitem__)
-        integers = Integers(grids(seen, self._form, RANGES[name]), weights)
+        integers = tried[name]
         self._progress(2 + len(RANGES), steps, "correcting biases")
         biases = self._corrected_biases(integers)
         corrected = judge(self._written(biases, integers))
@@ -165,7 +165,7 @@ class _Quantising:
 
     def _outputs(self, graph: TorchGraph, batch: Samples) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
-            return graph({name: as_tensor(array) for name, array in batch.inputs.items()})
+            return graph(as_tensors(batch))
 
     def _judge(self) -> Callable[[onnx.ModelProto], float]:
         """graph -> calibration loss on the judged samples; infinite where it isn't a number."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from onnx_spdy.models.int8.nearest import LARGEST, LEAST_SCALE
 from onnx_spdy.models.int8.write import IntegerWeight
 from onnx_spdy.pipeline.database.pruners.quadratic import cholesky, damped, inverse
 
-LARGEST = 127
 SHRINKS = torch.linspace(1.0, 0.6, 21)  # of the scale that holds a channel's largest weight
 BLOCK = 128  # columns whose errors go to the columns after them together
-LEAST_SCALE = 1e-30  # of a channel without weights
 
 
 def integer_weight(values: np.ndarray, axis: int, hessian: torch.Tensor | None) -> IntegerWeight:

@@ -44,7 +44,7 @@ class InInt8:
 
     def written(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A network with the nodes of the dense one in int8."""
-        placement = find_placement(model, self._form)
+        placement = self._placement  # narrower networks have the same nodes
         grids = {name: _fitting(grid, name, placement, model) for name, grid in self._grids.items()}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         weights = {
@@ -59,7 +59,7 @@ class InInt8:
         model = self._network.proto
         batch = Samples(dict(resolved(model.graph, self._workload).inputs or {}), axes=batch_axes(graph_inputs(model)))
         network = Network(self._network, for_pruning=False)
-        by_channel = self._placement.depthwise if self._form.per_channel else frozenset()
+        by_channel = self._placement.by_channel(self._form)
         seen = observe(network, self._placement.points, by_channel, batch, np.random.default_rng(0))
         return grids(seen, self._form, extremes)
 

@@ -87,7 +87,7 @@ def measure_latency(
     Args:
         dense: the network.
         runtime: the one that will run it.
-        levels: dense first.
+        levels: the whole network first.
         workload: as in `Runtime.open`.
         seed: of the networks' levels and zeros.
         save: latency.json, written at the end. Until then what was measured is kept beside it, in
