@@ -13,7 +13,7 @@ from onnx_spdy.runtimes import ANY_ZEROS, DEEPSPARSE_LICENCE_NOTE, RUNTIMES, Run
 
 NOT_ON_HARDWARE = "not run on hardware yet"
 NOTES = {
-    "cusparselt": f"dense or 2:4 on NVIDIA GPUs from compute capability 8.0 on, in PyTorch; {NOT_ON_HARDWARE}",
+    "cusparselt": "dense or 2:4 on NVIDIA GPUs from compute capability 8.0 on, in PyTorch; run on an H200",
     "deepsparse": DEEPSPARSE_LICENCE_NOTE,
     "fake": "a formula of the non-zeros, not an engine: for tests and dry runs",
     "onnxruntime": "no sparse kernels: a dense baseline",

@@ -28,6 +28,10 @@ class CpuDevice:
         """See `Device.replayable`."""
         return run
 
+    def compiled(self, graph: Any) -> Any:
+        """See `Device.compiled`."""
+        return graph
+
     def seconds(self, replay: Run, iterations: int, *, cold: bool = False) -> list[float]:
         """See `Device.seconds`."""
         found = []

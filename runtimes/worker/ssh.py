@@ -38,7 +38,7 @@ STARTER = (
 )
 COMMON_PACKAGES = ("numpy", "onnx", "protobuf", "ml_dtypes", "psutil")
 ENGINE_PACKAGES: dict[str, tuple[str, ...]] = {
-    "cusparselt": ("torch",),
+    "cusparselt": ("torch", "onnxscript"),
     "deepsparse": (),  # its worker gets them itself
     "fake": ("onnxruntime",),
     "tensorrt": ("tensorrt", "torch", "onnxruntime"),

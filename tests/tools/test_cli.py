@@ -211,7 +211,7 @@ def test_doctor_names_every_runtime(folder: Path, cli: Cli) -> None:
     assert done.code == 0
     for name in ("cusparselt", "deepsparse", "onnxruntime", "openvino", "tensorrt", "fake"):
         assert name in done.out
-    assert done.out.replace("\n", " ").count("not run on hardware") == 2
+    assert done.out.replace("\n", " ").count("not run on hardware") == 1  # tensorrt
 
 
 def test_a_pattern_without_kernels_is_warned_of(folder: Path, cli: Cli) -> None:

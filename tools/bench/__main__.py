@@ -13,6 +13,7 @@ from onnx_spdy.tools.expected import one_line_errors
 BENCHMARKS = {
     "database": "What a layer database costs, and how good its layers are on samples that it hasn't seen.",
     "gpu": "What 2:4 gains on a GPU, layer by layer and in whole encoders.",
+    "gpu-kernels": "One layer at a time on a GPU: dense and 2:4 in bf16, fp16, fp8 and int8.",
     "gradual": "Which profile ends higher when the network is pruned gradually to it and trained.",
     "groups": "What channels and heads can be removed from networks, and how much work that saves at most.",
     "latency": "How well a latency table predicts networks that it has never seen.",

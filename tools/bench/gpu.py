@@ -9,14 +9,16 @@ times don't depend on them. The file, some kilobytes for each case, is written a
 case is begun after --time-limit.
 
 It needs an NVIDIA GPU from compute capability 8.0 on, Python 3.10 or later, and there torch 2.8 or later for CUDA with
-cuSPARSELt, numpy, onnx, ml_dtypes and typer; nothing else of what this project depends on. Where the project isn't
+cuSPARSELt, numpy, onnx, onnxscript, ml_dtypes and typer; nothing else of what this project depends on. Where the project isn't
 installed, a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as the Makefile
 makes it for `make types`; where onnx or typer is missing, its wheels unpacked into a folder on PYTHONPATH. --dry-run is
-for machines without a GPU: one tiny encoder on the CPU, whose times mean nothing. Not run on hardware yet.
+for machines without a GPU: one tiny encoder on the CPU, whose times mean nothing. Run on an H200; its figures
+are in `tests/golden/h200_bf16`.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +43,6 @@ from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt, CuSparseLtSession
 from onnx_spdy.tools.results import Json, write_results
 from onnx_spdy.tools.table import print_table
 
-PRECISION = "bf16"
 OPSET = 17
 ROUNDS, RUNS_A_ROUND, WARMUP = 30, 3, 10
 PROFILED = 50
@@ -73,6 +74,7 @@ TINY = (Case("tiny", 2, 64, 4, 16, 2),)
 
 def bench(
     case: Annotated[str, typer.Option("--case", metavar="TEXT", help="only cases that have that in their name")] = "",
+    precision: Annotated[str, typer.Option("--precision", metavar="P[,P]", help="bf16, fp16 or both")] = "bf16",
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="MINUTES", help="after which no case is begun")
     ] = MINUTES,
@@ -84,19 +86,18 @@ def bench(
     """Measure the cases; show the layers and the networks of each."""
     device = CpuDevice() if dry_run else None
     started, found = time.monotonic(), []
-    for one in TINY if dry_run else CASES:
-        if case not in str(one):
-            continue
+    chosen = [one for one in (TINY if dry_run else CASES) if case in str(one)]
+    for kind, one in itertools.product(precision.split(","), chosen):
         if time.monotonic() - started > 60 * time_limit:
-            print(f"{time_limit:g} minutes are over: {one} and what follows isn't measured")
+            print(f"{time_limit:g} minutes are over: {one} in {kind} and what follows isn't measured")
             break
-        found.append(measure(one, device))
+        found.append(measure(one, kind, device))
         write_results(json, "bench_gpu", {"cases": found})
-        show_layers(one, found[-1])
+        show_layers(found[-1])
     show_networks(found)
 
 
-def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
+def measure(case: Case, precision: str, device: Device | None = None) -> dict[str, Any]:
     """Everything about one case.
 
     Args:
@@ -106,7 +107,7 @@ def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
     layers = [layer for layer in find_layers(model) if layer.prunable]
     with (
         tempfile.TemporaryDirectory(prefix="onnx-spdy-") as folder,
-        CuSparseLt(PRECISION, reader=READER, pick=False, device=device) as runtime,
+        CuSparseLt(precision, reader=READER, pick=False, device=device) as runtime,
     ):
 
         def opened(name: str, sparse: Sequence[Layer]) -> CuSparseLtSession:
@@ -122,6 +123,7 @@ def measure(case: Case, device: Device | None = None) -> dict[str, Any]:
         share = 1 - sum(gain(rows, one) for one in faster) / sum(row.seconds for row in rows["dense"].values())
         content = {
             "case": asdict(case),
+            "precision": precision,
             "engine": dense.environment.to_json(),
             "conditions": "layers: in the network's CUDA graph; cold: by itself, L2 overwritten; networks: in turns",
             "layers": [_row(one, rows, all_sparse, one in faster) for one in layers],
@@ -234,11 +236,12 @@ def _network(dense: Measurement, one: Measurement) -> dict[str, float]:
     return {"median_seconds": one.median, "spread": one.spread, "speedup": speedup, "speedup_error": error}
 
 
-def show_layers(case: Case, content: Mapping[str, Any]) -> None:
+def show_layers(content: Mapping[str, Any]) -> None:
     """Print what each layer takes."""
     times = ("dense_seconds", "sparse_seconds", "cold_dense_seconds", "cold_sparse_seconds")
     print_table(
-        str(case), ("layer", "dense us", "2:4 us", "cold dense us", "cold 2:4 us", "speedup", "in selective", "kernel"),
+        f"{Case(**content['case'])} in {content['precision']}",
+        ("layer", "dense us", "2:4 us", "cold dense us", "cold 2:4 us", "speedup", "in selective", "kernel"),
         [(layer["name"], *(f"{1e6 * layer[key]:.1f}" for key in times),
           f"{layer['dense_seconds'] / layer['sparse_seconds']:.2f}", "2:4" if layer["selective"] else "dense",
           layer["kernel"]) for layer in content["layers"]],
@@ -253,6 +256,14 @@ def show_networks(cases: Sequence[Mapping[str, Any]]) -> None:
         times = (f"{1e6 * one['median_seconds']:.1f} ({one['speedup']:.3f}x)" for one in networks.values())
         chosen = f"{sum(layer['selective'] for layer in content['layers'])} of {len(content['layers'])}"
         off = predicted / networks["selective"]["median_seconds"] - 1
-        rows.append((Case(**content["case"]), *times, chosen, f"{1e6 * predicted:.1f}", f"{off:+.1%}"))
+        rows.append(
+            (
+                f"{Case(**content['case'])} {content['precision']}",
+                *times,
+                chosen,
+                f"{1e6 * predicted:.1f}",
+                f"{off:+.1%}",
+            )
+        )
     columns = ("encoder", "dense us", "all 2:4 us", "selective us", "layers that gain", "predicted us", "off")
     print_table("Networks", columns, rows)

@@ -18,8 +18,9 @@ from onnx_spdy.pipeline.engine import READER, open_runtime
 from onnx_spdy.runtimes import ModelRefused, RuntimeUnavailable, UnknownPrecision, Workload
 from onnx_spdy.runtimes import open_runtime as open_by_name
 from onnx_spdy.runtimes.base import reason_in
+from onnx_spdy.runtimes.model_file import fix_model
 from onnx_spdy.runtimes.nvidia.cpu_device import CpuDevice
-from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt
+from onnx_spdy.runtimes.nvidia.cusparselt import CuSparseLt, folded
 from onnx_spdy.runtimes.nvidia.semi_structured import has_pattern, layer_weight
 from onnx_spdy.runtimes.nvidia.sparse_nodes import patches
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
@@ -146,7 +147,7 @@ def test_rows_tell_what_is_sparse_and_add_up_to_the_network(every_kind):
     assert set(sparse.values()) == {0.5}
     outputs = [name for row in rows for name in row.outputs]
     assert sorted(outputs) == sorted({node.output[0] for node in onnx.load(every_kind).graph.node})
-    assert [row.outputs for row in rows if len(row.outputs) > 1] == [("p", "f"), ("s", "t")]
+    assert [row.outputs for row in rows if len(row.outputs) > 1] == [("r1", "p", "f", "s", "t")]
 
 
 def test_a_kernel_that_computes_something_else_is_refused(every_kind):
@@ -183,6 +184,119 @@ def test_a_bias_that_is_computed_is_never_frozen(tmp_path):
     reference = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     for actual, expected in zip(found.values(), reference, strict=True):
         assert np.abs(actual - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+class Compiler(Clock):
+    """A GPU whose compiler is torch.compile without code generation, or what `compiler` does."""
+
+    def __init__(self, compiler: Any = None) -> None:
+        super().__init__(sparse_seconds=0.5)
+        self.graphs, self._compiler = 0, compiler
+
+    def compiled(self, graph: Any) -> Any:
+        self.graphs += 1
+        if self._compiler:
+            return self._compiler(graph)
+        return torch.compile(graph, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+def fusion(session: Any) -> str:
+    return dict(session.environment.options)["fusion"]
+
+
+def test_networks_that_differ_in_weights_share_one_compiled_graph_and_keep_their_results(every_kind, tmp_path):
+    model = onnx.load(every_kind)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("w11", "b33", "stem"):
+            tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), tensor.name))
+    other = tmp_path / "other.onnx"
+    onnx.save(model, other)
+    device, x = Compiler(), np.random.default_rng(3).standard_normal((BATCH, 3, 12, 12)).astype(np.float32)
+    with CuSparseLt(reader=READER, device=device) as runtime:
+        for path in (every_kind, other, every_kind):
+            with runtime.open(path, Workload(BATCH)) as session:
+                found, kind = session.run({"x": x})["y"], fusion(session)
+                rows = {row.outputs[0] for row in session.layer_seconds(2) if row.outputs}
+            expected = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+            assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
+            assert kind == "torch.compile"
+            assert {"c0", "c1", "c2", "c3", "g", "h", "m", "y"} < rows
+    assert device.graphs == 1
+
+
+def test_a_shape_that_the_graph_carries_is_no_weight(tmp_path):
+    device = Compiler()
+    with CuSparseLt(reader=READER, device=device) as runtime:
+        for axis in (1, 2):
+            weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+            nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "h"),
+                     helper.make_node("ReduceSum", ["h", "axes"], ["y"], "y", keepdims=1)]  # fmt: skip
+            value = helper.make_tensor_value_info
+            graph = helper.make_graph(
+                nodes, "sums", [value("x", TensorProto.FLOAT, ["n", 8, 8])], [value("y", TensorProto.FLOAT, None)],
+                [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([axis]), "axes")],
+            )  # fmt: skip
+            path = tmp_path / "sums.onnx"
+            onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+            with runtime.open(path, Workload(BATCH)) as session:
+                found = session.run({"x": np.ones((BATCH, 8, 8), np.float32)})["y"]
+            assert found.shape == ((BATCH, 1, 8) if axis == 1 else (BATCH, 8, 1))
+    assert device.graphs == 2
+
+
+def failing(graph: Any) -> Any:
+    raise NotImplementedError("no such compiler")
+
+
+def wrong(graph: Any) -> Any:
+    return lambda arguments: [value + 1 for value in graph(arguments)]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [(failing, "no such compiler"), (wrong, "fused, it computes something else")]
+)
+def test_what_can_not_be_fused_runs_as_it_is_and_that_is_said(every_kind, caplog, compiler, reason):
+    x = np.random.default_rng(3).standard_normal((BATCH, 3, 12, 12)).astype(np.float32)
+    runtime = CuSparseLt(reader=READER, device=Compiler(compiler))
+    with runtime, runtime.open(every_kind, Workload(BATCH)) as session:
+        found = session.run({"x": x})["y"]
+        assert fusion(session) == "none"
+        assert session.layer_seconds(1)[-1].kernel == "fusion: none"
+    assert reason in caplog.text
+    expected = onnxruntime.InferenceSession(every_kind, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+def test_shapes_that_are_computed_are_known_before_it_runs(tmp_path):
+    """A tensor that is made on the CPU can't be copied to the GPU while a graph is captured."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], "shape"),
+        helper.make_node("Gather", ["shape", "last"], ["size"], "size"),
+        helper.make_node("Range", ["zero", "size", "one"], ["places"], "places"),
+        helper.make_node("Gather", ["table", "places"], ["added"], "added"),
+        helper.make_node("MatMul", ["x", "w"], ["h"], "h"),
+        helper.make_node("Add", ["h", "added"], ["y"], "y"),
+    ]
+    rng = np.random.default_rng(0)
+    arrays = {
+        "last": np.array(1), "zero": np.array(0), "one": np.array(1), "w": rng.standard_normal((8, 8)),
+        "table": rng.standard_normal((40, 8)),
+    }  # fmt: skip
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "positions", [value("x", TensorProto.FLOAT, ["n", 5, 8])], [value("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(a.astype(np.float32) if a.ndim else a, name) for name, a in arrays.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path = tmp_path / "positions.onnx"
+    onnx.save(model, path)
+    left = folded(fix_model(path, Workload(BATCH)).proto)
+    assert {"MatMul", "Add"} <= {node.op_type for node in left.graph.node} <= {"MatMul", "Add", "Gather"}
+    x = rng.standard_normal((BATCH, 5, 8)).astype(np.float32)
+    with CuSparseLt(reader=READER, device=CpuDevice()).open(path, Workload(BATCH)) as session:
+        found = session.run({"x": x})["y"]
+    expected = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
 
 
 def test_dense_weights_are_left_alone(every_kind, conv_net):
