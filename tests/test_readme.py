@@ -121,6 +121,7 @@ NOT_RUN = {
     "onnx-spdy doctor": "it starts, and installs, every engine; tests/tools/test_cli.py runs it",
     "bench torch-pruning": "it needs the package torch-pruning",
     "bench gpu": "tests/tools/bench/test_gpu.py runs it without a GPU",
+    "bench gpu-kernels": "it needs a GPU",
     "demo out/demo": "it trains a network for a minute: make demo",
 }
 

@@ -8,6 +8,7 @@ continued. Reading maps the file into memory: only the level that is asked for i
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,7 +263,9 @@ def _build_layer(
     (layer,) = site.layers
     hessian = hessians[layer.name]
     dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
-    dense_power = squared_error(dense.flatten(1).double(), hessian)
+    # By a power of two, which changes no bit: squares of weights near the end of float32 aren't in it.
+    scale = 2.0 ** -math.frexp(float(dense.abs().max()))[1]
+    dense_power = squared_error((scale * dense.double()).flatten(1), hessian)
     single = hessian.float()
     errors = [0.0]
     tensors: dict[str, torch.Tensor] = {}
@@ -271,7 +274,7 @@ def _build_layer(
         pruned = compression.pruner.prune(dense, hessian, compression.levels[1:])
         for level, weight in zip(compression.levels[1:], pruned, strict=True):
             _check(layer, level, weight)
-            change = (weight - dense).flatten(1)
+            change = (scale * (weight - dense)).flatten(1)
             errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
             tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
     except UnusableHessian as exc:

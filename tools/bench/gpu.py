@@ -9,11 +9,11 @@ times don't depend on them. The file, some kilobytes for each case, is written a
 case is begun after --time-limit.
 
 It needs an NVIDIA GPU from compute capability 8.0 on, Python 3.10 or later, and there torch 2.8 or later for CUDA with
-cuSPARSELt, numpy, onnx, onnxscript, ml_dtypes and typer; nothing else of what this project depends on. Where the project isn't
-installed, a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as the Makefile
-makes it for `make types`; where onnx or typer is missing, its wheels unpacked into a folder on PYTHONPATH. --dry-run is
-for machines without a GPU: one tiny encoder on the CPU, whose times mean nothing. Run on an H200; its figures
-are in `tests/golden/h200_bf16`.
+cuSPARSELt, numpy, onnx, onnxscript, ml_dtypes and typer; nothing else of what this project depends on. Where the
+project isn't installed, a folder `onnx_spdy` with links to models, runtimes, pipeline and tools on PYTHONPATH does, as
+the Makefile makes it for `make types`; where onnx or typer is missing, its wheels unpacked into a folder on PYTHONPATH.
+--dry-run is for machines without a GPU: one tiny encoder on the CPU, whose times mean nothing. Run on an H200; its
+figures are in `tests/golden/h200_bf16`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ They are for the network of `setting.py`. Some are odd, but no mistakes.
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ DATA = {
     "tensor_meta": lambda: {"input": torch.zeros(64, 3, 8, 8, device="meta")},
     "tensor_complex": lambda: {"input": torch.from_numpy(X).to(torch.complex64)},
     "tensor_quantized": lambda: {"input": torch.quantize_per_tensor(torch.from_numpy(X), 0.1, 0, torch.qint8)},
-    "tensor_nested": lambda: {"input": torch.nested.nested_tensor([torch.zeros(3, 8, 8), torch.zeros(3, 4, 8)])},
+    "tensor_nested": lambda: {"input": _nested()},
     "keys_are_numbers": lambda: {0: X},
     "keys_are_mixed": lambda: {"input": X, 0: X},
     "key_is_none": lambda: {None: X},
@@ -155,6 +156,12 @@ DATA = {
     "is_interrupted": lambda: _throw(KeyboardInterrupt()),
     "wants_arguments": lambda one: {"input": X},
 }
+
+
+def _nested():
+    with warnings.catch_warnings():  # PyTorch's own, that they are a prototype
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(3, 8, 8), torch.zeros(3, 4, 8)])
 
 
 def _throw(exc):

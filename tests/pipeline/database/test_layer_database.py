@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import Layer, to_canonical
+from onnx_spdy.models import Layer, Prepared, to_canonical
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
@@ -56,6 +57,24 @@ def test_what_comes_back_is_what_the_pruner_gave(network: Network, samples: Samp
             assert torch.equal(to_canonical(layer, weights_of(database, network, layer, level)[layer.weight]), weight)
             change = (weight - dense).flatten(1).double()
             assert errors[row, column] == pytest.approx(squared_error(change, hessians[layer.name]) / power, rel=1e-3)
+
+
+def test_weights_near_the_end_of_float32_have_the_errors_of_small_ones(samples: Samples, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((48, 16)).astype(np.float32)
+    found = []
+    for name, factor in (("small", 1), ("large", 2.0**120)):
+        nodes = [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("Gemm", ["flat", "w"], ["y"])]
+        value = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            nodes, name, [value("input", TensorProto.FLOAT, ["n", 48])], [value("y", TensorProto.FLOAT, ["n", 16])],
+            [numpy_helper.from_array(weight * np.float32(factor), "w")],
+        )  # fmt: skip
+        network = Network(Prepared(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])))
+        some = Samples({"input": np.random.default_rng(1).standard_normal((64, 48)).astype(np.float32)})
+        database = build_database(network, some, compression(magnitude, "magnitude"), tmp_path / name)
+        found.append(database.errors([layer.name for layer in network.layers]))
+    assert (found[0][:, 1:] > 0).all()
+    np.testing.assert_array_equal(*found)
 
 
 def test_sparse_levels_take_the_room_of_what_they_hold(network: Network, samples: Samples, tmp_path: Path) -> None:
