@@ -53,7 +53,7 @@ void Instance::apply_maps(const Action& action, const float* source, float* targ
 void Instance::run_layer(const Action& action, size_t task) const {
   const Kernels& kernels = *program_.kernels;
   const Step& step = *action.step;
-  const Plane& target = planes_[action.target];
+  const Plane &source = planes_[action.source], &target = planes_[action.target];
   const Plane* residual = action.residual < 0 ? nullptr : &planes_[action.residual];
   const size_t parts = action.parts.size() - 1;
   const int64_t chunk = static_cast<int64_t>(task / parts), part = static_cast<int64_t>(task % parts);
@@ -65,27 +65,48 @@ void Instance::run_layer(const Action& action, size_t task) const {
   tile.valid = target.valid;
   tile.low = action.low;
   tile.high = action.high;
-  for (size_t at = action.parts[part]; at < action.parts[part + 1]; ++at) {
-    const Group& group = step.packed.groups[at];
-    tile.offsets = action.offsets.data() + group.begin;
-    tile.values = step.packed.values.data() + group.values;
-    tile.taps = group.taps;
-    tile.bias = step.bias.data() + group.first;
-    const int64_t pieces = (end - first + kernels.widest[group.block] - 1) / kernels.widest[group.block];
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t from = first + piece * (end - first) / pieces, to = first + (piece + 1) * (end - first) / pieces;
-      tile.pixel = from * kernels.lanes;
-      tile.input = planes_[action.source].data + tile.pixel;
-      tile.output = target.data + group.first * target.step + tile.pixel;
-      if (residual) tile.residual = residual->data + group.first * residual->step + tile.pixel;
-      kernels.tile[group.block][to - from](tile);
+  // The next chunk's lines come while this one is computed: hardware doesn't follow that many channels.
+  const int64_t pixels = (end - first) * kernels.lanes, next = end * kernels.lanes;
+  const int64_t ahead = next + source.readers.front().high[0] * target.pitch;
+  const bool is_ahead = chunk + 1 < action.chunks;
+  int64_t channel_ahead = 0;
+  auto fetch = [&](const Plane& plane, int64_t channel, int64_t pixel) {
+    const float* line = plane.data + channel * plane.step + pixel;
+    for (int64_t x = 0; x < pixels; x += kAlign) __builtin_prefetch(line + x, 0, 2);
+  };
+  for (int64_t block = 0; block < action.blocks; ++block)
+    for (size_t at = action.parts[part]; at < action.parts[part + 1]; ++at) {
+      const Group& group = step.packed.groups[at];
+      const int64_t* cut = action.cuts.data() + static_cast<int64_t>(at) * (action.blocks + 1) + block;
+      const int outputs = kBlocks[group.block], widest = kernels.widest[group.block];
+      if (is_ahead && !block) {
+        for (int one = 0; one < outputs; ++one) {
+          for (int64_t k = 0; k * step.outputs < source.channels && channel_ahead < source.channels; ++k)
+            fetch(source, channel_ahead++, ahead);
+          if (residual) fetch(*residual, group.first + one, next);
+          fetch(target, group.first + one, next);
+        }
+      }
+      tile.is_last = block + 1 == action.blocks;
+      tile.offsets = action.offsets.data() + group.begin + cut[0];
+      tile.values = step.packed.values.data() + group.values + cut[0] * outputs;
+      tile.taps = cut[1] - cut[0];
+      tile.bias = block ? nullptr : step.bias.data() + group.first;
+      const int64_t pieces = (end - first + widest - 1) / widest;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t from = first + piece * (end - first) / pieces, to = first + (piece + 1) * (end - first) / pieces;
+        tile.pixel = from * kernels.lanes;
+        tile.input = source.data + tile.pixel;
+        tile.output = target.data + group.first * target.step + tile.pixel;
+        if (residual) tile.residual = residual->data + group.first * residual->step + tile.pixel;
+        kernels.tile[group.block][to - from](tile);
+      }
+      if (action.maps.empty() || !tile.is_last) continue;
+      for (int64_t channel = group.first; channel < group.first + outputs; ++channel) {
+        float* data = target.data + channel * target.step + first * kernels.lanes;
+        apply_maps(action, data, data, channel, first * kernels.lanes, end - first);
+      }
     }
-    if (action.maps.empty()) continue;
-    for (int64_t channel = group.first; channel < group.first + kBlocks[group.block]; ++channel) {
-      float* data = target.data + channel * target.step + first * kernels.lanes;
-      apply_maps(action, data, data, channel, first * kernels.lanes, end - first);
-    }
-  }
 }
 
 void Instance::run_map(const Action& action, size_t task) const {

@@ -31,6 +31,8 @@ struct Action {
   std::vector<std::pair<Fused, int>> maps;  // and the plane of `other`
   int64_t vectors = 0, chunks = 1;
   std::vector<size_t> parts;     // groups [parts[k], parts[k + 1]) are one task
+  int64_t blocks = 1;            // of input channels, each small enough for the first cache
+  std::vector<int64_t> cuts;     // (groups, blocks + 1) taps of each group where its blocks begin
   int64_t tasks = 1;
   bool is_small = false;         // cheaper than waking a thread
 };

@@ -2,8 +2,8 @@
 
 #ifdef __AVX512F__
 #define LANES 16
-#define WIDEST_1 16
-#define WIDEST_2 12
+#define WIDEST_1 8
+#define WIDEST_2 6
 #define WIDEST_4 6
 #include "kernel_template.h"
 

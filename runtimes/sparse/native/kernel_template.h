@@ -12,11 +12,8 @@ typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 
-inline Vector splat(float value) {
-  Vector out;
-  for (int lane = 0; lane < kLanes; ++lane) out[lane] = value;
-  return out;
-}
+// The difference from zero is the value itself, of every sign; compilers make one broadcast of it.
+inline Vector splat(float value) { return value - Vector{}; }
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
@@ -33,9 +30,7 @@ inline Vector keep_valid(Vector x, const uint8_t* valid, int64_t pixel) {
   int32_t bits = valid[pixel >> 3];
   if (kLanes == 4) bits >>= pixel & 7;
   if (kLanes == 16) bits |= valid[(pixel >> 3) + 1] << 8;
-  Integers wanted;
-  for (int lane = 0; lane < kLanes; ++lane) wanted[lane] = bits;
-  return (wanted & lanes) != 0 ? x : splat(0.f);
+  return ((bits - Integers{}) & lanes) != 0 ? x : splat(0.f);
 }
 
 template <int Outputs, int Vectors>
@@ -48,7 +43,8 @@ void tile(const Tile& t) {
 #pragma GCC unroll 4
     for (int r = 0; r < Outputs; ++r)
 #pragma GCC unroll 24
-      for (int v = 0; v < Vectors; ++v) sum[a][r][v] = splat(a ? 0.f : t.bias[r]);
+      for (int v = 0; v < Vectors; ++v)
+        sum[a][r][v] = a ? Vector{} : t.bias ? splat(t.bias[r]) : load(t.output + r * t.output_step + v * kLanes);
   const float* input = t.input;
   const int32_t* offsets = t.offsets;
   const float* values = t.values;
@@ -86,6 +82,10 @@ void tile(const Tile& t) {
       Vector x = sum[0][r][v];
 #pragma GCC unroll 4
       for (int a = 1; a < kApart; ++a) x += sum[a][r][v];
+      if (!t.is_last) {
+        store(t.output + r * t.output_step + v * kLanes, x);
+        continue;
+      }
       if (t.residual) x += load(t.residual + r * t.residual_step + v * kLanes);
       x = keep_valid(clamp(x, low, high), t.valid, t.pixel + v * kLanes);
       store(t.output + r * t.output_step + v * kLanes, x);

@@ -12,12 +12,14 @@ constexpr int kBlocks[3] = {1, 2, 4};  // output channels of one tile
 
 // A few output channels that share their taps, over some vectors of neighbouring pixels:
 // output[r][p] = clamp(bias[r] + sum over taps of values[tap][r] * input[offsets[tap] + p] (+ residual[r][p])).
+// A layer whose input doesn't fit the cache has several parts: the first starts with the bias, the others with what is
+// in the output, and only the last one adds the residual, clamps, and writes zeros between images.
 struct Tile {
   const float* input;
   const int32_t* offsets;  // (taps,)
   const float* values;     // (taps, channels of the tile)
   int64_t taps;
-  const float* bias;
+  const float* bias;       // (channels of the tile,), or null: start with the output
   float* output;
   int64_t output_step;     // between channels
   const float* residual;   // or null
@@ -25,6 +27,7 @@ struct Tile {
   const uint8_t* valid;    // one bit a pixel: it belongs to an image; the others are written as zeros
   int64_t pixel;           // the tile's first, in `valid`
   float low, high;
+  bool is_last;
 };
 
 enum class MapOp { Add, Mul, Clamp, Leaky, HardSwish, HardSigmoid, Sigmoid, Silu, Gelu };

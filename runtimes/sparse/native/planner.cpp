@@ -274,6 +274,27 @@ struct Planner {
     }
   }
 
+  // Blocks of input channels whose pixels of one tile stay in the first cache while all output channels read them.
+  void cut(Action& action, int64_t pixels, int64_t kernel) const {
+    constexpr int64_t cache = 9000;       // floats: 36 kB of 48; the rest is for weights and results
+    constexpr int64_t fewest = 24;        // taps of a block: each one reads and writes the output once more
+    const Step& step = *action.step;
+    const Packed& packed = step.packed;
+    const Plane& source = planes[action.source];
+    const Reach& reach = source.readers.front();
+    const int64_t lines = reach.high[0] - reach.low[0], line = pixels + reach.high[1] - reach.low[1];
+    const int64_t touched = std::min(lines * source.pitch + line, (lines + 1) * line) * (source.channels / step.inputs);
+    const int64_t taps = static_cast<int64_t>(packed.taps.size()) / static_cast<int64_t>(packed.groups.size());
+    action.blocks = std::max<int64_t>(std::min((touched * step.inputs + cache - 1) / cache, taps / fewest), 1);
+    for (const Group& group : packed.groups) {
+      const uint32_t* first = packed.taps.data() + group.begin;
+      for (int64_t block = 0; block <= action.blocks; ++block) {
+        const int64_t channel = step.inputs * block / action.blocks;
+        action.cuts.push_back(std::lower_bound(first, first + group.taps, channel * kernel) - first);
+      }
+    }
+  }
+
   void divide(Action& action, const std::vector<int64_t>& places) {
     const Step& step = *action.step;
     const Plane& target = planes[action.target];
@@ -299,6 +320,7 @@ struct Planner {
     const int most = static_cast<int>(std::max_element(taps, taps + 3) - taps);
     const int64_t widest = program.kernels->widest[most];
     action.chunks = std::max<int64_t>((action.vectors + widest - 1) / widest, 1);
+    cut(action, widest * lanes, kernel);
     const int64_t wanted = std::max<int64_t>((32 + action.chunks - 1) / action.chunks, 1);
     double all = 0, done = 0;
     auto weigh = [](const Group& group) { return static_cast<double>((group.taps + 4) * kBlocks[group.block]); };

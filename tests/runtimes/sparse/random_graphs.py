@@ -62,10 +62,15 @@ class Graph:
         return name
 
     def sparse(self, *shape: int, sparsity: float, block: int = 1) -> np.ndarray:
-        """Normal weights of which that share is zero, the same along `block` neighbours of the first axis."""
+        """Normal weights of which that share is zero, the same along `block` neighbours of the first axis.
+
+        Scaled so that outputs are about 1 in size: an activation that is cut at 1 would else hide large sums, whose
+        rounding errors are large beside 1.
+        """
         keep = self.rng.random((-(-shape[0] // block), *shape[1:])) >= sparsity
         keep = np.repeat(keep, block, axis=0)[: shape[0]]
-        return (self.rng.normal(size=shape) * keep).astype(np.float32)
+        scale = max(1.0, float(keep.reshape(shape[0], -1).sum(1).max())) ** -0.5
+        return (self.rng.normal(size=shape) * keep * scale).astype(np.float32)
 
     def model(self, inputs: dict[str, list[int | str]], outputs: list[str]) -> onnx.ModelProto:
         graph = helper.make_graph(

@@ -1,0 +1,71 @@
+"""Compiles native/ into the package: by the compiler in $CXX, or else by the one of the `ziglang` package."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+FOLDER = Path(__file__).resolve().parent
+LIBRARY = "libonnxruntime_ep_spdy.so"
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Werror -fno-sanitize=undefined".split()
+)
+# The file of each instruction set is compiled for it; all others run on every machine.
+OWN_FLAGS = {
+    "kernel_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+    "kernel_avx2": "-mavx2 -mfma".split(),
+}
+
+
+def compiler() -> list[str]:
+    """The command of the compiler, without files and flags."""
+    return shlex.split(os.environ["CXX"]) if os.environ.get("CXX") else [sys.executable, "-m", "ziglang", "c++"]
+
+
+def compile_library(target: Path, objects: Path, version: str) -> None:
+    """Compile every file of native/ and link them to `target`."""
+    objects.mkdir(parents=True, exist_ok=True)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*FLAGS, f'-DSPDY_VERSION="{version}"', *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+    def compiled(source: Path) -> str:
+        own = OWN_FLAGS.get(source.stem, []) if is_x86 else []
+        place = str(objects / f"{source.stem}.o")
+        subprocess.run([*compiler(), *flags, *own, "-c", str(source), "-o", place], check=True)
+        return place
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        places = list(pool.map(compiled, sorted((FOLDER / "native").glob("*.cpp"))))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([*compiler(), *flags, "-shared", *places, "-o", str(target)], check=True)
+
+
+class Build(build_py):
+    def run(self) -> None:
+        super().run()
+        package = "onnxruntime_ep_spdy"
+        folder = FOLDER / package if self.editable_mode else Path(self.build_lib) / package
+        compile_library(folder / LIBRARY, Path(self.build_lib).parent / "objects", self.distribution.get_version())
+
+
+class Wheel(bdist_wheel):
+    """A wheel for this platform and every Python: the library isn't linked with it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel})
