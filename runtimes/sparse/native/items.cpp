@@ -31,10 +31,10 @@ bool is_inner(const Graph& graph, int value) {
 }
 
 void only_attributes(const Node& node, std::initializer_list<const char*> known) {
-  for (const auto& [name, attribute] : node.attributes) {
-    if (std::none_of(known.begin(), known.end(), [&](const char* one) { return name == one; }))
-      throw Refused{"unknown attribute " + name};
-    if (attribute.type == ATTRIBUTE_UNDEFINED) throw Refused{"unreadable attribute " + name};
+  for (const auto& entry : node.attributes) {
+    if (std::none_of(known.begin(), known.end(), [&](const char* one) { return entry.first == one; }))
+      throw Refused{"unknown attribute " + entry.first};
+    if (entry.second.type == ATTRIBUTE_UNDEFINED) throw Refused{"unreadable attribute " + entry.first};
   }
 }
 
