@@ -16,13 +16,20 @@ from setuptools.command.build_py import build_py
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = "libonnxruntime_ep_spdy.so"
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Werror -fno-sanitize=undefined".split()
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-sanitize=undefined",
+    *WARNINGS,
 )
 # The file of each instruction set is compiled for it; all others run on every machine.
 OWN_FLAGS = {
-    "kernel_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
-    "kernel_avx2": "-mavx2 -mfma".split(),
+    "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "kernel_avx2": ["-mavx2", "-mfma"],
 }
 
 
@@ -46,7 +53,7 @@ def compile_library(target: Path, objects: Path, version: str) -> None:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         places = list(pool.map(compiled, sorted((FOLDER / "native").glob("*.cpp"))))
     target.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([*compiler(), *flags, "-shared", *places, "-o", str(target)], check=True)
+    subprocess.run([*compiler(), *flags, "-shared", "-s", *places, "-o", str(target)], check=True)
 
 
 class Build(build_py):

@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 """Random graphs for the sparse engine, and sessions that run them there and in ONNX Runtime's own kernels.
 
 Run as a script for more of them than the suite has: `python tests/runtimes/sparse/random_graphs.py 5000`.
@@ -11,9 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
-
 import onnxruntime_ep_spdy
+from onnx import helper, numpy_helper
 
 TOLERANCE = 1e-5  # relative to the largest element of the output
 
@@ -178,7 +178,9 @@ def random_products(rng: np.random.Generator) -> tuple[onnx.ModelProto, dict[str
         wider = int(rng.integers(1, 40))
         is_residual = rng.random() < 0.3
         wider = width if is_residual else wider
-        weight = graph.sparse(wider, width, sparsity=float(rng.choice([0, 0.5, 0.9, 1])), block=int(rng.choice([1, 2, 4])))
+        weight = graph.sparse(
+            wider, width, sparsity=float(rng.choice([0, 0.5, 0.9, 1])), block=int(rng.choice([1, 2, 4]))
+        )
         bias = graph.constant(rng.normal(size=wider if rng.random() < 0.8 else 1))
         if is_gemm:
             transposed = int(rng.integers(2))
@@ -241,4 +243,7 @@ if __name__ == "__main__":
             print("seed", number, type(error).__name__, str(error)[:300])
             differences[number] = float("inf")
     bad = [number for number, difference in differences.items() if difference > TOLERANCE]
-    print(f"{count} graphs with {', '.join(sets)}: largest difference {max(differences.values()):.2g}, {len(bad)} above {TOLERANCE}: {bad[:20]}")
+    print(
+        f"{count} graphs with {', '.join(sets)}: largest difference {max(differences.values()):.2g}, "
+        f"{len(bad)} above {TOLERANCE}: {bad[:20]}"
+    )

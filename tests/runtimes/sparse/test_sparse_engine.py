@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,7 +25,7 @@ from tests.runtimes.sparse.random_graphs import (  # noqa: E402
 )
 
 SETS = instruction_sets()
-BACKEND_CASES = ("test_conv", "test_basic_conv", "test_gemm", "test_matmul", "test_Conv", "test_operator_")
+BACKEND_CASES = ("test_conv_", "test_basic_conv_", "test_gemm_", "test_matmul_")
 GRAPHS, GRAPHS_OF_A_TEST = 360, 30
 
 
@@ -110,9 +109,7 @@ def test_layers_with_few_zeros_stay_with_onnx_runtime(op: str) -> None:
         name = graph.constant(graph.sparse(*shape, sparsity=sparsity))
         graph.node(op, [f"x{sparsity}", name])
     outputs = [node.output[0] for node in graph.nodes]
-    inputs: dict[str, list[int | str]] = {
-        f"x{s}": [2, 8, 9, 9] if op == "Conv" else [5, 64] for s in (0.6, 0.9)
-    }
+    inputs: dict[str, list[int | str]] = {f"x{s}": [2, 8, 9, 9] if op == "Conv" else [5, 64] for s in (0.6, 0.9)}
     model = graph.model(inputs, outputs)
     assert taken(model, min_sparsity="0.8") == [[op]]
     assert taken(model, min_sparsity="0.5") == [[op], [op]]
@@ -156,7 +153,9 @@ def test_a_value_that_a_subgraph_reads_is_handed_out() -> None:
         output = helper.make_tensor_value_info(f"{op}_out", onnx.TensorProto.FLOAT, [2, 4, 7, 7])
         branches[name] = helper.make_graph([node], op, [], [output])
     graph.nodes.append(helper.make_node("If", ["choice"], ["chosen"], **branches))
-    last = graph.node("Conv", [graph.node("Add", [first, "chosen"]), graph.constant(graph.sparse(4, 4, 3, 3, sparsity=0.5))])
+    last = graph.node(
+        "Conv", [graph.node("Add", [first, "chosen"]), graph.constant(graph.sparse(4, 4, 3, 3, sparsity=0.5))]
+    )
     model = graph.model({"x": [2, 4, 7, 7]}, [last])
     model.graph.input.append(helper.make_tensor_value_info("choice", onnx.TensorProto.BOOL, []))
     assert_same(model, {**image(2, 4, 7, 7), "choice": np.array(True)})
@@ -218,7 +217,9 @@ def test_more_memory_than_there_is_is_an_error_and_the_session_lives() -> None:
     assert session(conv(weight, ["n", 1, "h", "w"]), sparse=True).run(None, image(1, 1, 2, 2))[0].shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"isa": "abacus"}, "isa"), ({"min_sparsity": "many"}, "min_sparsity")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"isa": "abacus"}, "isa"), ({"min_sparsity": "many"}, "min_sparsity")]
+)
 def test_an_option_that_makes_no_sense_is_an_error(options: dict[str, str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         session(conv(np.zeros((1, 1, 1, 1), np.float32), [1, 1, 1, 1]), sparse=True, **options)
@@ -256,17 +257,29 @@ def test_sessions_leave_nothing_behind() -> None:
     assert sizes[1] - sizes[0] < 4e6
 
 
-def test_cases_of_the_onnx_backend_suite() -> None:
-    """Their weights are inputs; here they are constants, so that the engine takes them."""
+def backend_cases() -> list[tuple[str, onnx.ModelProto, list[np.ndarray], np.ndarray]]:
+    """(name, model, inputs, output) of the suite's cases of one Conv, Gemm or MatMul in float32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other operators' cases, which are computed as well
-        cases = [case for kind in ("node", "simple", "pytorch-operator") for case in load_model_tests(kind=kind)]
-        loaded = [case for case in cases if case.name.startswith(BACKEND_CASES)]
-        models = [(case.name, case.model or onnx.load(Path(case.model_dir, "model.onnx"))) for case in loaded]
-    print(len(models))
-    runs = 0
-    for (name, model), case in zip(models, loaded, strict=True):
-        if len(model.graph.node) != 1 or model.graph.node[0].op_type not in ("Conv", "Gemm", "MatMul"):
-            continue
-        print(name, case.model_dir, case.data_sets is not None)
-    raise AssertionError
+        cases = [case for case in load_model_tests(kind="node") if case.name.startswith(BACKEND_CASES)]
+    return [
+        (case.name, case.model, list(inputs), outputs[0])
+        for case in cases
+        for inputs, outputs in case.data_sets or []
+        if len(case.model.graph.node) == 1 and case.model.graph.node[0].op_type in ("Conv", "Gemm", "MatMul")
+        if outputs[0].dtype == np.float32
+    ]
+
+
+def test_cases_of_the_onnx_backend_suite() -> None:
+    """Their weights are inputs; here they are constants, so that the engine takes them."""
+    cases = backend_cases()
+    assert len(cases) >= 20
+    for name, model, arrays, wanted in cases:
+        first, *others = list(model.graph.input)
+        constants = [numpy_helper.from_array(a, v.name) for a, v in zip(arrays[1:], others, strict=True)]
+        model.graph.initializer.extend(constants)
+        del model.graph.input[1:]
+        for isa in SETS:
+            found = session(model, sparse=True, isa=isa).run(None, {first.name: arrays[0]})[0]
+            assert largest_difference(found, wanted) <= TOLERANCE, name
