@@ -10,8 +10,6 @@ namespace spdy {
 
 namespace {
 
-constexpr int64_t kCopied = 8;  // channels of one task of a copy
-
 MapOp map_op(Op op) {
   switch (op) {
     case Op::Add: return MapOp::Add;
@@ -30,6 +28,8 @@ MapOp map_op(Op op) {
 void copy_row(const float* source, int64_t width, int64_t first, int64_t stride, float* target, int64_t count) {
   const int64_t there = std::min(count, first < width ? (width - first + stride - 1) / stride : 0);
   if (stride == 1) std::memcpy(target, source + first, static_cast<size_t>(there) * sizeof(float));
+  else if (stride == 2)  // a constant, so it becomes shuffles of vectors
+    for (int64_t x = 0; x < there; ++x) target[x] = source[x * 2 + first];
   else
     for (int64_t x = 0; x < there; ++x) target[x] = source[x * stride + first];
   std::fill(target + there, target + count, 0.f);
@@ -118,49 +118,55 @@ void Instance::run_map(const Action& action, size_t task) const {
 void Instance::copy_in(const Action& action, size_t task) const {
   const Copy& copy = action.copy;
   const Plane& target = planes_[action.target];
-  const int64_t *size = copy.size, first = static_cast<int64_t>(task) * kCopied, end = std::min(first + kCopied, size[1]);
+  const int64_t* size = copy.size;
   if (copy.kind == Kind::Rows) {
-    const float* source = sources_[copy.value];
-    for (int64_t row = 0; row < size[3]; row += 16)
-      for (int64_t channel = first; channel < end; ++channel)
-        for (int64_t x = row; x < std::min(row + 16, size[3]); ++x)
-          target.data[channel * target.step + x] = source[x * size[1] + channel];
+    const int64_t row = static_cast<int64_t>(task) * kRows, count = std::min(kRows, size[3] - row);
+    const float* source = sources_[copy.value] + row * size[1];
+    for (int64_t channel = 0; channel < size[1]; ++channel) {
+      float* to = target.data + channel * target.step + row;
+      for (int64_t x = 0; x < count; ++x) to[x] = source[x * size[1] + channel];
+    }
     return;
   }
-  for (size_t phase = 0; phase < copy.phases.size(); ++phase)
-    for (int64_t channel = first; channel < end; ++channel)
-      for (int64_t image = 0; image < size[0]; ++image) {
-        int64_t pitch = size[3];
-        const float* source = nullptr;
-        if (copy.source < 0) {
-          source = sources_[copy.value] + (image * size[1] + channel) * size[2] * size[3];
-        } else {
-          const Plane& plane = planes_[copy.source];
-          pitch = plane.pitch;
-          source = plane.data + channel * plane.step + image * plane.rows * plane.pitch;
-        }
-        float* to = target.data + (static_cast<int64_t>(phase) * size[1] + channel) * target.step + image * target.rows * target.pitch;
-        for (int64_t y = 0; y < target.height; ++y) {
-          const int64_t row = y * copy.stride[0] + copy.phases[phase].first;
-          float* line = to + y * target.pitch;
+  const int64_t first = static_cast<int64_t>(task) * kCopied, end = std::min(first + kCopied, size[1]);
+  for (int64_t channel = first; channel < end; ++channel)
+    for (int64_t image = 0; image < size[0]; ++image) {
+      int64_t pitch = size[3];
+      const float* source = nullptr;
+      if (copy.source < 0) {
+        source = sources_[copy.value] + (image * size[1] + channel) * size[2] * size[3];
+      } else {
+        const Plane& plane = planes_[copy.source];
+        pitch = plane.pitch;
+        source = plane.data + channel * plane.step + image * plane.rows * plane.pitch;
+      }
+      for (int64_t y = 0; y < target.height; ++y) {
+        float* line = target.data + channel * target.step + (image * target.rows + y) * target.pitch;
+        for (const auto& [down, right] : copy.phases) {
+          const int64_t row = y * copy.stride[0] + down;
           if (row >= size[2]) std::fill(line, line + target.width, 0.f);
-          else copy_row(source + row * pitch, size[3], copy.phases[phase].second, copy.stride[1], line, target.width);
+          else copy_row(source + row * pitch, size[3], right, copy.stride[1], line, target.width);
+          line += size[1] * target.step;
         }
       }
+    }
 }
 
 void Instance::copy_out(const Action& action, size_t task) const {
   const Copy& copy = action.copy;
   const Plane& source = planes_[action.source];
-  const int64_t *size = copy.size, first = static_cast<int64_t>(task) * kCopied, end = std::min(first + kCopied, size[1]);
+  const int64_t* size = copy.size;
   float* target = targets_[copy.value];
   if (copy.kind == Kind::Rows) {
-    for (int64_t row = 0; row < size[3]; row += 16)
-      for (int64_t x = row; x < std::min(row + 16, size[3]); ++x)
-        for (int64_t channel = first; channel < end; ++channel)
+    // Blocks of channels whose lines stay in the first cache while each row is written along them.
+    const int64_t row = static_cast<int64_t>(task) * kRows, end = std::min(row + kRows, size[3]);
+    for (int64_t first = 0; first < size[1]; first += kRows)
+      for (int64_t x = row; x < end; ++x)
+        for (int64_t channel = first; channel < std::min(first + kRows, size[1]); ++channel)
           target[x * size[1] + channel] = source.data[channel * source.step + x];
     return;
   }
+  const int64_t first = static_cast<int64_t>(task) * kCopied, end = std::min(first + kCopied, size[1]);
   for (int64_t channel = first; channel < end; ++channel)
     for (int64_t image = 0; image < size[0]; ++image)
       for (int64_t y = 0; y < size[2]; ++y)

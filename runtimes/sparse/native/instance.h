@@ -11,6 +11,9 @@
 
 namespace spdy {
 
+constexpr int64_t kCopied = 8;  // channels of one task of a copy of images
+constexpr int64_t kRows = 16;   // rows of one of a matrix
+
 struct Copy {  // from a tensor of ONNX Runtime or a plane into a plane, or back
   int value = -1;         // of ONNX Runtime, or
   int source = -1;        // a plane

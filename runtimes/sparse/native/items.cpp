@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "pack.h"
 #include "region.h"
 
 namespace spdy {
@@ -95,8 +96,9 @@ Item convolution(const Graph& graph, const Node& node, double min_sparsity) {
   const int rank = static_cast<int>(graph.values[node.inputs[0]].dims.size()) - 2;
   if (rank != 1 && rank != 2) throw Refused{"neither 1-D nor 2-D"};
   const Constant& weight = weight_of(graph, node, static_cast<size_t>(rank) + 2);
-  if (int_of(node, "group", 1) != 1) throw Refused{"it has groups"};
   Item item;
+  item.groups = int_of(node, "group", 1);
+  if (item.groups < 1 || weight.dims[0] % item.groups) throw Refused{"its channels can't be divided by its groups"};
   item.op = Op::Convolution;
   item.kind = Kind::Image;
   Window& window = item.window;
@@ -129,7 +131,8 @@ Item convolution(const Graph& graph, const Node& node, double min_sparsity) {
   item.input_step = item.positions();
   item.output_step = item.inputs * item.positions();
   if (!weight.count) throw Refused{"its weights are empty"};
-  count_zeros(item, weight, min_sparsity);
+  item.is_connector = item.groups > 1 && item.inputs == 1 && item.positions() <= 32;
+  count_zeros(item, weight, item.is_connector ? -1 : min_sparsity);
   item.bias.assign(static_cast<size_t>(item.outputs), 0.f);
   if (node.inputs.size() > 2 && node.inputs[2] >= 0) {
     const Value& bias = graph.values[node.inputs[2]];
@@ -322,11 +325,21 @@ struct Finder {
     items.push_back(std::move(item));
   }
 
-  void read(int index, double min_sparsity) {
+  void add_layer(Item item, int index, const Policy& policy) {
+    const double work = pack(item).work / static_cast<double>(item.outputs * item.inputs * item.positions());
+    if (!item.is_connector && work > policy.max_work) {
+      char text[128];
+      snprintf(text, sizeof(text), "%.1f %% zeros, estimated at %.2f of the time of a dense layer of single weights, more than %.2f",
+               100 * item.sparsity, work, policy.max_work);
+      throw Refused{text};
+    }
+    add(std::move(item), index);
+  }
+
+  void read(int index, const Policy& policy) {
     const Node& node = graph.nodes[index];
-    Item item;
-    if (is_op(node, "Conv")) return add(convolution(graph, node, min_sparsity), index);
-    if (is_op(node, "Gemm") || is_op(node, "MatMul")) return add(product(graph, node, min_sparsity), index);
+    if (is_op(node, "Conv")) return add_layer(convolution(graph, node, policy.min_sparsity), index, policy);
+    if (is_op(node, "Gemm") || is_op(node, "MatMul")) return add_layer(product(graph, node, policy.min_sparsity), index, policy);
     if (is_op(node, "Relu")) return add(unary(node, Op::Clamp, 0, kInfinity), index);
     if (is_op(node, "Clip")) return add(clip(node), index);
     if (is_op(node, "LeakyRelu")) return add(unary(node, Op::Leaky, float_of(node, "alpha", 0.01f)), index);
@@ -346,7 +359,7 @@ struct Finder {
 
 }  // namespace
 
-std::vector<Item> find_items(const Graph& graph, double min_sparsity, const Log& log) {
+std::vector<Item> find_items(const Graph& graph, const Policy& policy, const Log& log) {
   Finder finder{graph, {}, std::vector<int>(graph.nodes.size(), -1)};
   // Groups of nodes first, so that their parts aren't taken alone.
   for (int index = 0; index < static_cast<int>(graph.nodes.size()); ++index) {
@@ -364,7 +377,7 @@ std::vector<Item> find_items(const Graph& graph, double min_sparsity, const Log&
     if (finder.owner[index] >= 0) continue;
     const bool is_layer = is_op(node, "Conv") || is_op(node, "Gemm") || is_op(node, "MatMul");
     try {
-      finder.read(index, min_sparsity);
+      finder.read(index, policy);
     } catch (const Refused& refused) {
       if (is_layer) log(node.op + " " + node.name + " stays with ONNX Runtime: " + refused.reason);
     }

@@ -18,10 +18,11 @@ using Taps = std::vector<uint32_t>;
 Taps taps_of(const Item& layer, int64_t output) {
   Taps taps;
   const float* weight = layer.weight + output * layer.output_step;
+  const int64_t first = output / (layer.outputs / layer.groups) * layer.inputs;  // input channel of its group
   for (int64_t input = 0; input < layer.inputs; ++input)
     for (int64_t position = 0; position < layer.positions(); ++position)
       if (weight[input * layer.input_step + position] != 0)
-        taps.push_back(static_cast<uint32_t>(input * layer.positions() + position));
+        taps.push_back(static_cast<uint32_t>((first + input) * layer.positions() + position));
   return taps;
 }
 
@@ -44,11 +45,16 @@ struct Packer {
     group.values = static_cast<int64_t>(packed.values.size());
     packed.taps.insert(packed.taps.end(), taps.begin(), taps.end());
     for (uint32_t tap : taps)
-      for (int64_t output = first; output < first + kBlocks[block]; ++output)
-        packed.values.push_back(layer.scale * layer.weight[output * layer.output_step + (tap / layer.positions()) * layer.input_step +
-                                                           tap % layer.positions()]);
+      for (int64_t output = first; output < first + kBlocks[block]; ++output) packed.values.push_back(value(output, tap));
     packed.work += cost(block, taps);
     packed.groups.push_back(group);
+  }
+
+  float value(int64_t output, uint32_t tap) const {
+    const int64_t group = output / (layer.outputs / layer.groups);
+    const int64_t input = tap / layer.positions() - group * layer.inputs;
+    if (input < 0 || input >= layer.inputs) return 0;  // a tap of another channel of the tile, in another group
+    return layer.scale * layer.weight[output * layer.output_step + input * layer.input_step + tap % layer.positions()];
   }
 
   static double cost(int block, const Taps& taps) { return kCost[block] * kBlocks[block] * static_cast<double>(taps.size()); }
@@ -89,7 +95,7 @@ std::string Packed::summary() const {
 }
 
 Packed pack(const Item& layer) {
-  if (layer.inputs * layer.positions() >= (int64_t{1} << 32)) throw Failure("a layer has too many weights");
+  if (layer.groups * layer.inputs * layer.positions() >= (int64_t{1} << 32)) throw Failure("a layer has too many weights");
   Packer packer{layer, {}};
   packer.run();
   return std::move(packer.packed);

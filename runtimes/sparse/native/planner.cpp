@@ -351,10 +351,11 @@ struct Planner {
     size_t step = 0;
     for (Action& action : self.actions_) {
       if (action.what == Action::Layer || action.what == Action::Map) divide(action, positions[step++]);
-      if (action.what == Action::In) action.tasks = planes[action.target].is_empty() ? 0 : (action.copy.size[1] + 7) / 8;
-      if (action.what == Action::Out) action.tasks = planes[action.source].is_empty() ? 0 : (action.copy.size[1] + 7) / 8;
-      if (action.what == Action::In || action.what == Action::Out)
-        action.is_small = action.copy.size[0] * action.copy.size[1] * action.copy.size[2] * action.copy.size[3] < (1 << 14);
+      if (action.what == Action::Layer || action.what == Action::Map) continue;
+      const bool is_rows = action.copy.kind == Kind::Rows;
+      action.tasks = is_rows ? (action.copy.size[3] + kRows - 1) / kRows : (action.copy.size[1] + kCopied - 1) / kCopied;
+      if (planes[action.what == Action::In ? action.target : action.source].is_empty()) action.tasks = 0;
+      action.is_small = action.copy.size[0] * action.copy.size[1] * action.copy.size[2] * action.copy.size[3] < (1 << 14);
     }
   }
 };

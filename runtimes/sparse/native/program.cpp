@@ -52,7 +52,7 @@ struct Builder {
     if (item.is_layer()) {
       step.is_layer = true;
       step.window = item.window;
-      step.inputs = item.inputs;
+      step.inputs = item.inputs * item.groups;
       step.outputs = item.outputs;
       step.packed = pack(item);
       step.bias = std::move(item.bias);
@@ -69,7 +69,7 @@ struct Builder {
 Program make_program(const Graph& graph, const std::vector<std::string>& inputs, const std::vector<std::string>& outputs,
                      const Kernels& kernels) {
   std::string refused;
-  std::vector<Item> items = find_items(graph, -1, [&](const std::string& text) { refused += text + "; "; });
+  std::vector<Item> items = find_items(graph, Policy{-1, 2}, [&](const std::string& text) { refused += text + "; "; });
   spread_kinds(graph, items);
   size_t covered = 0;
   for (const Item& item : items) covered += item.nodes.size();

@@ -17,7 +17,6 @@ namespace {
 
 constexpr char kName[] = "SpdyExecutionProvider";
 constexpr char kOptions[] = "ep.spdyexecutionprovider.";
-constexpr double kMinSparsity = 0.7;
 
 template <class Function>
 OrtStatus* guarded(const Api& api, Function function) noexcept {
@@ -54,7 +53,7 @@ struct Provider : EpSlots {
   const Api& api;
   const OrtLogger* logger;
   const Kernels* kernels = nullptr;
-  double min_sparsity = kMinSparsity;
+  Policy policy;
 
   Provider(const Api& with, const OrtSessionOptions* options, const OrtLogger* log) : EpSlots{}, api(with), logger(log) {
     ort_version_supported = kApiVersion;
@@ -76,8 +75,8 @@ struct Provider : EpSlots {
     const std::string text = option(options, "min_sparsity");
     if (!text.empty()) {
       char* end = nullptr;
-      min_sparsity = std::strtod(text.c_str(), &end);
-      if (*end || !(min_sparsity >= 0 && min_sparsity <= 1)) throw Failure("min_sparsity is \"" + text + "\": give a number from 0 to 1");
+      policy = {std::strtod(text.c_str(), &end), 2};  // who says how many zeros wants no estimate
+      if (*end || !(policy.min_sparsity >= 0 && policy.min_sparsity <= 1)) throw Failure("min_sparsity is \"" + text + "\": give a number from 0 to 1");
     }
   }
 
@@ -101,7 +100,7 @@ struct Provider : EpSlots {
 
   void find(const OrtGraph* handle, OrtEpGraphSupportInfo* info) const {
     const Graph graph = read_graph(api, handle);
-    std::vector<Item> items = find_items(graph, min_sparsity, [&](const std::string& text) { log(text); });
+    std::vector<Item> items = find_items(graph, policy, [&](const std::string& text) { log(text); });
     for (const std::vector<int>& region : find_regions(graph, items)) {
       std::vector<const OrtNode*> nodes;
       for (int at : region) {

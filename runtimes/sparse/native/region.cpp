@@ -143,7 +143,7 @@ struct RegionFinder {
         if (item.kind == Kind::Unknown && producing_cluster(value) >= 0) item.kind = kinds[value];
       if (item.kind == Kind::Unknown || !fits(item)) return;
     }
-    bool is_joined = item.is_layer();
+    bool is_joined = item.is_layer() && !item.is_connector;
     for (int value : {item.input, item.other}) {
       const int source = producing_cluster(value);
       if (source < 0 || source == own || !clusters.may_join(source, own)) continue;

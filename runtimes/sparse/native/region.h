@@ -30,7 +30,9 @@ struct Item {  // one operation, of one node or of several that an exporter writ
   int input = -1, other = -1, output = -1;  // indices of values
   Window window;
   const float* weight = nullptr;
-  int64_t outputs = 0, inputs = 0;          // channels
+  int64_t outputs = 0, inputs = 0;          // channels; inputs of one group
+  int64_t groups = 1;
+  bool is_connector = false;                // taken only behind a taken layer, to keep the layout
   int64_t output_step = 0, input_step = 0;  // in the weight: between channels; a kernel's positions are neighbours
   float scale = 1;                          // of the weight (Gemm's alpha)
   std::vector<float> bias;                  // (outputs,)
@@ -43,8 +45,15 @@ struct Item {  // one operation, of one node or of several that an exporter writ
 
 using Log = std::function<void(const std::string&)>;
 
-// Items of the graph in topological order. Layers with fewer zeros than `min_sparsity` are none.
-std::vector<Item> find_items(const Graph& graph, double min_sparsity, const Log& log);
+// Which layers are taken: those with at least that share of zeros whose estimated time is at most that share of a dense
+// layer of single weights.
+struct Policy {
+  double min_sparsity = 0.5;
+  double max_work = 0.28;
+};
+
+// Items of the graph in topological order. Layers that the policy refuses are none.
+std::vector<Item> find_items(const Graph& graph, const Policy& policy, const Log& log);
 
 // Sets of items (indices, ascending) that can each run as one node: no path leaves one and comes back.
 std::vector<std::vector<int>> find_regions(const Graph& graph, std::vector<Item>& items);

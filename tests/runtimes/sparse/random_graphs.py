@@ -136,9 +136,10 @@ def convolution(
         else:
             attributes["dilations"] = [1] * rank  # ONNX Runtime's own SAME takes no others
             after = [-(-e // s) for e, s in zip(size, stride, strict=True)]
-    weight = graph.sparse(
-        outputs, channels, *kernel, sparsity=float(rng.choice([0, 0.5, 0.8, 0.9, 1])), block=int(rng.choice([1, 2, 4]))
-    )
+    groups = int(rng.choice([g for g in range(1, channels + 1) if channels % g == 0 and outputs % g == 0]))
+    attributes["group"] = groups
+    sparsity, block = float(rng.choice([0, 0.5, 0.8, 0.9, 1])), int(rng.choice([1, 2, 4]))
+    weight = graph.sparse(outputs, channels // groups, *kernel, sparsity=sparsity, block=block)
     inputs = [x, graph.constant(weight)]
     if rng.random() < 0.5:
         inputs.append(graph.constant(rng.normal(size=outputs)))

@@ -116,16 +116,24 @@ def test_layers_with_few_zeros_stay_with_onnx_runtime(op: str) -> None:
     assert taken(model, min_sparsity="1") == []
 
 
+def test_zeros_in_blocks_of_channels_are_taken_where_single_ones_are_not() -> None:
+    for block, regions in ((1, []), (4, [["Conv"]])):
+        weight = Graph(np.random.default_rng(0)).sparse(64, 64, 3, 3, sparsity=0.6, block=block)
+        assert taken(conv(weight, [1, 64, 9, 9])) == regions
+    weight = Graph(np.random.default_rng(0)).sparse(64, 64, 3, 3, sparsity=0.9)
+    assert taken(conv(weight, [1, 64, 9, 9])) == [["Conv"]]
+
+
 def test_what_is_not_understood_stays_with_onnx_runtime() -> None:
     rng = np.random.default_rng(0)
     graph = Graph(rng)
-    weight = graph.constant(graph.sparse(8, 4, 3, 3, sparsity=0.9))
-    grouped = graph.node("Conv", ["x", weight], group=2)
+    weight = graph.constant(graph.sparse(8, 1, 3, 3, sparsity=0.9))
+    depthwise = graph.node("Conv", ["x", weight], group=8)
     computed = graph.node("MatMul", ["a", graph.node("Relu", ["b"])])
     left = graph.node("Gemm", ["a", graph.constant(graph.sparse(6, 3, sparsity=0.9))], transA=1)
     volume = graph.node("Conv", ["v", graph.constant(graph.sparse(8, 4, 3, 3, 3, sparsity=0.9))])
     model = graph.model(
-        {"x": [2, 8, 9, 9], "a": [6, 6], "b": [6, 6], "v": [1, 4, 5, 5, 5]}, [grouped, computed, left, volume]
+        {"x": [2, 8, 9, 9], "a": [6, 6], "b": [6, 6], "v": [1, 4, 5, 5, 5]}, [depthwise, computed, left, volume]
     )
     assert taken(model, min_sparsity="0") == []
 
