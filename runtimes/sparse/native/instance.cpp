@@ -2,6 +2,8 @@
 #include "instance.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cstdio>
 #include <cstring>
 
 #include "graph.h"
@@ -183,7 +185,7 @@ void Instance::run_task(const Action& action, size_t task) const {
   }
 }
 
-void Instance::run(const Api& api, OrtKernelContext* context) {
+void Instance::run(const Api& api, OrtKernelContext* context, std::vector<double>* seconds) {
   for (const auto& [value, index] : program_.inputs) {
     const OrtValue* tensor = nullptr;
     const void* data = nullptr;
@@ -201,25 +203,49 @@ void Instance::run(const Api& api, OrtKernelContext* context) {
   for (const Action& action : actions_) {
     const bool is_step = action.what == Action::Layer || action.what == Action::Map;
     if (!action.tasks || (is_step && !action.vectors)) continue;
-    if (action.is_small || action.tasks == 1) {
-      for (int64_t task = 0; task < action.tasks; ++task) run_task(action, static_cast<size_t>(task));
-      continue;
-    }
-    struct Job {
-      const Instance* self;
-      const Action* action;
-    } job{this, &action};
-    auto work = [](void* data, size_t task) {
-      const Job* mine = static_cast<const Job*>(data);
-      mine->self->run_task(*mine->action, task);
-    };
-    void (*function)(void*, size_t) = work;
-    check(api, api.KernelContext_ParallelFor(context, function, static_cast<size_t>(action.tasks), size_t{0}, &job));
+    const auto started = std::chrono::steady_clock::now();
+    run_action(api, context, action);
+    if (!seconds) continue;
+    const size_t at = action.step ? static_cast<size_t>(action.step - program_.steps.data()) : program_.steps.size();
+    (*seconds)[at] += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   }
 }
 
-State::State(const Api& api, const Program& program) : api_(api), program_(program) {}
-State::~State() = default;
+void Instance::run_action(const Api& api, OrtKernelContext* context, const Action& action) const {
+  if (action.is_small || action.tasks == 1) {
+    for (int64_t task = 0; task < action.tasks; ++task) run_task(action, static_cast<size_t>(task));
+    return;
+  }
+  struct Job {
+    const Instance* self;
+    const Action* action;
+  } job{this, &action};
+  auto work = [](void* data, size_t task) {
+    const Job* mine = static_cast<const Job*>(data);
+    mine->self->run_task(*mine->action, task);
+  };
+  void (*function)(void*, size_t) = work;
+  check(api, api.KernelContext_ParallelFor(context, function, static_cast<size_t>(action.tasks), size_t{0}, &job));
+}
+
+State::State(const Api& api, const Program& program, Profile profile)
+    : api_(api), program_(program), profile_(std::move(profile)), seconds_(program.steps.size() + 1, 0.0) {}
+
+// One line a step: its mean seconds, whether it is a layer, and the names of the tensors that it makes. The copies have none.
+State::~State() {
+  const int64_t counted = runs_ - profile_.warmup;
+  if (profile_.path.empty() || counted < 1) return;
+  std::FILE* file = std::fopen(profile_.path.c_str(), "a");
+  if (!file) return;  // who reads it finds it missing
+  for (size_t k = 0; k < seconds_.size(); ++k) {
+    const bool is_step = k < program_.steps.size();
+    std::fprintf(file, "%.9e\t%d", seconds_[k] / static_cast<double>(counted), is_step && program_.steps[k].is_layer);
+    for (size_t name = 0; is_step && name < program_.steps[k].names.size(); ++name)
+      std::fprintf(file, "\t%s", program_.steps[k].names[name].c_str());
+    std::fputc('\n', file);
+  }
+  std::fclose(file);
+}
 
 std::unique_ptr<Instance> State::take(const std::vector<Shape>& shapes) {
   {
@@ -251,7 +277,15 @@ void State::compute(OrtKernelContext* context) {
     shapes.push_back(std::move(shape));
   }
   std::unique_ptr<Instance> instance = take(shapes);
-  instance->run(api_, context);
+  if (profile_.path.empty()) {
+    instance->run(api_, context, nullptr);
+  } else {
+    std::vector<double> seconds(seconds_.size(), 0.0);
+    instance->run(api_, context, &seconds);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (++runs_ > profile_.warmup)
+      for (size_t k = 0; k < seconds.size(); ++k) seconds_[k] += seconds[k];
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   if (idle_.size() >= most_idle) idle_.erase(idle_.begin());
   idle_.push_back(std::move(instance));

@@ -44,10 +44,12 @@ class Instance {
  public:
   Instance(const Program& program, std::vector<Shape> shapes);
   const std::vector<Shape>& shapes() const { return shapes_; }
-  void run(const Api& api, OrtKernelContext* context);
+  // Adds the seconds of each step and, behind them, of all copies, where there is room for them.
+  void run(const Api& api, OrtKernelContext* context, std::vector<double>* seconds);
 
  private:
   friend struct Planner;
+  void run_action(const Api& api, OrtKernelContext* context, const Action& action) const;
   void run_task(const Action& action, size_t task) const;
   void run_layer(const Action& action, size_t task) const;
   void run_map(const Action& action, size_t task) const;

@@ -39,6 +39,7 @@ struct Builder {
     if (host >= 0 && program.steps[step_of[host]].fused.size() < kMostSteps) {
       Step& step = program.steps[step_of[host]];
       step.fused.push_back(own);
+      step.names.push_back(graph.values[item.output].name);
       if (host == item.other) step.fused.back().other = item.input;
       step.output = item.output;
       step_of[item.output] = step_of[host];
@@ -59,6 +60,7 @@ struct Builder {
     } else {
       step.fused.push_back(own);
     }
+    step.names.push_back(graph.values[item.output].name);
     step_of[item.output] = static_cast<int>(program.steps.size());
     program.steps.push_back(std::move(step));
   }

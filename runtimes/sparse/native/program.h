@@ -28,6 +28,13 @@ struct Step {
   std::vector<float> bias;
   Packed packed;  // of a layer
   bool is_layer = false;
+  std::vector<std::string> names;  // of the tensors that it makes, in order
+};
+
+// Where the seconds of each step go when a session ends; nowhere if the path is empty.
+struct Profile {
+  std::string path;
+  int64_t warmup = 0;  // runs that don't count
 };
 
 struct Program {
@@ -50,7 +57,7 @@ class Instance;
 // One state of a fused node. Runs may overlap: each takes an instance of its own, and gives it back.
 class State {
  public:
-  State(const Api& api, const Program& program);
+  State(const Api& api, const Program& program, Profile profile);
   ~State();
   void compute(OrtKernelContext* context);
 
@@ -59,7 +66,10 @@ class State {
 
   const Api& api_;
   const Program& program_;
+  const Profile profile_;
   std::mutex mutex_;
+  int64_t runs_ = 0;
+  std::vector<double> seconds_;  // of each step, and of all copies
   std::vector<std::unique_ptr<Instance>> idle_;  // the most recently used last
 };
 

@@ -35,12 +35,14 @@ OrtStatus* guarded(const Api& api, Function function) noexcept {
 struct Compiled : ComputeSlots {
   const Api& api;
   Program program;
+  Profile profile;
 
-  Compiled(const Api& with, Program made) : ComputeSlots{}, api(with), program(std::move(made)) {
+  Compiled(const Api& with, Program made, Profile wanted)
+      : ComputeSlots{}, api(with), program(std::move(made)), profile(std::move(wanted)) {
     ort_version_supported = kApiVersion;
     CreateState = [](OrtNodeComputeInfo* self, OrtNodeComputeContext*, void** state) {
       const Compiled& own = *reinterpret_cast<Compiled*>(self);
-      return guarded(own.api, [&] { *state = new State(own.api, own.program); });
+      return guarded(own.api, [&] { *state = new State(own.api, own.program, own.profile); });
     };
     Compute = [](OrtNodeComputeInfo* self, void* state, OrtKernelContext* context) {
       return guarded(reinterpret_cast<Compiled*>(self)->api, [&] { static_cast<State*>(state)->compute(context); });
@@ -54,6 +56,7 @@ struct Provider : EpSlots {
   const OrtLogger* logger;
   const Kernels* kernels = nullptr;
   Policy policy;
+  Profile profile;
 
   Provider(const Api& with, const OrtSessionOptions* options, const OrtLogger* log) : EpSlots{}, api(with), logger(log) {
     ort_version_supported = kApiVersion;
@@ -72,6 +75,8 @@ struct Provider : EpSlots {
       for (size_t k = 0; k < count; ++k) delete reinterpret_cast<Compiled*>(infos[k]);
     };
     kernels = &choose_kernels(option(options, "isa"));
+    profile.path = option(options, "profile");
+    profile.warmup = std::atoll(option(options, "profile_warmup").c_str());
     const std::string text = option(options, "min_sparsity");
     if (!text.empty()) {
       char* end = nullptr;
@@ -118,7 +123,7 @@ struct Provider : EpSlots {
     const Graph graph = read_graph(api, handle);
     Program program = make_program(graph, names_of(api, node, true), names_of(api, node, false), *kernels);
     log("compiled a region of " + std::to_string(program.steps.size()) + " steps with " + kernels->isa + ":" + program.summary);
-    return new Compiled(api, std::move(program));
+    return new Compiled(api, std::move(program), profile);
   }
 };
 
