@@ -1,4 +1,4 @@
-"""ONNX Runtime with the sparse engine of `runtimes/sparse/`: layers with many zeros run in its kernels, others as ever."""
+"""ONNX Runtime with the engine of `runtimes/sparse/`: layers with many zeros run in its kernels, others as ever."""
 
 from __future__ import annotations
 
