@@ -213,9 +213,12 @@ def instruction_sets() -> list[str]:
     for isa in ("avx512", "avx2", "neon", "plain"):
         try:
             session(model, sparse=True, isa=isa)
-        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+            if "doesn't run on this machine" not in str(error):
+                raise
             continue
         found.append(isa)
+    assert "plain" in found
     return found
 
 
