@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,4 +77,6 @@ class WithLibrary(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel}, distclass=WithLibrary)
+# Nothing is left beside the sources.
+ELSEWHERE = {"build": {"build_base": tempfile.mkdtemp()}}
+setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel}, distclass=WithLibrary, options=ELSEWHERE)

@@ -31,15 +31,19 @@ def session(model: onnx.ModelProto, *, sparse: bool, threads: int = 1, **options
     return onnxruntime.InferenceSession(model.SerializeToString(), settings)
 
 
-def largest_difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest difference, relative to the largest element; NaN and infinite elements must be the same ones."""
+def largest_difference(found: np.ndarray, wanted: np.ndarray, floor: float = 1e-30) -> float:
+    """The largest difference, relative to the largest element; NaN and infinite elements must be the same ones.
+
+    Args:
+        floor: the least that it is relative to, for outputs of which an activation may leave next to nothing.
+    """
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     finite = np.isfinite(wanted)
     np.testing.assert_array_equal(found[~finite], wanted[~finite])
     assert np.isfinite(found[finite]).all()
     if not finite.any():
         return 0.0
-    return float(np.abs(found[finite] - wanted[finite]).max() / max(np.abs(wanted[finite]).max(), 1e-30))
+    return float(np.abs(found[finite] - wanted[finite]).max() / max(np.abs(wanted[finite]).max(), floor))
 
 
 @dataclass
@@ -213,9 +217,12 @@ def instruction_sets() -> list[str]:
     for isa in ("avx512", "avx2", "neon", "plain"):
         try:
             session(model, sparse=True, isa=isa)
-        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+            if "doesn't run on this machine" not in str(error):
+                raise
             continue
         found.append(isa)
+    assert "plain" in found
     return found
 
 
@@ -227,7 +234,7 @@ def compare(seed: int, isas: list[str]) -> float:
     for isa in isas:
         found = session(model, sparse=True, isa=isa).run(None, inputs)
         for one, other in zip(found, wanted, strict=True):
-            worst = max(worst, largest_difference(one, other))
+            worst = max(worst, largest_difference(one, other, floor=0.1))  # layers' outputs are about 1
     return worst
 
 

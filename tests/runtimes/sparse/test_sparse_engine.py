@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -82,6 +83,13 @@ def residual_network(rng: np.random.Generator, sparsity: float = 0.9) -> onnx.Mo
 
 def image(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(seed).normal(size=shape).astype(np.float32)}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system doesn't say what its processor can")
+def test_every_instruction_set_of_this_machine_is_used() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert ("avx2" in SETS) == ({"avx2", "fma"} <= flags)
+    assert ("avx512" in SETS) == ({"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags)
 
 
 @pytest.mark.parametrize("first", range(0, GRAPHS, GRAPHS_OF_A_TEST))
