@@ -3,6 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
 
+# The sparse engine, compiled by the ziglang package when it is built.
+SPARSE_SOURCES := $(wildcard runtimes/sparse/native/* runtimes/sparse/*/*.py) runtimes/sparse/setup.py \
+	runtimes/sparse/pyproject.toml
+
 OLDEST_PYTHON ?= $(or $(wildcard $(shell pyenv prefix 3.10 2>/dev/null)/bin/python3.10),python3.10)
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
@@ -33,10 +37,11 @@ types: $(STAMP)
 		-p onnx_spdy.models -p onnx_spdy.pipeline -p onnx_spdy.runtimes -p onnx_spdy.tools
 
 # torch comes first and from the constraints file: a looser requirement would pull the CUDA build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(SPARSE_SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt torch
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[demo,test]'
+	$(VENV)/bin/pip install -q --force-reinstall --no-deps ./runtimes/sparse
 	touch $@
 
 # uv, in the version of constraints.txt, finds the interpreter by its name or version, or gets it.

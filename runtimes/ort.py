@@ -49,7 +49,11 @@ class OnnxRuntime(WatchesLoad):
 
     def check(self) -> str:
         """The version of ONNX Runtime; raises RuntimeUnavailable where it can't be imported."""
-        return str(_import_engine().__version__)
+        return str(import_engine().__version__)
+
+    def create_session(self, model: bytes, options: Any) -> Any:
+        """See the function of this name."""
+        return create_session(model, options)
 
     def open(
         self,
@@ -60,12 +64,12 @@ class OnnxRuntime(WatchesLoad):
         seed: int = 0,
     ) -> OrtSession:
         """See `Runtime.open`."""
-        engine = _import_engine()
+        version = self.check()
         fixed = fix_model(Path(model), workload, zeros, seed)
-        session = create_session(fixed.to_bytes(), session_options(workload.threads_or_cores))
+        session = self.create_session(fixed.to_bytes(), session_options(workload.threads_or_cores))
         environment = Environment(
             runtime=self.name,
-            version=engine.__version__,
+            version=version,
             precision=fixed.precision,
             threads=workload.threads_or_cores,
             batch=workload.batch,
@@ -148,7 +152,7 @@ class OrtSession(Closing):
 
 def session_options(threads: int) -> Any:
     """Options for `threads` threads, each on a core of its own where there are enough cores."""
-    options = _import_engine().SessionOptions()
+    options = import_engine().SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_ERRORS_ONLY
@@ -164,10 +168,10 @@ def session_options(threads: int) -> Any:
 
 def create_session(model: bytes, options: Any) -> Any:
     """An `onnxruntime.InferenceSession`; the engine's own exceptions become ModelRefused."""
-    engine = _import_engine()
+    engine = import_engine()
     try:
         return engine.InferenceSession(model, options, providers=PROVIDERS)
-    except _engine_errors() as exc:
+    except engine_errors() as exc:
         raise ModelRefused(f"onnxruntime refuses the model: {one_line(str(exc))}") from exc
 
 
@@ -175,17 +179,18 @@ def run_session(session: Any, inputs: Arrays) -> list[np.ndarray]:
     """All outputs of one run; a model that fails at inputs of its own shape becomes ModelRefused."""
     try:
         return session.run(None, inputs)
-    except _engine_errors() as exc:
+    except engine_errors() as exc:
         raise ModelRefused(f"onnxruntime can't run the model: {one_line(str(exc))}") from exc
 
 
-def _engine_errors() -> tuple[type[Exception], ...]:
+def engine_errors() -> tuple[type[Exception], ...]:
     """ONNX Runtime's exceptions, which have no base class of their own."""
-    state = _import_engine().capi.onnxruntime_pybind11_state
+    state = import_engine().capi.onnxruntime_pybind11_state
     return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
-def _import_engine() -> Any:
+def import_engine() -> Any:
+    """The package onnxruntime; raises RuntimeUnavailable."""
     try:
         import onnxruntime
     except ImportError as exc:

@@ -12,6 +12,7 @@ from .fake import FakeRuntime
 from .nvidia.cusparselt import CuSparseLt
 from .nvidia.trt import TensorRt
 from .ort import OnnxRuntime
+from .ort_sparse import OnnxRuntimeSparse
 from .vino import OpenVino
 from .worker.remote import RemoteRuntime
 from .worker.ssh import PREFIX, Address
@@ -22,6 +23,7 @@ RUNTIMES: dict[str, Callable[..., Runtime]] = {
     "fake": FakeRuntime,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
+    "sparse": OnnxRuntimeSparse,
     "tensorrt": TensorRt,
 }
 WITH_PRECISION = frozenset({"cusparselt", "openvino", "tensorrt"})

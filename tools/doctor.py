@@ -18,6 +18,7 @@ NOTES = {
     "fake": "a formula of the non-zeros, not an engine: for tests and dry runs",
     "onnxruntime": "no sparse kernels: a dense baseline",
     "openvino": "no sparse kernels for unstructured sparsity: a dense baseline in fp32 and bf16",
+    "sparse": "layers with many zeros in the kernels of runtimes/sparse, inside ONNX Runtime",
     "tensorrt": f"dense or 2:4 on NVIDIA GPUs from compute capability 8.0 on; {NOT_ON_HARDWARE}",
 }
 NO_ENGINE = "fake"

@@ -104,7 +104,8 @@ ExampleData = Annotated[
 Evaluation = Annotated[str, typer.Option("--eval", metavar="DATA", parser=not_empty, help="samples for the metric")]
 MetricName = Annotated[str, typer.Option("--metric", metavar="M", help="top1 or FILE.py:FUNCTION")]
 RUNTIMES_HELP = (
-    "deepsparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; ssh://HOST/R for one elsewhere"
+    "deepsparse, sparse, onnxruntime, openvino[:bf16], cusparselt[:bf16], tensorrt[:bf16], fake; ssh://HOST/R for one "
+    "elsewhere"
 )
 RuntimeName = Annotated[
     str,

@@ -41,6 +41,7 @@ ENGINE_PACKAGES: dict[str, tuple[str, ...]] = {
     "cusparselt": ("torch", "onnxscript"),
     "deepsparse": (),  # its worker gets them itself
     "fake": ("onnxruntime",),
+    "sparse": ("onnxruntime", "onnxruntime-ep-spdy"),
     "tensorrt": ("tensorrt", "torch", "onnxruntime"),
 }  # any other engine's package has the name of its runtime
 
