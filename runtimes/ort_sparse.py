@@ -117,7 +117,7 @@ def _devices() -> list[Any]:
         raise RuntimeUnavailable(f"onnxruntime {engine.__version__} takes no plugin providers; install 1.23 or later")
     try:
         sparse.register()
-    except (OSError, *engine_errors()) as exc:
+    except Exception as exc:  # no library in the package, or one that ONNX Runtime can't load
         raise RuntimeUnavailable(f"onnxruntime can't load the sparse engine: {one_line(str(exc))}") from exc
     return [device for device in engine.get_ep_devices() if device.ep_name == sparse.get_ep_name()]
 
@@ -177,5 +177,5 @@ def _sparsity(graph: onnx.GraphProto) -> dict[str, float]:
     for node in graph.node:
         if node.op_type in LAYER_OPS and len(node.input) > 1 and node.input[1] in stored:
             weight = numpy_helper.to_array(stored[node.input[1]])
-            found[node.output[0]] = 1 - np.count_nonzero(weight) / max(weight.size, 1)
+            found[node.output[0]] = float(1 - np.count_nonzero(weight) / max(weight.size, 1))
     return found
