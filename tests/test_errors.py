@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("models", "pipeline", "runtimes", "tools")
 # It runs under an interpreter that doesn't have this package; its errors travel by their kind and become ours here.
 ALONE = ROOT / "runtimes" / "deepsparse" / "worker.py"
+OF_ANOTHER = ROOT / "runtimes" / "sparse"  # a distribution of its own, which knows nothing of this one
 FOR_OTHERS = ("for_lightning", "for_transformers")  # adapters to packages that aren't installed with this one
 INDENT = 3  # characters of the tree for each generation
 
@@ -24,7 +25,7 @@ def defined_errors() -> list[type[BaseException]]:
     """Every exception class that a module of ours defines."""
     found = []
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        if path == ALONE or path.stem in FOR_OTHERS:
+        if path == ALONE or path.stem in FOR_OTHERS or OF_ANOTHER in path.parents:
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = importlib.import_module(".".join(("onnx_spdy", *parts)).removesuffix(".__init__"))

@@ -135,7 +135,12 @@ def _sources_of(package: str) -> dict[str, Path]:
     found = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (found.submodule_search_locations if found else None) or ()]
     own = package.rpartition(".")[2]
-    return {f"{own}/{one.relative_to(folder)}": one for folder in folders for one in sorted(folder.rglob("*.py"))}
+    return {
+        f"{own}/{one.relative_to(folder)}": one
+        for folder in folders
+        for one in sorted(folder.rglob("*.py"))
+        if not any((above / "pyproject.toml").exists() for above in one.parents if folder in above.parents)
+    }  # without distributions of their own
 
 
 def _pinned(package: str) -> str:
