@@ -173,9 +173,9 @@ def test_the_other_end_runs_the_sources_that_it_was_sent(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     there, here = tmp_path / "onnx_spdy" / "runtimes", Path(bootstrap.__file__).parent.parent
     assert Path(done.stdout.strip()) == there / "worker" / "serve.py"
-    assert {path.relative_to(here) for path in here.rglob("*.py")} == {
-        path.relative_to(there) for path in there.rglob("*.py")
-    }
+    sent = {path.relative_to(there) for path in there.rglob("*.py")}
+    # runtimes/sparse is a distribution of its own, that an interpreter has or has not.
+    assert sent == {path.relative_to(here) for path in here.rglob("*.py") if here / "sparse" not in path.parents}
 
 
 @pytest.mark.parametrize(
