@@ -194,7 +194,7 @@ class Cuda:
     def sparse_products(self, weight: Any, bias: Any, sample: Any) -> Iterator[tuple[str, Product]]:
         """See `Device.sparse_products`: the fastest of cuSPARSELt's algorithms at these shapes, with cold caches.
 
-        Its own search times few runs, with warm caches; its default is up to 1.9 times as slow as the best (H200). The
+        Its own search times few runs, with warm caches; its default is up to 2.4 times as slow as the best (H200). The
         result is written as the next operator reads it, (rows, out): the other way round it would be copied later.
         """
         torch = _import_torch()
