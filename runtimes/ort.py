@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,12 +34,22 @@ from .load import WatchesLoad
 from .model_file import FixedModel, check_inputs, fix_model
 from .workload import Workload
 
-PROVIDERS = ["CPUExecutionProvider"]
+PROVIDERS = ("CPUExecutionProvider",)
+OPTIMIZED = "optimized.onnx"
 LOG_ERRORS_ONLY = 3
 LAYOUT_SUFFIX = "_nchwc"  # ONNX Runtime names a node in its blocked layout after the tensor it makes, plus this
 REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
 OUTSIDE = "outside the nodes"
 NUMBERED = re.compile(r"_token_\d+$")
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """What one node of a profile took, by ONNX Runtime's own clock."""
+
+    seconds: float
+    op: str
+    provider: str
 
 
 class OnnxRuntime(WatchesLoad):
@@ -93,24 +104,41 @@ class OnnxRuntime(WatchesLoad):
         fixed = fix_model(Path(model), workload, zeros, seed)
         for number, node in enumerate(fixed.proto.graph.node):
             node.name = f"node_{number}"  # the profile identifies nodes by name: make them unique
-        with WorkFolder() as folder:
+        with WorkFolder() as made:
+            folder = Path(made)
             options = session_options(workload.threads_or_cores)
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-            session = create_session(fixed.to_bytes(), options)
+            options.profile_file_prefix = str(folder / "profile")
+            session = self._profiled(fixed.to_bytes(), options, folder, warmup)
             for _ in range(warmup + iterations):
                 run_session(session, fixed.inputs)
             profile = Path(session.end_profiling())
+            del session  # what it writes when it ends is there now
             try:  # ONNX Runtime doesn't say that it couldn't write them
                 events = json.loads(profile.read_text(encoding="utf-8"))
-                optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+                written = self._written(folder)
             except (OSError, ValueError, DecodeError) as exc:
                 raise RuntimeFailure(
-                    f"onnxruntime's profile in {Path(folder).parent} is cut off or missing ({one_line(str(exc))}); "
+                    f"onnxruntime's profile in {folder.parent} is cut off or missing ({one_line(str(exc))}); "
                     "set TMPDIR to a folder with room"
                 ) from exc
-        return _rows(events, warmup, fixed.proto.graph, optimized.graph)
+        nodes, total = _node_times(events, warmup)
+        rows = self._rows(nodes, fixed.proto.graph, written)
+        rest = total - sum(row.seconds for row in rows)
+        return [*rows, LayerTime((), OUTSIDE, max(rest, 0.0), sparse=False, kernel_sparsity=None)]
+
+    def _profiled(self, model: bytes, options: Any, folder: Path, warmup: int) -> Any:
+        """A session that is profiled, and what else it shall write into a folder."""
+        options.optimized_model_filepath = str(folder / OPTIMIZED)
+        return self.create_session(model, options)
+
+    def _written(self, folder: Path) -> Any:
+        """What the session wrote beside its profile. Raises OSError, ValueError or DecodeError."""
+        return onnx.load(folder / OPTIMIZED, load_external_data=False).graph
+
+    def _rows(self, nodes: Mapping[str, NodeTime], graph: onnx.GraphProto, written: Any) -> list[LayerTime]:
+        """A row for each node of the optimized graph that ran."""
+        return _optimized_rows(nodes, graph, written)
 
     def close(self) -> None:
         """Nothing to release: sessions own what they use."""
@@ -166,11 +194,15 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def create_session(model: bytes, options: Any) -> Any:
-    """An `onnxruntime.InferenceSession`; the engine's own exceptions become ModelRefused."""
+def create_session(model: bytes, options: Any, providers: Sequence[str] | None = PROVIDERS) -> Any:
+    """An `onnxruntime.InferenceSession`; the engine's own exceptions become ModelRefused.
+
+    Args:
+        providers: None: those that the options name.
+    """
     engine = import_engine()
     try:
-        return engine.InferenceSession(model, options, providers=PROVIDERS)
+        return engine.InferenceSession(model, options, providers=providers)
     except engine_errors() as exc:
         raise ModelRefused(f"onnxruntime refuses the model: {one_line(str(exc))}") from exc
 
@@ -198,34 +230,43 @@ def import_engine() -> Any:
     return onnxruntime
 
 
-def _rows(
-    events: list[dict[str, Any]], warmup: int, graph: onnx.GraphProto, optimized: onnx.GraphProto
-) -> list[LayerTime]:
-    """Mean seconds of each node of the optimized graph over the runs after `warmup`, and the remainder."""
-    microseconds: dict[str, float] = defaultdict(float)
-    total, runs = 0.0, 0
+def _node_times(events: Sequence[Mapping[str, Any]], warmup: int) -> tuple[dict[str, NodeTime], float]:
+    """Means over the runs after `warmup`: of each node, by its name, and of the whole network."""
+    seconds: dict[str, float] = defaultdict(float)
     current: dict[str, float] = defaultdict(float)
+    about: dict[str, Mapping[str, Any]] = {}
+    total, runs = 0.0, 0
     for event in events:  # the nodes of a run come before its "model_run"
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            current[event["name"].removesuffix("_kernel_time")] += event["dur"]
+            name = event["name"].removesuffix("_kernel_time")
+            current[name] += event["dur"]
+            about[name] = event["args"]
         elif event["name"] == "model_run":
             runs += 1
             if runs > warmup:
                 total += event["dur"]
                 for name, duration in current.items():
-                    microseconds[name] += duration
+                    seconds[name] += duration
             current.clear()
     scale = 1e-6 / (runs - warmup)
+    found = {
+        name: NodeTime(value * scale, about[name].get("op_name", ""), about[name].get("provider", ""))
+        for name, value in seconds.items()
+    }
+    return found, total * scale
+
+
+def _optimized_rows(
+    times: Mapping[str, NodeTime], graph: onnx.GraphProto, optimized: onnx.GraphProto
+) -> list[LayerTime]:
     made = {node.name: tuple(node.output) for node in graph.node}
     known = {output for outputs in made.values() for output in outputs}
-    nodes = [node for node in optimized.node if node.name in microseconds]
+    nodes = [node for node in optimized.node if node.name in times]
     anchors = [tuple(name for name in dict.fromkeys(_made_by(node, made)) if name in known) for node in nodes]
-    rows = [
-        LayerTime(outputs, node.op_type, microseconds[node.name] * scale, sparse=False, kernel_sparsity=None)
+    return [
+        LayerTime(outputs, node.op_type, times[node.name].seconds, sparse=False, kernel_sparsity=None)
         for node, outputs in zip(nodes, covered_outputs(graph, anchors), strict=True)
     ]
-    rest = total * scale - sum(row.seconds for row in rows)
-    return [*rows, LayerTime((), OUTSIDE, max(rest, 0.0), sparse=False, kernel_sparsity=None)]
 
 
 def _made_by(node: onnx.NodeProto, made: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
