@@ -277,7 +277,7 @@ class _Network:
         key = _structure(model, self._tensors, self.inputs)
         if key not in fusions:
             try:
-                fusions[key] = fuse(self._module, self._layers, self.inputs, self._device.compiled)
+                fusions[key] = fuse(self._module, self._tensors, self._layers, self.inputs, self._device.compiled)
             except Exception as exc:  # tracing and compiling raise anything
                 _logger.warning("the network runs one kernel an operator: it can't be fused (%s)", one_line(str(exc)))
                 fusions[key] = None

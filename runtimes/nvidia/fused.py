@@ -120,17 +120,23 @@ class Tensors:
             held[name] = tensor
 
 
-def fuse(module: nn.Module, layers: Layers, inputs: Mapping[str, Tensor], compiler: Callable[[Any], Any]) -> Compiled:
+def fuse(
+    module: nn.Module,
+    tensors: Tensors,
+    layers: Layers,
+    inputs: Mapping[str, Tensor],
+    compiler: Callable[[Any], Any],
+) -> Compiled:
     """The module as one compiled graph: [parameters and buffers as `Tensors` has them, inputs] -> outputs.
 
     Args:
         module: maps inputs by name to outputs by name; the forwards of its layers are `as_operator`.
+        tensors: of the module.
         inputs: of the shapes and types to come.
         compiler: of a torch.fx.GraphModule.
     Raises:
         Exception: whatever tracing or compiling raises; there is no end to what that may be.
     """
-    tensors = Tensors(module)
     count = len(tensors.own)
 
     def function(arguments: list[Tensor]) -> list[Tensor]:

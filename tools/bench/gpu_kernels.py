@@ -21,6 +21,9 @@ import torch
 import typer
 from torch import Tensor
 
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.runtimes import SEMI_STRUCTURED
 from onnx_spdy.runtimes.base import one_line
 from onnx_spdy.runtimes.nvidia.cuda_device import Cuda, sparse_product
 from onnx_spdy.tools.results import Json, write_results
@@ -111,9 +114,7 @@ def kernels(device: Cuda, rows: int, before: int, after: int) -> dict[str, Calla
 
 def two_in_four(weight: Tensor) -> Tensor:
     """(out, in) with the two smaller of every 4 inputs set to 0."""
-    groups = weight.view(len(weight), -1, 4)
-    kept = groups.abs().argsort(-1).argsort(-1) >= 2
-    return (groups * kept).view_as(weight)
+    return weight * select_mask(weight.abs().cpu(), Level.parse(SEMI_STRUCTURED)).to(weight.device)
 
 
 def show(layers: Sequence[Mapping[str, Any]]) -> None:
