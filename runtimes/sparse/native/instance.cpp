@@ -203,9 +203,12 @@ void Instance::run(const Api& api, OrtKernelContext* context, std::vector<double
   for (const Action& action : actions_) {
     const bool is_step = action.what == Action::Layer || action.what == Action::Map;
     if (!action.tasks || (is_step && !action.vectors)) continue;
+    if (!seconds) {
+      run_action(api, context, action);
+      continue;
+    }
     const auto started = std::chrono::steady_clock::now();
     run_action(api, context, action);
-    if (!seconds) continue;
     const size_t at = action.step ? static_cast<size_t>(action.step - program_.steps.data()) : program_.steps.size();
     (*seconds)[at] += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   }
