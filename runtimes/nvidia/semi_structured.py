@@ -38,9 +38,13 @@ def has_pattern(weight: np.ndarray, kept: int = KEPT, group: int = GROUP) -> boo
     Args:
         weight: (out, in, *kernel).
     """
-    moved = np.moveaxis(weight != 0, 1, -1)
-    padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % group)])
-    return bool((padded.reshape(-1, group).sum(axis=1) <= kept).all() and not moved.all())
+    nonzero = weight != 0
+    if nonzero.all():
+        return False
+    moved = np.moveaxis(nonzero, 1, -1)
+    padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % group)]).view(np.uint8)
+    counts = sum(padded[..., place::group] for place in range(group))  # 3 times as fast as a sum over a short axis
+    return bool(np.all(counts <= kept))
 
 
 def not_eligible(weight: np.ndarray, multiple: int) -> str | None:
