@@ -51,7 +51,7 @@ def deploy(
     if pruned.widths or any(level.is_width or level.is_int8 for level in pruned.levels.values()):  # of groups
         check_narrow(dense, pruned, written)
     else:
-        check_deployed(dense, written, pruned.levels)
+        check_deployed(dense, written, pruned.levels, trained_whole=pruned.trained_whole)
     if measured is not None:
         check_zeros_kept(measured, written)
     if pruned.int8 is not None:
@@ -61,9 +61,13 @@ def deploy(
     return written
 
 
-def check_deployed(dense: Prepared, pruned: onnx.ModelProto, levels: Mapping[str, Level]) -> None:
+def check_deployed(
+    dense: Prepared, pruned: onnx.ModelProto, levels: Mapping[str, Level], *, trained_whole: bool = False
+) -> None:
     """Compare a pruned network with its dense original and its profile.
 
+    Args:
+        trained_whole: whether layers that the profile doesn't prune may have changed too.
     Raises:
         DeployError: the first thing that isn't as the profile says.
     """
@@ -80,6 +84,8 @@ def check_deployed(dense: Prepared, pruned: onnx.ModelProto, levels: Mapping[str
         if levels.get(layer.name, DENSE) != DENSE
         for name in (layer.weight, layer.bias)
     }
+    if trained_whole:
+        changeable |= _of_layers(dense)
     if surplus := set(changed_initializers(dense.proto, pruned)) - changeable:
         raise DeployError(f"initializer {min(surplus)!r} changed, but the profile prunes no layer that it belongs to")
     arrays = {tensor.name: tensor for tensor in pruned.graph.initializer}
@@ -103,6 +109,8 @@ def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProt
     expected = {tensor.name: list(tensor.dims) for tensor in dense.proto.graph.initializer}
     changeable = {layer.weight for layer in pruned.layers}
     changeable |= {layer.bias for layer in touched(dense, pruned.widths) if layer.bias is not None}
+    if pruned.trained_whole:
+        changeable |= _of_layers(dense)
     for (name, axis), indices in removed_indices(dense, pruned.widths).items():
         changeable.add(name)
         if name in expected:  # a Constant's tensor isn't among them
@@ -113,6 +121,11 @@ def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProt
             raise DeployError(f"{name!r} has shape {list(tensor.dims)}, by its groups' widths {expected.get(name)}")
     if surplus := set(changed_initializers(dense.proto, written)) & set(weights) - changeable:
         raise DeployError(f"initializer {min(surplus)!r} changed, but belongs to no group that is narrower")
+
+
+def _of_layers(network: Prepared) -> set[str]:
+    """Initializers of the weights and biases of all layers."""
+    return {name for layer in network.layers for name in (layer.weight, layer.bias) if name is not None}
 
 
 def _nodes(graph: onnx.GraphProto) -> list[tuple[str, str]]:

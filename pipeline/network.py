@@ -228,6 +228,7 @@ class PrunedNetwork:
         widths: group -> units that stay, ascending, of the groups that are narrower.
         corrected: what was corrected in it, in words, or why nothing was.
         int8: the same in int8, which is what is deployed; None where it stays in floating point.
+        trained_whole: whether layers that lost nothing were trained too.
     """
 
     base: Prepared
@@ -237,6 +238,7 @@ class PrunedNetwork:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     corrected: str = "not applied"
     int8: Int8Network | None = None
+    trained_whole: bool = False
 
     def in_float(self) -> onnx.ModelProto:
         """Its graph in floating point."""

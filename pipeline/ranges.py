@@ -16,7 +16,7 @@ from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid, grid_between
 from onnx_spdy.models.torch_graph import NodeModule
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, Weights
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 CHANNELS = 1  # axis of a convolution's input
@@ -55,12 +55,14 @@ def observe(
     by_channel: Collection[str],
     samples: Samples,
     rng: np.random.Generator,
+    weights: Weights = DENSE_WEIGHTS,
 ) -> dict[str, Seen]:
     """Watch tensors while the network runs on samples.
 
     Args:
         tensors: names of inputs and inner tensors.
         by_channel: those of them with a range for each channel.
+        weights: of the network.
     Raises:
         RangeError: one of them is NaN or infinite for some sample; the message names it.
     """
@@ -95,7 +97,7 @@ def observe(
                 for name, array in batch.inputs.items():
                     if name in tensors:
                         look(name, torch.from_numpy(array))
-                network.run(batch)
+                network.run(batch, weights)
     finally:
         for one in hooks:
             one.remove()

@@ -88,6 +88,7 @@ def make_report(
     alternatives: Alternatives,
     against: Against | None,
     repaired: Training | None,
+    trained: Training | None,
     stages: Sequence[Mapping[str, Any]],
 ) -> Report:
     """Gather what the stages found.
@@ -100,6 +101,7 @@ def make_report(
         alternatives: the dense network in every runtime and precision of this machine, and a narrow one too.
         against: where the target came from one against the best dense alternative.
         repaired: how the weights were trained after the correction; None where they weren't.
+        trained: how the whole network was trained after that; the same.
         stages: name and seconds of each stage.
     """
     profile, validation = outcome.kept.profile, outcome.kept.validation
@@ -135,6 +137,7 @@ def make_report(
             "statistics_correction": pruned.corrected,
             "int8": pruned.int8 and _int8(pruned.int8),
             "repair": repaired and vars(repaired),
+            "finetune": trained and vars(trained),
             "made_from": dict(profile.made_from),
             "stages": list(stages),
             "layers": _layer_rows(network, pruned, table, database, choice),

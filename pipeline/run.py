@@ -36,7 +36,8 @@ from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.target import meet_target
-from onnx_spdy.pipeline.training.repair import LONGEST_SECONDS, NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime, Workload, location
 
@@ -74,6 +75,7 @@ def run(
     compression: Compression | None = None,
     search: SearchSettings | None = None,
     finetune: str = NO_REPAIR,
+    training: WholeTraining | None = None,
     evaluation: Evaluation | None = None,
     allow_busy: bool = False,
     watch: Watch | None = None,
@@ -92,7 +94,9 @@ def run(
         target: the speedup, and the folder for the results.
         compression: levels and pruner.
         search: how the profile is searched; its seed is that of everything random here.
-        finetune: `gap` repairs the profile that is kept, once, after its speed was measured; see REPAIRS.
+        finetune: `gap` repairs the profile that is kept, once, after its speed was measured; `full` then trains the
+            whole network; see REPAIRS.
+        training: on what `full` trains, and how long; by default the calibration samples.
         evaluation: what the metric is computed on, and how; None leaves it out.
         allow_busy: measure even while other programs use the CPU.
         watch: is told how far each stage is, and may stop the search.
@@ -104,6 +108,7 @@ def run(
     """
     check_repair(finetune)
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
+    training = training or WholeTraining()
     clock, out, common = _Stages(), target.out, target.common
     form = form_for(runtime.name) if compression.levels[0].is_int8 else None
     with locked(common), locked(out):
@@ -162,7 +167,7 @@ def run(
 
         with clock("validate"):
             outcome = meet_target(target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure)
-        repaired = None
+        repaired, trained = None, None
         if finetune != NO_REPAIR:
             before = load_model(out / "model.onnx")
             with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
@@ -171,6 +176,13 @@ def run(
                     seed=search.seed, time_limit_seconds=LONGEST_SECONDS,
                     checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
+            if finetune == FULL:
+                with clock("finetune"):
+                    pruned, trained = train_whole(
+                        network, pruned, training.samples or samples,
+                        form=form, seconds=training.seconds, seed=search.seed,
+                        checkpoint=out / "finetune.safetensors", progress=watch.stage("finetune"),
+                    )  # fmt: skip
             pruned = finished(pruned)
             deploy(dense, pruned, out / "model.onnx", before)
             if form is not None:  # new grids may have other zero points, which take time
@@ -208,7 +220,7 @@ def run(
                 )
         report = make_report(
             network, pruned, table, database, outcome,
-            metrics=metrics, alternatives=alternatives, against=target.against, repaired=repaired,
+            metrics=metrics, alternatives=alternatives, against=target.against, repaired=repaired, trained=trained,
             stages=clock.stages,
         ).after(earlier)  # fmt: skip
         report.save(report_path)

@@ -12,6 +12,7 @@ import typer
 
 from onnx_spdy.pipeline.aim import BEST, SAME
 from onnx_spdy.pipeline.database.pruners import PRUNERS
+from onnx_spdy.pipeline.training.repair import FULL
 
 T = TypeVar("T")
 LARGEST_SEED = 2**63 - 1  # that every generator takes
@@ -155,7 +156,24 @@ AllowBusy = Annotated[
     bool, typer.Option("--allow-busy", help="measure even while other programs use the CPU; the table tells")
 ]
 Finetune = Annotated[
-    str, typer.Option("--finetune", metavar="NAME", help="gap: train all pruned layers together, masks fixed; or none")
+    str,
+    typer.Option(
+        "--finetune",
+        metavar="NAME",
+        help="gap: train all pruned layers together, masks fixed; full: gap, then the whole network; or none",
+    ),
+]
+TrainData = Annotated[
+    str | None,
+    typer.Option(
+        "--train",
+        metavar="DATA",
+        parser=not_empty,
+        help="samples for --finetune full; default: --data",
+    ),
+]
+FinetuneLimit = Annotated[
+    float, typer.Option("--finetune-limit", metavar="MINUTES", help="of training the whole network")
 ]
 SearchImages = Annotated[
     int | None, typer.Option("--search-images", min=1, help="samples that a search may run through the network")
@@ -176,17 +194,32 @@ def gib(value: float | None) -> int | None:
     return int(value * 2**30)
 
 
-def minutes(value: float | None) -> float | None:
+def minutes(value: float | None, option: str = "--time-limit") -> float | None:
     """Minutes as seconds.
 
     Raises:
-        BadParameter: not a positive number.
+        BadParameter: not a positive number; the message names the option.
     """
     if value is None:
         return None
     if not (math.isfinite(60 * value) and value > 0):
-        raise typer.BadParameter(f"{value:g} is not a positive number of minutes", param_hint="'--time-limit'")
+        raise typer.BadParameter(f"{value:g} is not a positive number of minutes", param_hint=f"'{option}'")
     return 60 * value
+
+
+def training_seconds(finetune: str, train: str | None, limit: float) -> float:
+    """How long the whole network may be trained.
+
+    Args:
+        finetune, train, limit: --finetune, --train and --finetune-limit.
+    Raises:
+        BadParameter: the limit is no positive number; or there are samples to train on, and nothing is.
+    """
+    if train and finetune != FULL:
+        raise typer.BadParameter(f"is for --finetune {FULL}, and this is {finetune}", param_hint="'--train'")
+    seconds = minutes(limit, "--finetune-limit")
+    assert seconds is not None
+    return seconds
 
 
 def several(text: str, kind: Callable[[str], T], option: str, what: str = "a number") -> list[T]:

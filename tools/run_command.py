@@ -28,6 +28,7 @@ from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
 from onnx_spdy.pipeline.target import TargetMissed
 from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair
+from onnx_spdy.pipeline.training.whole import MINUTES, WholeTraining
 from onnx_spdy.runtimes import Runtime, location, runtime_spec
 from onnx_spdy.tools import show
 from onnx_spdy.tools.doctor import warn_without_kernels
@@ -38,6 +39,7 @@ from onnx_spdy.tools.options import (
     Batch,
     Data,
     Finetune,
+    FinetuneLimit,
     LossName,
     Memory,
     MetricName,
@@ -51,11 +53,13 @@ from onnx_spdy.tools.options import (
     Seed,
     Threads,
     TimeLimit,
+    TrainData,
     gib,
     minutes,
     not_empty,
     out_folder,
     speedups,
+    training_seconds,
 )
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.report.front import write_front_html
@@ -91,6 +95,8 @@ def run(
     search: SearchName = DEFAULT_SEARCH,
     search_samples: SearchSamples = SEARCH_SAMPLES,
     finetune: Finetune = NO_REPAIR,
+    train: TrainData = None,
+    finetune_limit: FinetuneLimit = MINUTES,
     search_images: SearchImages = None,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
@@ -100,6 +106,7 @@ def run(
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
     settings = SearchSettings(search, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
     check_repair(finetune)
+    seconds = training_seconds(finetune, train, finetune_limit)
     targets, measure_metric, interrupt = speedups(speedup), load_metric(metric), Interrupt()
     with ExitStack() as stack, ProgressBars() as bars:
         watch = Watch(bars.stage, interrupt)
@@ -108,6 +115,7 @@ def run(
         dense, samples = load_inputs(model, data)
         dense = ready_for(compression.levels, dense, samples)
         judged = Evaluation(load_samples(evaluation, dense), measure_metric, metric) if evaluation else None
+        training = WholeTraining(load_samples(train, dense) if train else None, seconds)
         workload = load_workload(samples, dense, batch, threads)
         stack.enter_context(locked(out))
         rivals = None
@@ -131,7 +139,7 @@ def run(
             target = Target(opponent.of_same if opponent else speedup, folder, shared=out, against=opponent)
             found = run_pipeline(
                 dense, samples, engine, workload, target,
-                compression=compression, search=settings, finetune=finetune, evaluation=judged,
+                compression=compression, search=settings, finetune=finetune, training=training, evaluation=judged,
                 allow_busy=allow_busy, watch=watch,
             )  # fmt: skip
             write_report_html(found.content, folder / "report.html")

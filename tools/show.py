@@ -191,6 +191,8 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
         print("The measured lower bound is below the target.")
     if content.get("repair"):
         training("repair", Training(**content["repair"]))
+    if content.get("finetune"):
+        training("finetune", Training(**content["finetune"]))
     print(content["alternatives"]["verdict"])
     print(f"{content['sparsity']:.1%} of the prunable weights are zero or gone; report: {folder / 'report.html'}")
 

@@ -33,8 +33,9 @@ from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
 from onnx_spdy.pipeline.stitch import CorrectedStitcher, Stitcher
 from onnx_spdy.pipeline.training.finetune import EPOCHS, RATE
 from onnx_spdy.pipeline.training.finetune import finetune as finetune_network
-from onnx_spdy.pipeline.training.repair import NO_REPAIR, check_repair, repair
+from onnx_spdy.pipeline.training.repair import FULL, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.training.trainer import BATCH
+from onnx_spdy.pipeline.training.whole import MINUTES, train_whole
 from onnx_spdy.pipeline.validate import evaluate
 from onnx_spdy.pipeline.validate import validate as validate_network
 from onnx_spdy.tools import show
@@ -46,6 +47,7 @@ from onnx_spdy.tools.options import (
     Data,
     ExampleData,
     Finetune,
+    FinetuneLimit,
     LossName,
     Memory,
     ModelArgument,
@@ -57,6 +59,7 @@ from onnx_spdy.tools.options import (
     Seed,
     Threads,
     TimeLimit,
+    TrainData,
     gib,
     minutes,
     not_empty,
@@ -64,6 +67,7 @@ from onnx_spdy.tools.options import (
     out_folder,
     path,
     speedups,
+    training_seconds,
 )
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.report.front import write_front_html
@@ -182,10 +186,13 @@ def deploy(
         typer.Option("--runtime", metavar="R", help="the one that int8 is written for, where the profile has int8"),
     ] = None,
     finetune: Finetune = NO_REPAIR,
+    train: TrainData = None,
+    finetune_limit: FinetuneLimit = MINUTES,
     seed: Seed = 0,
 ) -> None:
     """Write the pruned network of a profile."""
     check_repair(finetune)
+    seconds = training_seconds(finetune, train, finetune_limit)
     if finetune != NO_REPAIR and not data:
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
     chosen = Profile.load(profile)
@@ -202,6 +209,13 @@ def deploy(
             pruned, repaired = repair(network, pruned, samples, seed=seed, progress=bars.stage("repair"))
         if repaired:
             show.training("repair", repaired)
+    if samples and finetune == FULL:
+        learnt_from = load_samples(train, dense) if train else samples
+        with ProgressBars() as bars:
+            pruned, trained = train_whole(
+                network, pruned, learnt_from, form=form, seconds=seconds, seed=seed, progress=bars.stage("finetune")
+            )
+        show.training("finetune", trained)
     if form and samples:
         with ProgressBars() as bars:
             pruned = in_int8(pruned, samples, form, seed=seed, progress=bars.stage("int8"))

@@ -10,6 +10,7 @@ Source: Hinton, Vinyals & Dean (2015) for distillation; Zhu & Gupta (2017) for g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.rows import sample_axes
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
+from onnx_spdy.pipeline.training.fake_int8 import FakeInt8
 from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
 from onnx_spdy.pipeline.training.repair import FixedMasks
 from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Pruning, Trainer, Training
@@ -120,12 +122,14 @@ def finetune(
     samples: Samples,
     *,
     levels: Mapping[str, Level] | None = None,
+    int8: FakeInt8 | None = None,
     epochs: int = EPOCHS,
     rate: float = RATE,
     batch: int = BATCH,
     seed: int = 0,
     time_limit_seconds: float | None = None,
     checkpoint: Path | None = None,
+    restart: bool = False,
     progress: Progress = ignore,
 ) -> Finetuned:
     """Train a pruned network.
@@ -136,8 +140,10 @@ def finetune(
             a narrower one, as `run` writes it for widths, which is trained as it is.
         samples: training samples; labels in `target` are used where the network is a classifier.
         levels: layer name -> level that is reached gradually; None keeps just the zeros that are there.
+        int8: how it is rounded while it learns, for one that will be in int8; what is returned isn't rounded.
         epochs, rate, batch, seed, time_limit_seconds, progress: see `Trainer`.
         checkpoint: file from which a stopped training goes on.
+        restart: replace a checkpoint of another training instead of refusing it.
     Raises:
         FinetuneError: the graphs differ in more than weights of layers.
         NotCorrected: the samples of a gradual training don't fill one batch of the network.
@@ -154,13 +160,19 @@ def finetune(
         settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
         target = None if levels is None else {name: str(level) for name, level in levels.items()}
         made_from = {"dense": dense.sha256, "pruned": model_sha256(pruned), "data": samples.sha256}
-        saved = Checkpoint(checkpoint, {**made_from, "levels": target, **settings})
+        rounded = {} if int8 is None else {"int8": f"{int8.form.name}, {int8.ranges}"}
+        saved = Checkpoint(checkpoint, {**made_from, "levels": target, **rounded, **settings})
+        if restart and not saved.belongs():
+            checkpoint.unlink(missing_ok=True)
         saved.check()
     outputs = DenseOutputs(network, samples)
     loss = _fitted_loss(network, samples, outputs)
     labels = loss.name == KL and _has_labels(network, samples, outputs)
     correction = None if levels is None else _correction(network, samples)
-    with student.trainable([*start], start) as parameters:
+    with ExitStack() as stack:
+        if int8 is not None:
+            stack.enter_context(int8.rounding(student, start, samples, seed))
+        parameters = stack.enter_context(student.trainable([*start], start))
         if levels is None:
             masks: Pruning = FixedMasks({layer.weight: parameters[layer.weight] for layer in student.layers})
         else:

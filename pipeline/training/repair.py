@@ -33,7 +33,8 @@ from onnx_spdy.pipeline.widths import kept_outputs, touched
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 NO_REPAIR = "none"
-REPAIRS = (NO_REPAIR, "gap")  # what --finetune can be; gap: global AdaPrune
+FULL = "full"
+REPAIRS = (NO_REPAIR, "gap", FULL)  # what --finetune can be; gap: global AdaPrune; full: gap, then `whole.py`
 
 LONGEST_SECONDS = 600  # of the repair in a run: wide inputs on few cores would take an hour; the schedule follows
 STEPS = 300  # so that repair takes about as long whatever the number of samples

@@ -61,7 +61,7 @@ def check_int8(out: Path, samples: Samples) -> None:
     np.testing.assert_allclose(again, found, atol=0.02 * np.abs(found).max())
 
 
-@pytest.mark.parametrize("finetune", ["none", "gap"])
+@pytest.mark.parametrize("finetune", ["none", "gap", "full"])
 def test_the_promise_is_kept_in_int8(model: onnx.ModelProto, samples: Samples, tmp_path: Path, finetune: str) -> None:
     with open_runtime("fake", **FAKE) as runtime:
         report = do(model, samples, runtime, Target(4.0, tmp_path), finetune=finetune)
@@ -73,6 +73,7 @@ def test_the_promise_is_kept_in_int8(model: onnx.ModelProto, samples: Samples, t
     assert report["measured_speedup"] == pytest.approx(report["dense_seconds"] / report["pruned_seconds"])
     assert {stage["name"] for stage in report["stages"]} >= {"int8", "validate"}
     assert (report["repair"] is None) == (finetune == "none")
+    assert (report["finetune"] is None) == (finetune != "full")
     assert json.loads((tmp_path / "report.json").read_text())["layers"] == report["layers"]
     for row in report["layers"]:
         assert row["kept"] <= row["units"]
