@@ -20,7 +20,7 @@ from onnx_spdy.pipeline.alternatives import (
 )
 from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import Level, any_int8
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.opponent import BEARABLE, fastest
 from onnx_spdy.pipeline.progress import Watch
@@ -150,7 +150,7 @@ def fastest_runtime(found: Alternatives, levels: Sequence[Level]) -> str:
     Raises:
         AimError: there is none.
     """
-    in_int8 = levels[0].is_int8
+    in_int8 = any_int8(levels)
     patterns = {level.pattern for level in levels if not level.is_width and not level.is_whole}
 
     def gains(one: Alternative) -> bool:

@@ -48,7 +48,9 @@ def deploy(
         DeployError: something else than the pruned layers' parameters would change, or zeros are missing.
     """
     written = pruned.in_float()
-    if pruned.widths or any(level.is_width or level.is_int8 for level in pruned.levels.values()):  # of groups
+    if pruned.widths or any(
+        level.is_width or level.is_int8 for level in pruned.levels.values()
+    ):  # of groups, or of precisions
         check_narrow(dense, pruned, written)
     else:
         check_deployed(dense, written, pruned.levels, trained_whole=pruned.trained_whole)
@@ -74,16 +76,12 @@ def check_deployed(
     if found := differences(dense.proto, pruned):
         raise DeployError(f"the pruned graph differs from the dense one: {found[0]}")
     layers = {layer.name: layer for layer in dense.prunable}
+    levels = {name: level for name, level in levels.items() if level != DENSE}
     if unknown := set(levels) - set(layers):
         raise DeployError(
             f"the profile names layer {min(unknown)!r}, which the network doesn't have; use its own profile"
         )
-    changeable = {
-        name
-        for layer in layers.values()
-        if levels.get(layer.name, DENSE) != DENSE
-        for name in (layer.weight, layer.bias)
-    }
+    changeable = {name for layer in layers.values() if layer.name in levels for name in (layer.weight, layer.bias)}
     if trained_whole:
         changeable |= _of_layers(dense)
     if surplus := set(changed_initializers(dense.proto, pruned)) - changeable:

@@ -5,13 +5,14 @@ unstructured@0.8700      87 % of the weights are zero, anywhere
 block4@0.9000            zeros come in runs of 4 consecutive input channels
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
 channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
-int8                     nothing is removed, and the network computes in int8
+int8                     nothing is removed, and the layer, or the network of these widths, computes in int8
 channels@0.2500+int8     both
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from onnx_spdy.runtimes.errors import OnnxSpdyError
@@ -98,7 +99,7 @@ class Level:
 
     @property
     def is_int8(self) -> bool:
-        """Whether the network then computes in int8."""
+        """Whether the layer, or the whole network of some width, then computes in int8."""
         return self.pattern in (INT8, NARROW_INT8)
 
     @property
@@ -115,6 +116,16 @@ DENSE = Level("dense", 0.0)
 DEFAULT_PATTERN = "unstructured"
 
 
+def mixes_precisions(levels: Sequence[Level]) -> bool:
+    """Whether each layer is in floating point or in int8, by choice."""
+    return any(level.pattern == INT8 for level in levels[1:])
+
+
+def any_int8(levels: Iterable[Level]) -> bool:
+    """Whether something may compute in int8 then."""
+    return any(level.is_int8 for level in levels)
+
+
 def levels_for(pattern: str) -> tuple[Level, ...]:
     """The levels of a search over one or more patterns, the whole network first, then from lowest to highest sparsity.
 
@@ -122,22 +133,27 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Widths get 39, a fortieth apart; how many
     units that leaves of a group depends on what engines reward, see `Site.kept`. Patterns that are joined by commas,
     such as `unstructured,2:4`, make one list; of levels that are equally sparse those of the pattern that was
-    named first come first.
+    named first come first. `int8` is the choice of each layer's precision.
 
     Source: Frantar & Alistarh, SPDY (ICML 2022), section 4 (sparsity grid).
     """
     names = [name.strip() for name in pattern.split(",")]
     if len(set(names)) < len(names):
         raise LevelError(f"pattern {pattern!r} names one twice; name each once")
-    if {*WIDTHS} & {*names} and len(names) > 1:
-        raise LevelError(f"pattern {pattern!r}: a search over widths and others at once isn't built yet; name one kind")
+    if {*WIDTHS, INT8} & {*names} and len(names) > 1:
+        raise LevelError(
+            f"pattern {pattern!r}: a search over widths or int8 and others at once isn't built yet; name one kind"
+        )
+    if names == [INT8]:
+        return DENSE, Level(INT8, 0.0)
     whole = Level(INT8, 0.0) if NARROW_INT8 in names else DENSE
     return whole, *sorted((level for name in names for level in _levels_of(name)), key=lambda level: level.sparsity)
 
 
 def _levels_of(pattern: str) -> list[Level]:
     if pattern in WHOLE:
-        raise LevelError(f"pattern {pattern!r} leaves nothing to choose; use {', '.join(GRADED)} or N:M such as 2:4")
+        known = f"{', '.join(GRADED)}, {INT8} or N:M such as 2:4"
+        raise LevelError(f"pattern {pattern!r} leaves nothing to choose; use {known}")
     if _N_OF_M.fullmatch(pattern):
         return [Level.parse(pattern)]
     if pattern in WIDTHS:

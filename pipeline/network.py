@@ -17,7 +17,9 @@ import numpy as np
 import onnx
 import torch
 
-from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, fixed_batch, write_weights
+from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, find_layers, fixed_batch, write_weights
+from onnx_spdy.models.int8.fake import Rounding, activation_rounding
+from onnx_spdy.models.int8.grid import Grid
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
@@ -29,6 +31,7 @@ BATCH_SIZE = 32  # large enough for full speed on a CPU, small enough to stay in
 
 Keep = Callable[[Suspended], None]
 Weights = Mapping[str, torch.Tensor]  # initializer -> values, as the file stores them; never changed in place
+INPUT_GRID = "int8 input of "  # and the name of a node: in `Weights`, the grid to which what it reads is rounded
 DENSE_WEIGHTS: Weights = MappingProxyType({})  # what isn't named is dense
 
 
@@ -62,6 +65,8 @@ class Network:
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense: dict[str, torch.Tensor] = {}  # of those that were asked for or overwritten
         self._loaded: Weights = DENSE_WEIGHTS
+        self._rounded: dict[str, Rounding] = {}  # node -> what is done to its input now
+        self._hooked: set[str] = set()  # nodes whose input may be rounded
         self._left_out: set[int] = set()  # numbers of samples that a warning told
         self._trained: set[str] = set()  # changed in place now
 
@@ -91,12 +96,34 @@ class Network:
         return weights[initializer] if initializer in weights else self.dense(initializer)
 
     def load(self, weights: Weights) -> None:
-        """Make the graph compute with these weights; those that aren't named are dense."""
+        """Make the graph compute with these weights; those that aren't named are dense.
+
+        Where a node's `input_grid` is among them, what the node reads is rounded to it.
+        """
         for name in {**self._loaded, **weights}:
-            if name in self._trained or weights.get(name) is not self._loaded.get(name):
+            if name.startswith(INPUT_GRID):
+                if weights.get(name) is not self._loaded.get(name):
+                    self._round_input(name.removeprefix(INPUT_GRID), weights.get(name))
+            elif name in self._trained or weights.get(name) is not self._loaded.get(name):
                 self.dense(name)  # kept before it is overwritten
                 self._parameters[name].data.copy_(self.values(name, weights))
         self._loaded = dict(weights)
+
+    def _round_input(self, node: str, grid: torch.Tensor | None) -> None:
+        if grid is None:
+            del self._rounded[node]
+            return
+        self._rounded[node] = activation_rounding(unpacked_grid(grid))
+        if node in self._hooked:
+            return
+        self._hooked.add(node)
+
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+            if node not in self._rounded or inputs[0] is None:
+                return inputs
+            return self._rounded[node](inputs[0].float()), *inputs[1:]
+
+        self.graph.node(node).register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
     def trainable(self, names: Sequence[str], weights: Weights) -> Iterator[dict[str, torch.nn.Parameter]]:
@@ -240,6 +267,15 @@ class PrunedNetwork:
     int8: Int8Network | None = None
     trained_whole: bool = False
 
+    @property
+    def int8_nodes(self) -> frozenset[str] | None:
+        """Names of the nodes with weights that compute in int8; None for all that can."""
+        chosen = {name for name, level in self.levels.items() if level.is_int8}
+        if len(chosen) == len(self.levels):
+            return None
+        layers = find_layers(self.base.proto, minimum_weights=0)
+        return frozenset(name for layer in layers if layer.name in chosen for name in layer.nodes)
+
     def in_float(self) -> onnx.ModelProto:
         """Its graph in floating point."""
         return write_weights(self.base.proto, {name: one.numpy(force=True) for name, one in self.weights.items()})
@@ -249,6 +285,24 @@ class PrunedNetwork:
         """A network whose layers are at these levels, of those that aren't widths."""
         layers = tuple(layer for layer in network.layers if levels.get(layer.name, DENSE) != DENSE)
         return cls(network.prepared, weights, levels, layers)
+
+
+def input_grid(node: str) -> str:
+    """The name in `Weights` of the grid to which what a node reads is rounded."""
+    return INPUT_GRID + node
+
+
+def packed_grid(grid: Grid) -> torch.Tensor:
+    """(3 + scales,) float64: the zero point, whether it is signed, the axis or -1, and the scales."""
+    head = [grid.zero, grid.signed, -1 if grid.axis is None else grid.axis]
+    return torch.tensor([*map(float, head), *np.atleast_1d(grid.scale).tolist()], dtype=torch.float64)
+
+
+def unpacked_grid(packed: torch.Tensor) -> Grid:
+    """What `packed_grid` packed."""
+    zero, signed, axis, *scale = packed.tolist()
+    of_axis = None if axis < 0 else int(axis)
+    return Grid(np.array(scale[0] if of_axis is None else scale, np.float32), int(zero), bool(signed), of_axis)
 
 
 def as_tensors(samples: Samples) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from onnx_spdy.pipeline.database.layer_database import build_database
 from onnx_spdy.pipeline.deploy import deploy
 from onnx_spdy.pipeline.int8.pruned import in_int8
 from onnx_spdy.pipeline.latency.load_or_measure import load_or_measure
+from onnx_spdy.pipeline.level import any_int8
 from onnx_spdy.pipeline.metric import Evaluation, Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.profile import Profile
@@ -110,7 +111,8 @@ def run(
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
     training = training or WholeTraining()
     clock, out, common = _Stages(), target.out, target.common
-    form = form_for(runtime.name) if compression.levels[0].is_int8 else None
+    form = form_for(runtime.name) if any_int8(compression.levels) else None
+    compression = replace(compression, form=form) if form else compression
     with locked(common), locked(out):
         network = Network(dense)
         keep_dense(dense, common / "dense.onnx")

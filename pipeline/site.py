@@ -1,9 +1,10 @@
 """Sites: what a search chooses a level for.
 
-A prunable layer is one, which gets zeros; and so is a group of units that must shrink together (channels, feed-forward
-units, attention heads), which gets a width. Either way there are layers whose weights the choice changes: the layer
-itself, or those that take the group's units in. Weights for a unit that is missing are zero there, so a network of some
-width is the whole one with other weights, until the units are cut out.
+A prunable layer is one, which gets zeros; a layer that can compute in int8, where precisions are mixed; and so is a
+group of units that must shrink together (channels, feed-forward units, attention heads), which gets a width. Either way
+there are layers whose weights the choice changes: the layer itself, or those that take the group's units in. Weights
+for a unit that is missing are zero there, so a network of some width is the whole one with other weights, until the
+units are cut out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 
 from onnx_spdy.models import Group, Layer, Prepared, find_layers, to_canonical
 from onnx_spdy.models.groups import HEADS
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.models.int8.form import FORMS
+from onnx_spdy.models.int8.place import NothingToQuantise, find_placement
+from onnx_spdy.pipeline.level import DENSE, Level, mixes_precisions
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 # Engines compute channels in runs of 16 or 32 at a time; a network too narrow for that has smaller steps.
@@ -60,6 +63,10 @@ class Site:
         most = self.group.units * (10_000 - round(10_000 * level.sparsity)) // 10_000
         return max(self.step, most // self.step * self.step)
 
+    def changes(self, level: Level) -> bool:
+        """Whether a level changes anything of the dense network."""
+        return self.kept(level) < self.group.units if self.group else level != DENSE
+
     def inputs(self, layer: Layer) -> tuple[tuple[int, ...], ...]:
         """(units) for each unit of the group the input channels of a layer, (out, in, *kernel), on which it lies."""
         assert self.group is not None
@@ -86,6 +93,8 @@ def find_sites(prepared: Prepared, levels: Sequence[Level]) -> tuple[Site, ...]:
     Raises:
         NothingToPrune: the network has nothing of the kind; the message says why for the first few.
     """
+    if mixes_precisions(levels):
+        return _in_int8(prepared)
     if not any(level.is_width for level in levels):
         return tuple(Site(layer.name, (layer,)) for layer in prepared.prunable)
     # Those too small to gain by zeros can lose units all the same.
@@ -108,6 +117,16 @@ def find_sites(prepared: Prepared, levels: Sequence[Level]) -> tuple[Site, ...]:
     if not found:
         raise NothingToPrune(f"the network has no group of units that can shrink ({'; '.join(reasons[:3]) or 'none'})")
     return tuple(found)
+
+
+def _in_int8(prepared: Prepared) -> tuple[Site, ...]:
+    """The layers that can compute in int8."""
+    try:
+        able = {name for weight in find_placement(prepared.proto, FORMS["fake"]).weights for name in weight.nodes}
+    except NothingToQuantise as exc:
+        raise NothingToPrune(str(exc)) from exc
+    layers = find_layers(prepared.proto, minimum_weights=0)
+    return tuple(Site(layer.name, (layer,)) for layer in layers if able.issuperset(layer.nodes))
 
 
 def _takes(group: Group, layer: Layer) -> bool:

@@ -16,7 +16,7 @@ from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.correct import NotCorrected, StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.level import DENSE, Level, mixes_precisions
 from onnx_spdy.pipeline.loss import Loss, LossError
 from onnx_spdy.pipeline.network import Network, PrunedNetwork, Weights
 from onnx_spdy.pipeline.objective import Objective
@@ -51,7 +51,7 @@ class Stitcher:
         """
         found: dict[str, torch.Tensor] = {}
         for number, level in enumerate(levels):
-            if level.is_whole:
+            if not self.sites[number].changes(level):
                 continue
             for name, values in self._of(number, level).items():
                 found[name] = values if name not in found else _both(found[name], values, self.network.dense(name))
@@ -59,7 +59,7 @@ class Stitcher:
 
     def changed(self, levels: Mapping[str, Level]) -> tuple[Layer, ...]:
         """The layers whose weights differ from the dense ones, in graph order."""
-        changed = [layer for site in self.sites if not levels.get(site.name, DENSE).is_whole for layer in site.layers]
+        changed = [layer for site in self.sites if site.changes(levels.get(site.name, DENSE)) for layer in site.layers]
         return tuple(sorted(dict.fromkeys(changed), key=lambda layer: self.network.graph.step_of(layer.name)))
 
     def widths(self, levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:
@@ -132,6 +132,8 @@ class CorrectedStitcher:
             },
         )
         stitcher, levels = self._stitcher, profile.levels
+        if mixes_precisions(database.levels):  # weights are rounded, and biases corrected, when it is written
+            return PrunedNetwork(self._network.prepared, {}, levels)
         layers = stitcher.changed(levels)
         plain = stitcher.weights([*levels.values()])
         weights, corrected = plain, self._uncorrected

@@ -140,7 +140,10 @@ Pattern = Annotated[
     str,
     typer.Option(
         "--pattern",
-        help="zeros: unstructured, block4, N:M (several joined by commas); widths: channels, or channels+int8 in int8",
+        help=(
+            "zeros: unstructured, block4, N:M (several joined by commas); widths: channels, or channels+int8 in int8; "
+            "int8: each layer's precision"
+        ),
     ),
 ]
 PrunerName = Annotated[str, typer.Option("--pruner", metavar="NAME", help=f"{', '.join(PRUNERS)} or FILE.py:FUNCTION")]

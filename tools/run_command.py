@@ -18,7 +18,7 @@ from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.front import meet_all
 from onnx_spdy.pipeline.int8.quantise import ready_for
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, any_int8, levels_for
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Watch
 from onnx_spdy.pipeline.report import Report
@@ -161,7 +161,7 @@ def run(
 def _opened(stack: ExitStack, runtime: str, levels: Sequence[Level]) -> Runtime:
     """A runtime that works, until the stack ends."""
     engine = stack.enter_context(open_runtime(runtime))
-    if levels[0].is_int8:
+    if any_int8(levels):
         form_for(engine.name)  # before the long work
     engine.check()
     warn_without_kernels(engine, levels)

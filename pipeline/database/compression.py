@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnx_spdy.models.int8.form import OPENVINO, Form
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER, UNIT_PRUNERS, NamedPruner, pruner_named
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for, mixes_precisions
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 
@@ -22,6 +23,7 @@ class Compression:
         pruner: what compresses a layer to them.
         memory_bytes: of the whole process while the database is built: where the Hessians of all layers don't fit, the
             layers are taken in several passes over the samples. None: everything in one pass.
+        form: of the engine, where each layer's precision is chosen.
     Raises:
         NoUnitPruner: there are widths among the levels, and the pruner can't choose units.
     """
@@ -29,6 +31,12 @@ class Compression:
     levels: tuple[Level, ...] = field(default_factory=lambda: levels_for(DEFAULT_PATTERN))
     pruner: NamedPruner = field(default_factory=lambda: pruner_named(DEFAULT_PRUNER))
     memory_bytes: int | None = None
+    form: Form = OPENVINO
+
+    @property
+    def made_by(self) -> str:
+        """What makes the weights, in words."""
+        return f"int8 for {self.form.name}" if mixes_precisions(self.levels) else self.pruner.name
 
     def __post_init__(self) -> None:
         if self.pruner.prune_units is None and any(level.is_width for level in self.levels):

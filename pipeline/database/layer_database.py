@@ -35,11 +35,12 @@ from onnx_spdy.pipeline.artifact import (
 )
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.eight_bits import build_rounded, rounded_at
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.pruners import PrunerFailed
 from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
 from onnx_spdy.pipeline.database.widths import build_group, units_at, weights_at
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import Level, mixes_precisions
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
@@ -76,14 +77,17 @@ class LayerDatabase:
     def weights(self, network: Network, site: Site, level: Level) -> Weights:
         """The weights that a site's level changes, in the shape in which the ONNX file stores them; {} for dense.
 
-        A network of some width is given at full width: with zeros where its consumers take missing units in.
+        A network of some width is given at full width: with zeros where its consumers take missing units in. Of a layer
+        in int8 the grids of its inputs come too, see `Network.load`.
 
         Raises:
             ArtifactError: the file is missing or damaged.
         """
-        if level.is_whole or (site.group is not None and site.kept(level) == site.group.units):
+        if not site.changes(level):
             return {}
         with self._file(site.name) as file:
+            if level.is_whole:
+                return rounded_at(file, site)
             if site.group is not None:
                 return weights_at(file, site, site.kept(level))
             (layer,) = site.layers
@@ -173,7 +177,7 @@ def build_database(
         MemoryTooSmall: not even the widest site alone fits.
     """
     sites = find_sites(network.prepared, compression.levels)
-    made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": compression.pruner.name}
+    made_from = {"model_sha256": network.sha256, "data_sha256": samples.sha256, "pruner": compression.made_by}
     path, levels = folder / INDEX, compression.levels
     with locked(folder):
         found: dict[str, Any] = {}
@@ -184,6 +188,12 @@ def build_database(
             database.verify()
             found = dict(database.layers)
         missing = [site for site in sites if site.name not in found]
+        if mixes_precisions(levels):
+            files = {site.name: folder / f"{sites.index(site):04d}.safetensors" for site in missing}
+            for name, entry in build_rounded(network, missing, samples, compression.form, files, progress):
+                found[name] = entry
+                _write_index(path, levels, found, made_from)
+            missing = []
         passes = _passes(missing, len(levels), compression.memory_bytes)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"

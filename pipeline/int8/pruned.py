@@ -22,6 +22,10 @@ def in_int8(
     seed: int = 0,
     progress: Progress = ignore,
 ) -> PrunedNetwork:
-    """The same network with its numbers in int8; see `quantise`."""
+    """The same network with the layers in int8 that its levels say, maybe none; see `quantise`."""
+    layers = pruned.int8_nodes
+    if layers is not None and not layers:
+        return pruned
     network = Network(Prepared(pruned.in_float()), for_pruning=False)
-    return replace(pruned, int8=quantise(network, samples, form, loss=loss, seed=seed, progress=progress))
+    found = quantise(network, samples, form, layers=layers, loss=loss, seed=seed, progress=progress)
+    return replace(pruned, int8=found)

@@ -6,6 +6,7 @@ where the zero points are does.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 
@@ -42,10 +43,16 @@ class InInt8:
         self._network, self._form, self._workload = network, form, workload
         self._placement = find_placement(network.proto, form)
 
-    def written(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A network with the nodes of the dense one in int8."""
+    def written(self, model: onnx.ModelProto, layers: Collection[str] | None = None) -> onnx.ModelProto:
+        """A network with the nodes of the dense one in int8.
+
+        Args:
+            layers: names of the nodes with weights that compute in int8; None for all that can.
+        """
         placement = self._placement  # narrower networks have the same nodes
-        grids = {name: _fitting(grid, name, placement, model) for name, grid in self._grids.items()}
+        if layers is not None:
+            placement = find_placement(model, self._form, layers)
+        grids = {name: _fitting(self._grid(name), name, placement, model) for name in placement.points}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         weights = {
             weight.name: nearest(numpy_helper.to_array(stored[weight.name]), weight.axis)
@@ -53,14 +60,22 @@ class InInt8:
         }
         return write_int8(model, placement, Integers(grids, weights, self._form.int32_bias))
 
+    def _grid(self, tensor: str) -> Grid:
+        if tensor not in self._grids:
+            self._grids |= self._observed({tensor})
+        return self._grids[tensor]
+
     @cached_property
     def _grids(self) -> dict[str, Grid]:
         """Of the dense network."""
+        return self._observed(set(self._placement.points))
+
+    def _observed(self, tensors: Collection[str]) -> dict[str, Grid]:
         model = self._network.proto
         batch = Samples(dict(resolved(model.graph, self._workload).inputs or {}), axes=batch_axes(graph_inputs(model)))
         network = Network(self._network, for_pruning=False)
         by_channel = self._placement.by_channel(self._form)
-        seen = observe(network, self._placement.points, by_channel, batch, np.random.default_rng(0))
+        seen = observe(network, tensors, by_channel, batch, np.random.default_rng(0))
         return grids(seen, self._form, extremes)
 
 

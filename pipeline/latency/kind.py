@@ -1,4 +1,7 @@
-"""What a latency table needs to know of its levels: one class for each kind, `zeros.Zeros` and `widths.Widths`."""
+"""What a latency table needs to know of its levels.
+
+There is one class for each kind: `zeros.Zeros`, `widths.Widths` and `precisions.Precisions`.
+"""
 
 from __future__ import annotations
 

@@ -27,11 +27,12 @@ from onnx_spdy.pipeline.latency.equations import Fit, Row, Trial
 from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Kind, Profile
 from onnx_spdy.pipeline.latency.observation import Observation
+from onnx_spdy.pipeline.latency.precisions import Precisions
 from onnx_spdy.pipeline.latency.sampling import NETWORKS
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction, check_workload
 from onnx_spdy.pipeline.latency.widths import Widths
 from onnx_spdy.pipeline.latency.zeros import Zeros
-from onnx_spdy.pipeline.level import Level, LevelError
+from onnx_spdy.pipeline.level import Level, LevelError, any_int8
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
@@ -130,10 +131,10 @@ def kind_of(network: Prepared, levels: Sequence[Level], runtime: Runtime, worklo
         NoForm: int8, and it isn't known how the runtime wants it written.
         ModelError, NothingToQuantise: int8, and the network can't be; see `find_placement`.
     """
-    if not any(level.is_width for level in levels):
-        return Zeros(network, levels)
-    in_int8 = InInt8(network, form_for(runtime.name), workload) if levels[0].is_int8 else None
-    return Widths(network, levels, in_int8)
+    in_int8 = InInt8(network, form_for(runtime.name), workload) if any_int8(levels) else None
+    if any(level.is_width for level in levels):
+        return Widths(network, levels, in_int8)
+    return Precisions(network, levels, in_int8) if in_int8 else Zeros(network, levels)
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,20 @@ training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from onnx_spdy.models.int8.fake import Rounding, activation_rounding, weight_rounding
 from onnx_spdy.models.int8.form import Form
-from onnx_spdy.models.int8.grid import Grid
-from onnx_spdy.models.int8.nearest import LARGEST, LEAST_SCALE
 from onnx_spdy.models.int8.place import find_placement
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.ranges import RANGES, grids, observe
 
 SAMPLES = 256  # that the ranges of activations come from
-
-Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,19 @@ class FakeInt8:
     Attributes:
         form: of the engine that will run it.
         ranges: how the ends of activations' ranges are chosen, a key of `RANGES`.
+        layers: names of the nodes with weights that will compute in int8; None for all that can.
     """
 
     form: Form
     ranges: str
+    layers: Collection[str] | None = None
 
     @contextlib.contextmanager
     def rounding(self, network: Network, weights: Weights, samples: Samples, seed: int) -> Iterator[None]:
         """The network computes as it will in int8, as long as it lasts.
 
         Args:
-            network: of which all layers round that will compute in int8.
+            network: whose layers round that will compute in int8.
             weights: those that it starts from.
             samples: of which the first are looked at.
             seed: of the activations that are drawn.
@@ -54,7 +53,7 @@ class FakeInt8:
             NothingToQuantise: no layer can compute in int8.
             RangeError: activations on the samples that no grid can hold.
         """
-        placement = find_placement(network.model, self.form)
+        placement = find_placement(network.model, self.form, self.layers)
         some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
         by_channel = placement.by_channel(self.form)
         rng = np.random.default_rng(seed)
@@ -62,10 +61,10 @@ class FakeInt8:
         rounded: dict[str, dict[int, Rounding]] = {}
         for tensor, grid in grids(seen, self.form, RANGES[self.ranges]).items():
             for node, number in placement.points[tensor]:
-                rounded.setdefault(node, {})[number] = _activation(grid)
+                rounded.setdefault(node, {})[number] = activation_rounding(grid)
         for weight in placement.weights:
             for node in weight.nodes:
-                rounded.setdefault(node, {})[1] = _weight(weight.axis)
+                rounded.setdefault(node, {})[1] = weight_rounding(weight.axis)
         hooks = [network.graph.node(name).register_forward_pre_hook(_before(some)) for name, some in rounded.items()]
         try:
             yield
@@ -84,23 +83,3 @@ def _before(rounded: dict[int, Rounding]):
         )
 
     return hook
-
-
-def _activation(grid: Grid) -> Rounding:
-    low, high = grid.bounds
-    scale = torch.from_numpy(np.atleast_1d(grid.scale))
-    if grid.axis is None:
-        step = float(scale)
-        return lambda x: torch.fake_quantize_per_tensor_affine(x, step, grid.zero, low, high)
-    axis, zeros = grid.axis, torch.full(scale.shape, grid.zero, dtype=torch.int32)
-    return lambda x: torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, low, high)
-
-
-def _weight(axis: int) -> Rounding:
-    def rounding(weight: torch.Tensor) -> torch.Tensor:
-        others = [number for number in range(weight.dim()) if number != axis]
-        scale = (weight.detach().abs().amax(others) / LARGEST).clamp_min(LEAST_SCALE)
-        zeros = torch.zeros(scale.shape, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -LARGEST, LARGEST)
-
-    return rounding

@@ -64,7 +64,9 @@ def train_whole(
         The trained network, in floating point.
     """
     start = pruned.in_float()
-    rounded = None if form is None else FakeInt8(form, pruned.int8.ranges if pruned.int8 else next(iter(RANGES)))
+    rounded = None if form is None else FakeInt8(
+        form, pruned.int8.ranges if pruned.int8 else next(iter(RANGES)), pruned.int8_nodes
+    )  # fmt: skip
     found = finetune(
         network.prepared, start, samples,
         int8=rounded, epochs=EPOCHS, seed=seed, time_limit_seconds=seconds,

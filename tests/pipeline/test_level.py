@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_spdy.pipeline.level import DENSE, Level, LevelError, levels_for
+from onnx_spdy.pipeline.level import DENSE, Level, LevelError, levels_for, mixes_precisions
 
 
 def test_text_and_value_are_inverses() -> None:
@@ -81,16 +81,24 @@ def test_widths_in_int8_are_those_in_floating_point_and_the_whole_network_is_in_
     assert not any(level.is_int8 for level in levels_for("channels"))
 
 
-@pytest.mark.parametrize("pattern", ["channels+int8,2:4", "channels,channels+int8", "unstructured,channels+int8"])
+@pytest.mark.parametrize(
+    "pattern", ["channels+int8,2:4", "channels,channels+int8", "unstructured,channels+int8", "int8,2:4"]
+)
 def test_widths_and_others_at_once_are_refused_in_one_line(pattern: str) -> None:
     with pytest.raises(LevelError) as caught:
         levels_for(pattern)
     assert str(caught.value) == (
-        f"pattern {pattern!r}: a search over widths and others at once isn't built yet; name one kind"
+        f"pattern {pattern!r}: a search over widths or int8 and others at once isn't built yet; name one kind"
     )
 
 
-@pytest.mark.parametrize("pattern", ["int8", "dense"])
+def test_int8_is_a_choice_for_each_layer() -> None:
+    assert levels_for("int8") == (DENSE, Level("int8", 0.0))
+    assert mixes_precisions(levels_for("int8"))
+    assert not any(mixes_precisions(levels_for(one)) for one in ("channels+int8", "channels", "2:4", "unstructured"))
+
+
+@pytest.mark.parametrize("pattern", ["dense"])
 def test_a_pattern_in_which_nothing_is_removed_is_no_search(pattern: str) -> None:
     with pytest.raises(LevelError, match=f"^pattern '{pattern}' leaves nothing to choose; use "):
         levels_for(pattern)

@@ -18,14 +18,17 @@ from onnx_spdy.pipeline import validate
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.latency import measure
-from onnx_spdy.pipeline.latency.table import LatencyTable
+from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation, top1
+from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.quantised.make import NOTHING
 from onnx_spdy.pipeline.run import Target, run
 from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.pipeline.stitch import Stitcher
 from onnx_spdy.runtimes import Runtime, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime
 from tests.models.int8.writing import plain_session
@@ -142,3 +145,60 @@ def test_the_whole_way_in_onnx_runtime(
     assert report["headline"].split(" in ")[1].startswith("onnxruntime fp32 ")  # the dense network's own precision
     pruned = [one for one in report["alternatives"]["measured"] if one["role"] == "pruned"]
     assert [one["name"] for one in pruned] == ["onnxruntime int8"]
+
+
+@pytest.mark.parametrize("finetune", ["none", "full"])
+def test_precisions_are_mixed_to_a_speedup(
+    model: onnx.ModelProto, samples: Samples, tmp_path: Path, finetune: str
+) -> None:
+    with open_runtime("fake", **FAKE) as runtime:
+        report = do(model, samples, runtime, Target(1.5, tmp_path), pattern="int8", finetune=finetune)
+    levels = {row["initializer"]: row["level"] for row in report["layers"]}
+    assert {*levels} == {"a.weight", "b.weight", "c.weight", "d.weight"}
+    assert {*levels.values()} == {"dense", "int8"}
+    assert report["measured_speedup_lower"] >= 1.5
+    assert report["sparsity"] == 0
+    written = load_model(tmp_path / "model.onnx")
+    onnx.checker.check_model(written, full_check=True)
+    stored = {t.name for t in written.graph.initializer if t.data_type == TensorProto.INT8 and t.name.endswith("_int8")}
+    assert stored == {f"{name}_int8" for name, level in levels.items() if level == "int8"}
+    for row in report["layers"]:
+        assert (row["error"] > 0) == (row["level"] == "int8")
+    assert (report["finetune"] is None) == (finetune == "none")
+
+
+def test_all_layers_in_int8_are_the_most_there_is(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    with open_runtime("fake", **FAKE) as runtime:
+        report = do(model, samples, runtime, Target(2.99, tmp_path), pattern="int8")
+        assert {row["level"] for row in report["layers"]} == {"int8"}
+        assert report["highest_speedup"] == pytest.approx(3.0, rel=0.05)
+        assert report["prediction"]["median"] < 0.01
+        with pytest.raises(NoSpeedup, match=r"highest reachable is 2\.99"):
+            do(model, samples, runtime, Target(3.5, tmp_path), pattern="int8")
+
+
+def test_no_speedup_leaves_all_layers_as_they_are(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    with open_runtime("fake", **FAKE) as runtime:
+        report = do(model, samples, runtime, Target(1.0, tmp_path), pattern="int8")
+    assert {row["level"] for row in report["layers"]} == {"dense"}
+    assert report["int8"] is None
+    assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "dense.onnx").read_bytes()
+
+
+def test_the_search_sees_rounded_inputs(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
+    """The loss of a profile is that of weights and inputs on their grids, and nothing stays behind."""
+    network = Network(Prepared(model))
+    levels = levels_for("int8")
+    database = build_database(network, samples, Compression(levels), tmp_path)
+    stitcher = Stitcher(network, database)
+    plain = network.run(samples)["output"]
+    rounded = network.run(samples, stitcher.weights([levels[1]] * len(stitcher.sites)))["output"]
+    only_weights = {name: v for name, v in stitcher.weights([levels[1]] * 4).items() if name in network.trainable_names}
+    errors = [
+        float((one - plain).norm() / plain.norm()) for one in (rounded, network.run(samples, only_weights)["output"])
+    ]
+    assert 0 < errors[1] < errors[0] < 0.1
+    assert torch.equal(network.run(samples)["output"], plain)
+    again = open_database(tmp_path)
+    assert again.layers == database.layers
+    assert np.all(database.errors([site.name for site in stitcher.sites])[:, 1] > 0)

@@ -1,0 +1,158 @@
+"""Layers in int8, each by itself: weights rounded with the layer's Hessian, inputs in the range that loses least.
+
+What a layer loses is the relative squared error of its output, with rounded weights and rounded inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import numpy_helper
+
+from onnx_spdy.models.int8.fake import Rounding, activation_rounding
+from onnx_spdy.models.int8.form import Form
+from onnx_spdy.models.int8.grid import Grid
+from onnx_spdy.models.int8.place import find_placement
+from onnx_spdy.models.int8.write import IntegerWeight
+from onnx_spdy.models.torch_graph import NodeModule
+from onnx_spdy.pipeline.artifact import file_sha256, write_tensors
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.hessian import collect_hessians
+from onnx_spdy.pipeline.int8.rounding import integer_weight
+from onnx_spdy.pipeline.network import Network, Weights, input_grid, packed_grid
+from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.ranges import RANGES, grids, observe
+from onnx_spdy.pipeline.site import Site
+
+SAMPLES = 256  # for ranges and Hessians
+JUDGED = 64  # on which ranges are compared
+
+
+def build_rounded(
+    network: Network,
+    sites: Sequence[Site],
+    samples: Samples,
+    form: Form,
+    files: Mapping[str, Path],
+    progress: Progress = ignore,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Round these layers; gives the name and the entry of each once its file is written.
+
+    Args:
+        network: whose dense weights are rounded.
+        samples: calibration samples.
+        form: of the engine: which activations may be unsigned, and which have a scale for each channel.
+        files: site -> where its file is written.
+        progress: called with (done, total, what).
+    Raises:
+        RangeError: a layer's inputs are NaN or infinite for some sample.
+    """
+    some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
+    layers = [site.layers[0] for site in sites]
+    placement = find_placement(network.model, form)
+    axis_of = {weight.name: weight.axis for weight in placement.weights}
+    nodes = {node.name: node for node in network.model.graph.node}
+    read = {name: nodes[name].input[0] for layer in layers for name in layer.nodes}
+    progress(0, len(sites), "ranges of activations")
+    seen = observe(network, set(read.values()), placement.by_channel(form), some, np.random.default_rng(0))
+    tried = {method: grids(seen, form, ends) for method, ends in RANGES.items()}
+    known = [layer for layer in layers if layer.prunable]
+    hessians = collect_hessians(network, known, some, progress) if known else {}
+    stored = {tensor.name: tensor for tensor in network.model.graph.initializer}
+    trials = {}
+    for layer in layers:
+        values = numpy_helper.to_array(stored[layer.weight])
+        weight = integer_weight(values, axis_of[layer.weight], hessians.pop(layer.name, None))
+        for name in layer.nodes:
+            trials[name] = _Trial(
+                weight, axis_of[layer.weight], {method: found[read[name]] for method, found in tried.items()}
+            )
+    _judge(network, trials, samples.take(slice(-max(JUDGED, network.batch_size(1)), None)))
+    for number, site in enumerate(sites, start=1):
+        (layer,) = site.layers
+        own = [trials[name] for name in layer.nodes]
+        tensors = {"values": torch.from_numpy(own[0].weight.values), "scale": torch.from_numpy(own[0].scale)}
+        tensors |= {f"input {place}": packed_grid(one.best) for place, one in enumerate(own)}
+        write_tensors(files[site.name], tensors)
+        yield (
+            site.name,
+            {
+                "file": files[site.name].name, "sha256": file_sha256(files[site.name]), "initializer": layer.weight,
+                "shape": list(layer.shape), "errors": [0.0, max(one.error for one in own)],
+            },
+        )  # fmt: skip
+        progress(number, len(sites), "layers")
+
+
+def rounded_at(file: Any, site: Site) -> Weights:
+    """The rounded weights of a layer, and the grids of what its nodes read.
+
+    Args:
+        file: open, of the site.
+    """
+    (layer,) = site.layers
+    weight = file.get_tensor("values").float() * file.get_tensor("scale")
+    return {layer.weight: weight} | {
+        input_grid(name): file.get_tensor(f"input {place}") for place, name in enumerate(layer.nodes)
+    }
+
+
+@dataclass
+class _Trial:
+    """What is tried for the input of one node."""
+
+    weight: IntegerWeight
+    axis: int  # of the stored weight, with the output channels
+    grids: Mapping[str, Grid]
+    errors: dict[str, float] = field(default_factory=dict)  # squared, summed
+    power: float = 0.0  # of the outputs without bias
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Of the weight, so that it broadcasts."""
+        shape = [1] * self.weight.values.ndim
+        shape[self.axis] = -1
+        return self.weight.scale.reshape(shape)
+
+    @property
+    def best(self) -> Grid:
+        return self.grids[min(self.grids, key=lambda method: self.errors.get(method, 0.0))]
+
+    @property
+    def error(self) -> float:
+        least = min(self.errors.values(), default=0.0)
+        return least / self.power if self.power > 0 else 0.0
+
+
+def _judge(network: Network, trials: Mapping[str, _Trial], samples: Samples) -> None:
+    """Run each node rounded, beside itself as it is."""
+
+    def hook(module: NodeModule, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
+        trial = trials[module.node.name]
+        x, dense = inputs[0], inputs[1]
+        assert x is not None and dense is not None
+        weight = torch.from_numpy(trial.weight.values).float() * torch.from_numpy(trial.scale)
+        product = module.forward(x, dense)
+        assert isinstance(product, torch.Tensor)
+        trial.power += float(product.double().square().sum())
+        for method, rounding in roundings[module.node.name].items():
+            change = module.forward(rounding(x.float()), weight) - product  # type: ignore[operator]  # one tensor too
+            trial.errors[method] = trial.errors.get(method, 0.0) + float(change.double().square().sum())
+
+    roundings: dict[str, dict[str, Rounding]] = {
+        name: {method: activation_rounding(grid) for method, grid in trial.grids.items()}
+        for name, trial in trials.items()
+    }
+    hooks = [network.graph.node(name).register_forward_hook(hook) for name in trials]
+    try:
+        for batch in network.batches(samples):
+            with torch.inference_mode():
+                network.run(batch)
+    finally:
+        for one in hooks:
+            one.remove()

@@ -1,0 +1,79 @@
+"""Levels of precision: networks in which some layers compute in int8, and the others in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onnx_spdy.models import Prepared, save_model
+from onnx_spdy.pipeline.latency.equations import Fit, Trial
+from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros
+from onnx_spdy.pipeline.latency.in_int8 import InInt8
+from onnx_spdy.pipeline.latency.kind import Profile
+from onnx_spdy.pipeline.latency.sampling import DENSE_EVERY, NETWORKS, predecessors
+from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.site import find_sites
+from onnx_spdy.runtimes import LayerTime
+
+SHARES = (0.25, 0.5, 0.75)  # of the layers, in int8
+
+
+class Precisions:
+    """Each layer is dense or in int8; see `Kind`.
+
+    What a layer in int8 takes more where the one before it isn't pays for the conversion.
+    """
+
+    def __init__(self, network: Prepared, levels: Sequence[Level], in_int8: InInt8) -> None:
+        self._network, self._levels, self._in_int8 = network, tuple(levels), in_int8
+        layers = [site.layers[0] for site in find_sites(network, levels)]
+        self._nodes = [layer.nodes for layer in layers]
+        self._predecessor, self._source_of = predecessors(network.proto.graph, layers)
+        self._row_of = {output: row for row, layer in enumerate(layers) for output in layer.outputs}
+        self._in_eight = np.broadcast_to(np.arange(len(levels)) > 0, (len(layers), len(levels)))
+        self.kernels: tuple[tuple[str, ...], ...] = ()
+        self.names = tuple(layer.name for layer in layers)
+
+    def look(self, rows: Sequence[LayerTime], profile: Profile, dense: Path) -> bool:
+        """The names of both kernels of each layer."""
+        path, _ = self.network([1] * len(self.names), 0, dense, dense.with_name("int8.onnx"))
+        self.kernels = tuple(zip(self._names_in(rows), self._names_in(profile(path, {}, 0)), strict=True))
+        return True
+
+    def _names_in(self, rows: Sequence[LayerTime]) -> list[str]:
+        names = ["none of its own"] * len(self.names)
+        for row in rows:
+            for layer in self.works_on(row):
+                names[layer] = row.kernel
+        return names
+
+    def works_on(self, row: LayerTime) -> tuple[int, ...]:
+        """Indices of the layers in a row."""
+        return tuple(dict.fromkeys(self._row_of[name] for name in row.outputs if name in self._row_of))
+
+    def plan(self, rng: np.random.Generator) -> np.ndarray:
+        """(networks, layers) level indices of the networks to measure: the dense one and the one in int8 among them."""
+        plan = np.zeros((NETWORKS, len(self.names)), np.int64)
+        for number in range(NETWORKS):
+            turn = number % DENSE_EVERY
+            share = 1.0 if turn == 1 else SHARES[turn % len(SHARES)] if turn else 0.0
+            plan[number] = rng.permutation(len(self.names)) < round(share * len(self.names))
+        return plan
+
+    def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
+        """A file with some layers in int8, or the dense one."""
+        chosen = [nodes for nodes, level in zip(self._nodes, choice, strict=True) if level]
+        if not chosen:
+            return dense, {}
+        layers = None if len(chosen) == len(self._nodes) else {name for nodes in chosen for name in nodes}
+        save_model(self._in_int8.written(self._network.proto, layers), own)
+        return own, {}
+
+    def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
+        """See `fit_zeros`; eight bits stand for half of the weights there."""
+        sparsities = [0.0, *[0.5] * (len(self._levels) - 1)]
+        return fit_zeros(
+            trials, self._row_of, self._predecessor, self._source_of, sparsities, self._in_eight, dense_seconds
+        )
