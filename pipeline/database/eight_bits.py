@@ -62,7 +62,7 @@ def build_rounded(
     seen = observe(network, set(read.values()), placement.by_channel(form), some, np.random.default_rng(0))
     tried = {method: grids(seen, form, ends) for method, ends in RANGES.items()}
     known = [layer for layer in layers if layer.prunable]
-    hessians = collect_hessians(network, known, some, progress) if known else {}
+    hessians = collect_hessians(network, known, some, lambda done, all_, _: progress(done, all_, "hessians"))
     stored = {tensor.name: tensor for tensor in network.model.graph.initializer}
     trials = {}
     for layer in layers:

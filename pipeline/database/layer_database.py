@@ -188,7 +188,7 @@ def build_database(
             database.verify()
             found = dict(database.layers)
         missing = [site for site in sites if site.name not in found]
-        if mixes_precisions(levels):
+        if mixes_precisions(levels) and missing:
             files = {site.name: folder / f"{sites.index(site):04d}.safetensors" for site in missing}
             for name, entry in build_rounded(network, missing, samples, compression.form, files, progress):
                 found[name] = entry
