@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from onnx import numpy_helper
 
+from onnx_spdy.models.graph import node_names
 from onnx_spdy.models.int8.fake import Rounding, activation_rounding
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid
@@ -56,7 +57,8 @@ def build_rounded(
     layers = [site.layers[0] for site in sites]
     placement = find_placement(network.model, form)
     axis_of = {weight.name: weight.axis for weight in placement.weights}
-    nodes = {node.name: node for node in network.model.graph.node}
+    graph = network.model.graph
+    nodes = dict(zip(node_names(graph), graph.node, strict=True))
     read = {name: nodes[name].input[0] for layer in layers for name in layer.nodes}
     progress(0, len(sites), "ranges of activations")
     seen = observe(network, set(read.values()), placement.by_channel(form), some, np.random.default_rng(0))
@@ -69,9 +71,8 @@ def build_rounded(
         values = numpy_helper.to_array(stored[layer.weight])
         weight = integer_weight(values, axis_of[layer.weight], hessians.pop(layer.name, None))
         for name in layer.nodes:
-            trials[name] = _Trial(
-                weight, axis_of[layer.weight], {method: found[read[name]] for method, found in tried.items()}
-            )
+            of_input = {method: found[read[name]] for method, found in tried.items()}
+            trials[name] = _Trial(weight, axis_of[layer.weight], of_input)
     _judge(network, trials, samples.take(slice(-max(JUDGED, network.batch_size(1)), None)))
     for number, site in enumerate(sites, start=1):
         (layer,) = site.layers

@@ -325,6 +325,31 @@ def test_deploy_repairs_where_it_is_asked_to(folder: Path, cli: Cli) -> None:
     assert cli(*arguments, "--data", "user.py:data", "--out", "plain.onnx", cwd=folder).code == 0
     assert (folder / "repaired.onnx").read_bytes() != (folder / "plain.onnx").read_bytes()
     assert cli(*arguments, "--finetune", "gap", "--out", "no.onnx", cwd=folder).code == 2
+    options = ("--data", "user.py:data", "--finetune", "full", "--finetune-limit", "0.1")
+    done = cli(*arguments, *options, "--out", "full.onnx", cwd=folder)
+    assert done.code == 0, done.err
+    before, after = re.search(r"finetune: loss on 16 held-out samples (\S+) before, (\S+) after", done.out).groups()  # type: ignore[union-attr]
+    assert float(after) < float(before)
+    check_deployed_zeros(onnx.load(folder / "full.onnx"), Profile.load(folder / "weak.json").levels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--train", "user.py:data"), "is for --finetune full, and this is none"),
+        (("--finetune", "gap", "--train", "user.py:data"), "is for --finetune full, and this is gap"),
+        (("--finetune", "full", "--finetune-limit", "0"), "0 is not a positive number of minutes"),
+        (("--finetune", "best"), "unknown repair 'best'; known: none, gap, full"),
+    ],
+)
+def test_wrong_training_options_are_told_before_the_work(
+    folder: Path, cli: Cli, options: tuple[str, ...], message: str
+) -> None:
+    known = ("--data", "user.py:data", "--runtime", "fake", "--speedup", "2", "--out", "none")
+    done = cli("run", "user.py:network", *known, *options, cwd=folder)
+    assert done.code in (1, 2)
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert not (folder / "none").exists()
 
 
 @pytest.mark.parametrize(
