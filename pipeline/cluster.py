@@ -3,9 +3,9 @@
 Everything travels between this process and the cluster's as Dask pickles it; nothing is unpickled from a file. The
 scheduler passes bytes on and needs Dask alone; workers need this package and its dependencies in the same versions.
 
-What tasks have in common is a task's result in the cluster, which Dask makes again where it is lost; a task of a worker
-that died is done by another one. Each worker process does one task at a time, however many threads it has, because a
-network holds the weights of one run.
+What tasks have in common is a task's result in the cluster, which Dask makes again where it is lost, and workers get it
+from each other. A task of a worker that died is done by another one. Each worker process does one task at a time,
+however many threads it has, because a network holds the weights of one run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from onnx_spdy.pipeline.tasks import ClusterError, R, S, T
+from onnx_spdy.pipeline.tasks import IN_PROCESS, ClusterError, R, S, T, Tasks
 from onnx_spdy.runtimes.atomic import UNFINISHED
 from onnx_spdy.runtimes.errors import described
 
@@ -48,6 +48,11 @@ POLL_SECONDS = 2.0
 SAME_VERSIONS = ("python", "dask", "distributed", "cloudpickle")
 INSTALL = "pip install 'onnx-spdy[cluster]'"
 FOLDERS = ("models", "pipeline", "runtimes", "tools")
+
+
+def tasks_on(address: str | None) -> contextlib.AbstractContextManager[Tasks]:
+    """Tasks on the cluster of the scheduler at an address; in this process without one."""
+    return contextlib.nullcontext(IN_PROCESS) if address is None else connected(address)
 
 
 @contextlib.contextmanager
@@ -91,7 +96,7 @@ class Cluster:
     """Does tasks on workers; see `Tasks`.
 
     Attributes:
-        sent_bytes, received_bytes: of what tasks take and give, so far; what they have in common counts once for each
+        sent_bytes, received_bytes: of what tasks take and give, so far; what they have in common is sent once to each
             worker.
         seconds: of each task, in the order in which they were done.
     """
@@ -102,7 +107,7 @@ class Cluster:
         self.sent_bytes = self.received_bytes = 0
         self.seconds: list[float] = []
         self._client, self._address = client, address
-        self._shared: tuple[Any, str, Future] | None = None
+        self._shared: tuple[Any, Future] | None = None
         self._looked = -POLL_SECONDS
         self._seen: dict[str, Any] = {}
 
@@ -113,7 +118,10 @@ class Cluster:
             ClusterError: no worker comes, or one of them, or the scheduler, has other versions.
         """
         self._wait_for_workers()
-        versions: Any = self._client.get_versions()
+        try:
+            versions: Any = self._client.get_versions()
+        except OSError as exc:
+            raise self._lost() from exc
         ours = _versions(versions["client"])
         for who, theirs in {f"the scheduler at {self._address}": versions["scheduler"], **versions["workers"]}.items():
             for name, version in _versions(theirs).items():
@@ -145,7 +153,8 @@ class Cluster:
         running: dict[Future, int] = {}
         try:
             while True:
-                for number, item in islice(numbered, max(0, AHEAD * len(self._workers()) - len(running))):
+                room = AHEAD * max(1, len(self._workers())) - len(running)
+                for number, item in islice(numbered, max(0, room)):
                     future = self._submit(function, shared, item, needs(item) if needs else 0)
                     running[future] = number
                     future.add_done_callback(done.put)
@@ -158,13 +167,18 @@ class Cluster:
                 self._client.cancel(list(running), force=True)
 
     def sees(self, folder: Path) -> bool:
-        with NamedTemporaryFile(dir=folder, prefix=f".shared.{os.getpid()}-", suffix=UNFINISHED) as file:
-            return all(self._run(Path.is_file, Path(file.name).absolute()).values())
+        prefix = f".shared.{os.getpid()}-"
+        try:
+            with NamedTemporaryFile(dir=folder, prefix=prefix, suffix=UNFINISHED) as file:
+                path = Path(file.name).absolute()
+                return all(self._client.run(Path.is_file, path, on_error="ignore").values())
+        except OSError:  # nothing can be written there
+            return False
 
     def _submit(self, function: Callable[[S, T], R], shared: S, item: T, need: int) -> Future:
         import cloudpickle
 
-        token, common = self._common(shared)
+        common = self._common(shared)
         packed = _packed((function, item), cloudpickle)
         self.sent_bytes += len(packed)
         limits = [worker["resources"].get(MEMORY) or worker["memory_limit"] for worker in self._workers().values()]
@@ -175,22 +189,18 @@ class Cluster:
             )
         is_declared = any(MEMORY in worker["resources"] for worker in self._workers().values())
         return self._client.submit(
-            _performing(), common, token, packed, standing()["onnx_spdy"],
+            _performing(), common, common.key, packed, standing()["onnx_spdy"],
             key=f"onnx-spdy-{uuid4().hex}", pure=False, resources={MEMORY: need} if is_declared and need else None,
         )  # fmt: skip
 
-    def _common(self, shared: Any) -> tuple[str, Future]:
-        """What tasks have in common, on all workers; the last one is kept."""
+    def _common(self, shared: Any) -> Future:
+        """What tasks have in common, packed; the last one is kept."""
         import cloudpickle
 
         if self._shared is None or self._shared[0] is not shared:
-            token, packed = uuid4().hex, _packed(shared, cloudpickle)
-            future = self._client.submit(_identity(), packed, key=f"onnx-spdy-common-{token}", pure=False)
-            self._shared = shared, token, future
-            with contextlib.suppress(Exception):  # whoever lacks it gets it from the others
-                self._client.replicate([future])
-            self.sent_bytes += len(packed) * len(self._workers())
-        return self._shared[1], self._shared[2]
+            key = f"onnx-spdy-common-{uuid4().hex}"
+            self._shared = shared, self._client.submit(_identity(), _packed(shared, cloudpickle), key=key, pure=False)
+        return self._shared[1]
 
     def _next(self, done: SimpleQueue[Future]) -> Future:
         while True:
@@ -205,7 +215,7 @@ class Cluster:
         if future.status not in ("finished", "error"):
             raise self._lost()
         try:
-            packed, seconds = future.result()
+            packed, seconds, fetched_bytes = future.result()
         except KilledWorker as exc:
             raise ClusterError(
                 "the same task ended several workers, most likely for want of memory: start workers with more "
@@ -217,6 +227,7 @@ class Cluster:
             if self._client.status != "running":
                 raise self._lost() from None
             raise
+        self.sent_bytes += fetched_bytes
         self.received_bytes += len(packed)
         self.seconds.append(seconds)
         return pickle.loads(packed)
@@ -244,12 +255,6 @@ class Cluster:
                 )
             time.sleep(POLL_SECONDS)
 
-    def _run(self, function: Callable[..., R], *arguments: Any) -> dict[str, R]:
-        try:
-            return self._client.run(function, *arguments)
-        except OSError as exc:
-            raise self._lost() from exc
-
     def _lost(self) -> ClusterError:
         return ClusterError(
             f"the Dask scheduler at {self._address} was lost; what is finished is kept: start it again, and call the "
@@ -269,8 +274,8 @@ _alone = threading.Lock()
 _common: dict[str, Any] = {}  # on a worker: the last one
 
 
-def perform(shared: bytes, token: str, packed: bytes, code: str) -> tuple[bytes, float]:
-    """Do a task, on a worker: its result, packed, and its seconds.
+def perform(shared: bytes, key: str, packed: bytes, code: str) -> tuple[bytes, float, int]:
+    """Do a task, on a worker: its result, packed, its seconds, and the bytes that this worker hadn't had before.
 
     Raises:
         ClusterError: this isn't the code that asks for it.
@@ -280,13 +285,14 @@ def perform(shared: bytes, token: str, packed: bytes, code: str) -> tuple[bytes,
     if code != standing()["onnx_spdy"]:
         raise ClusterError("a worker that joined has another version of onnx_spdy; install the same there")
     with _alone:
-        start = time.perf_counter()
-        if token not in _common:
+        is_new = key not in _common
+        if is_new:
             _common.clear()
-            _common[token] = pickle.loads(shared)
+            _common[key] = pickle.loads(shared)
+        start = time.perf_counter()
         function, item = pickle.loads(packed)
-        result = cloudpickle.dumps(function(_common[token], item))
-        return result, time.perf_counter() - start
+        result = cloudpickle.dumps(function(_common[key], item))
+        return result, time.perf_counter() - start, len(shared) if is_new else 0
 
 
 def _performing() -> Callable[..., Any]:

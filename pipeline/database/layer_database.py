@@ -67,6 +67,10 @@ class LayerDatabase:
     _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
     _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # sites whose file was compared
 
+    def __reduce__(self) -> tuple[type[LayerDatabase], tuple[Any, ...]]:
+        """Where it is sent to its files aren't open yet."""
+        return LayerDatabase, (self.folder.absolute(), self.levels, self.layers, self.made_from)
+
     def errors(self, names: Sequence[str]) -> np.ndarray:
         """(sites, levels) relative squared output error on the calibration samples; of a group its consumers' sum."""
         return np.array([self.layers[name]["errors"] for name in names], np.float64)
