@@ -70,6 +70,10 @@ class Network:
         self._left_out: set[int] = set()  # numbers of samples that a warning told
         self._trained: set[str] = set()  # changed in place now
 
+    def __reduce__(self) -> tuple[type[Network], tuple[Prepared]]:
+        """Where it is sent to it holds its dense weights."""
+        return Network, (self.prepared,)
+
     @property
     def model(self) -> onnx.ModelProto:
         """The graph of the dense network; never changed."""

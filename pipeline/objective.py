@@ -31,6 +31,7 @@ class Objective:
             it is too small: what is deployed will be corrected, too, and profiles that are good without it aren't
             those that are good with it.
     Attributes:
+        network, samples: as given.
         name: of the loss.
         loss: as it was fitted to the dense outputs of these samples.
         batches: the samples in batches; the first few make a small set of samples, more of them a larger one.
@@ -43,7 +44,7 @@ class Objective:
     def __init__(
         self, network: Network, samples: Samples, loss: str | Loss | FittedLoss | None = None, *, corrected: bool = True
     ) -> None:
-        self.network = network
+        self.network, self.samples = network, samples
         self._bfloat16 = network.bfloat16
         if fixed_batch(network.model) is None:
             sizes = growing_batches(len(samples))
@@ -55,11 +56,12 @@ class Objective:
         self.stages = stages(np.cumsum([len(batch) for batch in self.batches]).tolist())
         paddings = [Padding(batch.samples_first) for batch in self.batches]
         self._correction = BatchCorrection(network, paddings) if corrected else None
-        self._reference: list[dict[str, torch.Tensor]] = []
-        for number, batch in enumerate(self.batches):
-            with self._correction.remember(number) if self._correction else nullcontext():
-                self._reference.append(self._outputs(batch))
-        self.loss = fit_loss(loss, self._reference, numbers(samples.target), self._axes())
+        self._reference: dict[int, dict[str, torch.Tensor]] = {}  # of the batches that were asked for
+        if isinstance(loss, FittedLoss):
+            self.loss = loss
+        else:
+            references = [self._dense(number) for number in range(len(self.batches))]
+            self.loss = fit_loss(loss, references, numbers(samples.target), self._axes())
         self.name = self.loss.name
         self.of_batch(0)  # refuses a loss that doesn't fit before any work is done
 
@@ -71,10 +73,17 @@ class Objective:
         """
         return self.mean([self.of_batch(number, weights) for number in range(len(self.batches))])
 
+    def _dense(self, number: int) -> dict[str, torch.Tensor]:
+        """The dense network's outputs for a batch."""
+        if number not in self._reference:
+            with self._correction.remember(number) if self._correction else nullcontext():
+                self._reference[number] = self._outputs(self.batches[number])
+        return self._reference[number]
+
     def _axes(self) -> Axes:
         batch = self.batches[0]
         turned = self._outputs(batch.take(np.arange(len(batch))[::-1]))
-        return sample_axes(self._reference[0], turned, len(batch))
+        return sample_axes(self._dense(0), turned, len(batch))
 
     def mean(self, losses: Sequence[float]) -> float:
         """Mean loss over the samples of the first batches, from the loss of each."""
@@ -95,11 +104,11 @@ class Objective:
             LossError: the loss is not a finite number.
         """
         batch = self.batches[number]
-        target = numbers(batch.target)
+        target, reference = numbers(batch.target), self._dense(number)
         correction = self._correction if len(batch) >= LEAST_SAMPLES else None
         with correction.apply(number, weights) if correction else nullcontext():
             outputs = self._outputs(batch, weights, start, keep, keep_before)
-        loss = float(self.loss(outputs, self._reference[number], target))
+        loss = float(self.loss(outputs, reference, target))
         if not np.isfinite(loss):
             raise LossError(f"loss {self.name!r} is {loss} on the calibration data; check the network and the loss")
         return loss

@@ -37,6 +37,7 @@ from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.target import meet_target
+from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
@@ -80,6 +81,7 @@ def run(
     evaluation: Evaluation | None = None,
     allow_busy: bool = False,
     watch: Watch | None = None,
+    tasks: Tasks = IN_PROCESS,
 ) -> Report:
     """Prune a network to a speedup that is measured in the runtime.
 
@@ -101,6 +103,7 @@ def run(
         evaluation: what the metric is computed on, and how; None leaves it out.
         allow_busy: measure even while other programs use the CPU.
         watch: is told how far each stage is, and may stop the search.
+        tasks: who builds the database and scores profiles.
     Returns:
         The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed.
     Raises:
@@ -135,11 +138,14 @@ def run(
             )  # fmt: skip
         table.budget(target.speedup)  # refuse the impossible before the long work
         with clock("database"):
-            database = build_database(network, samples, compression, common / "database", watch.stage("database"))
+            database = build_database(
+                network, samples, compression, common / "database", watch.stage("database"), tasks
+            )  # fmt: skip
         with clock("search"):
             finder = ProfileSearch(
                 network, table, database, samples, search,
                 state=common / "search.json", progress=watch.stage("search"), listen=watch.listen,
+                tasks=tasks,
             )  # fmt: skip
             first = finder.find_or_load(target.speedup, out / "profile.json")
         stitcher = CorrectedStitcher(finder.stitcher, samples, search.loss)

@@ -28,6 +28,7 @@ class OnnxSpdyError(Exception):
     |- MeasurementError         a measurement that is damaged, or too short for what is asked of it
     |- ArtifactError            pipeline: a file of an earlier stage is damaged, or made from something else
     |  `- FolderInUse           ... another process works in the folder
+    |- ClusterError             a cluster that can't be used, or was lost
     |- DataError                samples that are damaged, or don't fit the network
     |- RowsError                outputs that don't tell which of them belongs to which sample
     |- LevelError               no such pattern or level

@@ -108,6 +108,7 @@ LESS = {
     "onnx-spdy search": ["--search-images", "300"],
     "onnx-spdy finetune": ["--epochs", "1"],
     "bench database": ["--layers", "0"],
+    "bench cluster": ["--workers", "1", "--pruner", "magnitude"],
     "bench latency": ["--networks", "4"],
     "bench search": ["--search", "spdy,dp", "--speedup", "2", "--seed", "0"],
     "bench scaling": ["--layers", "3,6"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -52,6 +53,17 @@ def opponent(text: str) -> str:
     """
     if text not in (SAME, BEST):
         raise typer.BadParameter(f"{text!r} is not {SAME} or {BEST}")
+    return text
+
+
+def cluster_address(text: str) -> str:
+    """The address of a Dask scheduler.
+
+    Raises:
+        BadParameter: it can't be one.
+    """
+    if not re.fullmatch(r"(tcp|tls|ws|wss)://[^/\s]+:\d{1,5}", text):
+        raise typer.BadParameter(f"{text!r} is no address of a Dask scheduler, such as tcp://HOST:8786")
     return text
 
 
@@ -180,6 +192,15 @@ FinetuneLimit = Annotated[
 ]
 SearchImages = Annotated[
     int | None, typer.Option("--search-images", min=1, help="samples that a search may run through the network")
+]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="tcp://HOST:PORT",
+        parser=cluster_address,
+        help="a Dask scheduler, whose workers build the database and score profiles",
+    ),
 ]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="MINUTES", help="for the search")]
 

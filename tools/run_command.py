@@ -13,6 +13,7 @@ import typer
 from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.aim import AUTO, BEST, SAME, against_best, fastest_runtime, measure_dense
 from onnx_spdy.pipeline.artifact import locked
+from onnx_spdy.pipeline.cluster import tasks_on
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
@@ -37,6 +38,7 @@ from onnx_spdy.tools.options import (
     Against,
     AllowBusy,
     Batch,
+    ClusterAddress,
     Data,
     Finetune,
     FinetuneLimit,
@@ -101,6 +103,7 @@ def run(
     seed: Seed = 0,
     time_limit: TimeLimit = None,
     allow_busy: AllowBusy = False,
+    cluster: ClusterAddress = None,
 ) -> None:
     """Everything: measure, compress, search, write back, and measure the result. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
@@ -109,7 +112,7 @@ def run(
     seconds = training_seconds(finetune, train, finetune_limit)
     targets, measure_metric, interrupt = speedups(speedup), load_metric(metric), Interrupt()
     with ExitStack() as stack, ProgressBars() as bars:
-        watch = Watch(bars.stage, interrupt)
+        watch, tasks = Watch(bars.stage, interrupt), stack.enter_context(tasks_on(cluster))
         where, is_auto = runtime.removesuffix(AUTO), runtime.rpartition("/")[2] == AUTO
         engine = None if is_auto else _opened(stack, runtime, compression.levels)
         dense, samples = load_inputs(model, data)
@@ -140,7 +143,7 @@ def run(
             found = run_pipeline(
                 dense, samples, engine, workload, target,
                 compression=compression, search=settings, finetune=finetune, training=training, evaluation=judged,
-                allow_busy=allow_busy, watch=watch,
+                allow_busy=allow_busy, watch=watch, tasks=tasks,
             )  # fmt: skip
             write_report_html(found.content, folder / "report.html")
             return found

@@ -11,6 +11,7 @@ import typer
 from onnx_spdy.models import Prepared, load_model, save_model
 from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
+from onnx_spdy.pipeline.cluster import tasks_on
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
@@ -44,6 +45,7 @@ from onnx_spdy.tools.interrupt import Interrupt
 from onnx_spdy.tools.options import (
     AllowBusy,
     Batch,
+    ClusterAddress,
     Data,
     ExampleData,
     Finetune,
@@ -124,13 +126,14 @@ def database(
     pattern: Pattern = DEFAULT_PATTERN,
     pruner: PrunerName = DEFAULT_PRUNER,
     memory: Memory = None,
+    cluster: ClusterAddress = None,
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
     dense, samples = load_inputs(model, data)
     network = Network(ready_for(compression.levels, dense, samples))
-    with ProgressBars() as bars:
-        build_database(network, samples, compression, out, bars.stage("database"))
+    with tasks_on(cluster) as tasks, ProgressBars() as bars:
+        build_database(network, samples, compression, out, bars.stage("database"), tasks)
     print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
 
 
@@ -149,6 +152,7 @@ def search(
     search_images: SearchImages = None,
     seed: Seed = 0,
     time_limit: TimeLimit = None,
+    cluster: ClusterAddress = None,
 ) -> None:
     """Choose the level of each layer for one or more targets."""
     settings = SearchSettings(name, load_loss(loss), search_samples, search_images, minutes(time_limit), seed)
@@ -156,10 +160,11 @@ def search(
     table, weights = LatencyTable.load(latency), open_database(database)
     dense, samples = load_inputs(model, data)
     network = Network(ready_for(table.levels, dense, samples))
-    with ProgressBars() as bars:
+    with tasks_on(cluster) as tasks, ProgressBars() as bars:
         finder = ProfileSearch(
             network, table, weights, samples, settings,
             state=out.with_name(f"{out.stem}.search.json"), progress=bars.stage("search"), listen=Interrupt(),
+            tasks=tasks,
         )  # fmt: skip
         files = {out if len(targets) == 1 else out.with_name(f"{out.stem}-{x:g}x{out.suffix}"): x for x in targets}
         found = {file: finder.find_or_load(target, file) for file, target in reversed(files.items())}

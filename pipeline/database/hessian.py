@@ -10,6 +10,7 @@ Source: Frantar & Alistarh, OBC (NeurIPS 2022), section 3 (H = 2 X X^T there; a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,11 +22,17 @@ from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks, in_order
+
+SHARD = 8  # batches whose products are added by one task; the same whoever works
 
 
 def hessian_bytes(layer: Layer) -> int:
-    """Memory that a layer needs while its Hessian is collected: the long sum, the short one and a product."""
-    return 16 * int(np.prod(layer.shape[1:])) ** 2
+    """Memory that a layer needs while its Hessian is collected: the long sum, the short one and a product.
+
+    Where several nodes multiply by its weight, a shard has a long sum of its own.
+    """
+    return (16 if len(layer.nodes) == 1 else 24) * int(np.prod(layer.shape[1:])) ** 2
 
 
 def collect_hessians(
@@ -33,8 +40,11 @@ def collect_hessians(
     layers: Sequence[Layer],
     samples: Samples,
     progress: Progress = ignore,
+    tasks: Tasks = IN_PROCESS,
 ) -> dict[str, torch.Tensor]:
     """The Hessian of each layer in the dense network, all from one pass.
+
+    The samples are taken in shards of `SHARD` batches, a task each, and the shards' sums are added in order.
 
     Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches are
     copied out a few samples at a time and never kept. Layers may be on any device: products are taken there, the long
@@ -50,9 +60,64 @@ def collect_hessians(
         layers: those of its layers that are wanted.
         samples: calibration samples.
         progress: called with (samples done, samples, "").
+        tasks: who does it.
     Returns:
         layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
+    batches = network.batches(samples)
+    shards = [batches[start : start + SHARD] for start in range(0, len(batches), SHARD)]
+    totals = [ShardSum() for _ in layers]
+    done = 0
+    needs = sum(map(hessian_bytes, layers))
+    found = tasks.map(_sums_of, _Collection(network, tuple(layers)), shards, lambda shard: needs)
+    for shard, sums in zip(shards, in_order(found), strict=True):
+        for total in totals:
+            total.add(sums.pop(0))  # not kept while the next shard is computed
+        done += sum(map(len, shard))
+        progress(done, sum(map(len, batches)), "")
+    return {layer.name: total.mean(network, layer) for layer, total in zip(layers, totals, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Collection:
+    """What all shards have in common."""
+
+    network: Network
+    layers: tuple[Layer, ...]
+
+
+@dataclass
+class ShardSum:
+    """The sum of x x^T of one layer over some samples.
+
+    Attributes:
+        count: how many patches x it is of.
+        parts: as `PatchProducts` gives them; float32 where they were added in float32 alone, float64 otherwise.
+    """
+
+    count: int = 0
+    parts: dict[Part, np.ndarray] = field(default_factory=dict)
+
+    def add(self, other: ShardSum) -> None:
+        """Add another sum, in float64."""
+        self.count += other.count
+        for part, values in other.parts.items():
+            if part in self.parts:
+                self.parts[part] += values
+            else:
+                self.parts[part] = values.astype(np.float64)
+
+    def mean(self, network: Network, layer: Layer) -> torch.Tensor:
+        """H (d, d) float64."""
+        parts = {part: torch.from_numpy(values) for part, values in self.parts.items()}
+        matrix = PatchProducts(InputPatches(network.model, layer)).matrix(parts)
+        self.parts = {}
+        return matrix.div_(max(1, self.count))
+
+
+def _sums_of(collection: _Collection, shard: Sequence[Samples]) -> list[ShardSum]:
+    """The sums of each layer over the batches of a shard."""
+    network, layers = collection.network, collection.layers
     sums = {layer.name: _Sum(network, layer) for layer in layers}
     hooks = [
         network.graph.node(name).register_forward_pre_hook(sums[layer.name].hook)
@@ -60,18 +125,15 @@ def collect_hessians(
         for name in layer.nodes
     ]
     try:
-        done, batches = 0, network.batches(samples)
-        for batch in batches:
+        for batch in shard:
             for one in sums.values():
                 one.padding = Padding(batch.samples_first)
             with torch.inference_mode():
                 network.run(batch)
-            done += len(batch)
-            progress(done, sum(map(len, batches)), "")
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: one.mean() for name, one in sums.items()}
+    return [one.sum() for one in sums.values()]
 
 
 class _Sum:
@@ -81,13 +143,15 @@ class _Sum:
 
     def __init__(self, network: Network, layer: Layer) -> None:
         self._products = PatchProducts(InputPatches(network.model, layer))
-        self._total: dict[Part, torch.Tensor] = {}
+        self._total = ShardSum()
         self._recent: dict[Part, torch.Tensor] = {}
         self._calls = self._count = 0
         self._has_positions = layer.op != "Conv"  # before its channels
         self.padding = Padding({})  # of the batch that runs
 
     def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self._calls and self._calls % self.FLUSH == 0:
+            self._total.add(self._flushed())
         values = inputs[0].float()
         if self._has_positions:
             values = self.padding.real_rows(values)
@@ -95,21 +159,18 @@ class _Sum:
         self._calls += 1
         for part, product in self._products(values):
             self._recent[part] = self._recent[part].add_(product) if part in self._recent else product
-        if self._calls % self.FLUSH == 0:
-            self._flush()
 
-    def _flush(self) -> None:
-        for part, recent in self._recent.items():
-            if part in self._total:
-                self._total[part] += recent.cpu()
-            else:
-                self._total[part] = recent.cpu().double()
-        self._recent = {}
+    def sum(self) -> ShardSum:
+        """Of all calls so far. What was never flushed stays in float32, which holds it exactly in half the bytes."""
+        last = self._flushed()
+        if self._total.parts:
+            self._total.add(last)
+            last = self._total
+        return ShardSum(self._count, last.parts)
 
-    def mean(self) -> torch.Tensor:
-        with torch.inference_mode():  # as the sums were made
-            self._flush()
-        return self._products.matrix(self._total).div_(max(1, self._count))
+    def _flushed(self) -> ShardSum:
+        recent, self._recent = self._recent, {}
+        return ShardSum(0, {part: values.numpy(force=True) for part, values in recent.items()})
 
 
 @fast_float32()

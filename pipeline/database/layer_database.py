@@ -8,7 +8,6 @@ continued. Reading maps the file into memory: only the level that is asked for i
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from onnx_spdy.models import Layer, from_canonical, to_canonical
+from onnx_spdy.models import Layer, from_canonical
 from onnx_spdy.pipeline.artifact import (
     ArtifactError,
     check_same,
@@ -31,20 +30,19 @@ from onnx_spdy.pipeline.artifact import (
     locked,
     read_json,
     write_json,
-    write_tensors,
 )
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.build_site import Building, ToBuild, build_site, unpacked
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.eight_bits import build_rounded, rounded_at
-from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
-from onnx_spdy.pipeline.database.pruners import PrunerFailed
-from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
-from onnx_spdy.pipeline.database.widths import build_group, units_at, weights_at
+from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes
+from onnx_spdy.pipeline.database.widths import units_at, weights_at
 from onnx_spdy.pipeline.level import Level, mixes_precisions
-from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.site import Site, find_sites
+from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
+from onnx_spdy.runtimes.atomic import replacing
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 VERSION = 1
@@ -70,6 +68,10 @@ class LayerDatabase:
     _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
     _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # sites whose file was compared
 
+    def __reduce__(self) -> tuple[type[LayerDatabase], tuple[Any, ...]]:
+        """Where it is sent to its files aren't open yet."""
+        return LayerDatabase, (self.folder.absolute(), self.levels, self.layers, self.made_from)
+
     def errors(self, names: Sequence[str]) -> np.ndarray:
         """(sites, levels) relative squared output error on the calibration samples; of a group its consumers' sum."""
         return np.array([self.layers[name]["errors"] for name in names], np.float64)
@@ -92,7 +94,7 @@ class LayerDatabase:
                 return weights_at(file, site, site.kept(level))
             (layer,) = site.layers
             values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
-            return {layer.weight: from_canonical(layer, _unpacked(values, bits, layer.shape))}
+            return {layer.weight: from_canonical(layer, unpacked(values, bits, layer.shape))}
 
     def kept(self, site: Site, level: Level) -> tuple[int, ...]:
         """Numbers of the units of a group that stay at a level, ascending.
@@ -160,9 +162,14 @@ def _entry(entry: Mapping[str, Any], levels: int) -> Mapping[str, Any]:
 
 
 def build_database(
-    network: Network, samples: Samples, compression: Compression, folder: Path, progress: Progress = ignore
+    network: Network,
+    samples: Samples,
+    compression: Compression,
+    folder: Path,
+    progress: Progress = ignore,
+    tasks: Tasks = IN_PROCESS,
 ) -> LayerDatabase:
-    """Compress every site, a prunable layer or a group of units, to every level.
+    """Compress every site, a prunable layer or a group of units, to every level; each is a task.
 
     Args:
         network: whose dense weights are compressed.
@@ -170,6 +177,7 @@ def build_database(
         compression: to which levels, and how.
         folder: where the database is written; sites that are there already are kept.
         progress: called with (done, total, what).
+        tasks: who does it.
     Raises:
         ArtifactError: the folder holds a database that was made from something else, or another one builds there.
         NothingToPrune: the network has no group that can shrink, and widths are wanted.
@@ -197,18 +205,42 @@ def build_database(
         passes = _passes(missing, len(levels), compression.memory_bytes)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            hessians = collect_hessians(network, _layers(some), samples, partial(_told, progress, what))
-            for number, site in enumerate(some, start=1):
-                file = folder / f"{sites.index(site):04d}.safetensors"  # names may hold anything, also path separators
-                build = _build_layer if site.group is None else build_group
-                found[site.name] = build(network, site, hessians, compression, file)
-                later = {layer.name for layer in _layers(some[number:])}
-                for layer in site.layers:
-                    if layer.name not in later:
-                        del hessians[layer.name]
+            hessians = collect_hessians(network, _layers(some), samples, partial(_told, progress, what), tasks)
+            if tasks.is_parallel:
+                some.sort(key=_operations, reverse=True)
+            building = Building(network, compression, folder.absolute() if tasks.sees(folder) else None)
+            given = _with_hessians(some, hessians, {site.name: f"{sites.index(site):04d}.safetensors" for site in some})
+            for number, built in tasks.map(build_site, building, given, partial(_needs, len(levels))):
+                entry = found[some[number].name] = built.entry
+                if built.content is not None:
+                    with replacing(folder / entry["file"]) as temporary:
+                        temporary.write_bytes(built.content)
+                found = {site.name: found[site.name] for site in sites if site.name in found}
                 _write_index(path, levels, found, made_from)
-                progress(len(found), len(sites), "layers" if site.group is None else "groups")
+                progress(len(found), len(sites), "layers" if some[number].group is None else "groups")
         return LayerDatabase(folder, levels, found, made_from, _verified={*found})
+
+
+def _with_hessians(
+    sites: Sequence[Site], hessians: dict[str, torch.Tensor], files: Mapping[str, str]
+) -> Iterator[ToBuild]:
+    """Sites with the Hessians of their layers; what no later site needs is dropped."""
+    for number, site in enumerate(sites):
+        mine = {layer.name: hessians[layer.name].numpy() for layer in site.layers}
+        for layer in {*site.layers} - {*_layers(sites[number + 1 :])}:
+            del hessians[layer.name]
+        yield ToBuild(site, mine, files[site.name])
+        mine.clear()
+
+
+def _operations(site: Site) -> int:
+    """About what a pruner computes for a site: where several work, what takes longest is begun first."""
+    shapes = [(layer.shape[0], int(np.prod(layer.shape[1:]))) for layer in site.layers]
+    return sum(width**2 * (out + width) for out, width in shapes)
+
+
+def _needs(levels: int, one: ToBuild) -> int:
+    return work_bytes(one.site, levels) + sum(map(hessian_bytes, one.site.layers))
 
 
 def _told(progress: Progress, what: str, done: int, total: int, note: str) -> None:
@@ -265,56 +297,3 @@ def work_bytes(site: Site, levels: int) -> int:
 
 def _write_index(path: Path, levels: Sequence[Level], layers: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
     write_json(path, "database", VERSION, {"made_from": made_from, "levels": [*map(str, levels)], "layers": layers})
-
-
-def _build_layer(
-    network: Network, site: Site, hessians: Mapping[str, torch.Tensor], compression: Compression, path: Path
-) -> dict[str, Any]:
-    (layer,) = site.layers
-    hessian = hessians[layer.name]
-    dense = to_canonical(layer, network.dense(layer.weight)).contiguous().float()
-    # By a power of two, which changes no bit: squares of weights near the end of float32 aren't in it.
-    scale = 2.0 ** -math.frexp(float(dense.abs().max()))[1]
-    dense_power = squared_error((scale * dense.double()).flatten(1), hessian)
-    single = hessian.float()
-    errors = [0.0]
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        check_hessian(hessian)
-        pruned = compression.pruner.prune(dense, hessian, compression.levels[1:])
-        for level, weight in zip(compression.levels[1:], pruned, strict=True):
-            _check(layer, level, weight)
-            change = (scale * (weight - dense)).flatten(1)
-            errors.append(squared_error(change, single) / dense_power if dense_power > 0 else 0.0)
-            tensors[f"{level}.values"], tensors[f"{level}.mask"] = _packed(weight)
-    except UnusableHessian as exc:
-        raise UnusableHessian(f"layer {layer.name!r} can't be pruned: {exc}") from exc
-    write_tensors(path, tensors)
-    return {
-        "file": path.name, "sha256": file_sha256(path), "initializer": layer.weight,
-        "shape": list(layer.shape), "errors": errors,
-    }  # fmt: skip
-
-
-def _check(layer: Layer, level: Level, weight: torch.Tensor) -> None:
-    if tuple(weight.shape) != tuple(layer.shape) or not bool(torch.isfinite(weight).all()):
-        raise PrunerFailed(
-            f"the pruner gave {tuple(weight.shape)} or NaN for layer {layer.name!r} {layer.shape} at {level}"
-        )
-    if problem := level_violation(weight.numpy(), level):
-        raise PrunerFailed(f"what the pruner gave for layer {layer.name!r} is not {level}: {problem}")
-
-
-def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Non-zero values in order, and one bit for each weight (uint8, 8 weights a byte)."""
-    flat = weight.flatten()
-    kept = flat != 0
-    return flat[kept].clone(), torch.from_numpy(np.packbits(kept.numpy()))
-
-
-def _unpacked(values: torch.Tensor, bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    count = int(np.prod(shape))
-    kept = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
-    flat = torch.zeros(count, dtype=values.dtype)
-    flat[kept] = values
-    return flat.view(*shape)

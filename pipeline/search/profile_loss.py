@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_spdy.models import Suspended
-from onnx_spdy.pipeline.network import Weights
 from onnx_spdy.pipeline.objective import Objective
+from onnx_spdy.pipeline.search.profile_runs import ProfileRuns, run_profile
 from onnx_spdy.pipeline.stitch import Stitcher
-
-PREFIX_BYTES = 256 << 20  # activations that are kept, so that a profile is only run from its first changed layer on
+from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 
 
 @dataclass(frozen=True)
@@ -27,26 +25,25 @@ class Score:
 class ProfileLoss:
     """The calibration loss of the network stitched to a profile, on all samples or on the first of them.
 
-    No profile is run on the same samples twice, and where only later layers changed since the last profile, the
-    network is run from there on.
+    No profile is run on the same samples twice. A profile on a batch is a task.
 
+    Args:
+        stitcher, objective: of one network.
+        tasks: who runs profiles.
     Attributes:
         objective: the loss.
         log: what was run, in order.
         samples_run: samples that were run through the network for it, whole or from a later layer on.
     """
 
-    def __init__(self, stitcher: Stitcher, objective: Objective) -> None:
+    def __init__(self, stitcher: Stitcher, objective: Objective, tasks: Tasks = IN_PROCESS) -> None:
         self.objective, self.samples_run = objective, 0
         self.log: list[Score] = []
-        self._stitcher = stitcher
         self._seen: dict[tuple[int, ...], list[float]] = {}  # loss of each batch, from the first on
         self._earlier: dict[tuple[tuple[int, ...], int], float] = {}
-        network = stitcher.network
-        self._steps = [min(network.graph.step_of(layer.name) for layer in site.layers) for site in stitcher.sites]
-        self._cuts: list[int] | None = None  # steps before which runs are suspended; found at the first run
-        self._suspended: list[list[Suspended]] = [[] for _ in objective.batches]
-        self._ran: list[tuple[int, ...] | None] = [None] * len(objective.batches)  # the choice of the last run
+        self._tasks = tasks
+        is_seen = not tasks.is_parallel or tasks.sees(stitcher.database.folder)
+        self._runs = ProfileRuns(stitcher, objective, takes_files=not is_seen)
 
     def __call__(self, choice: np.ndarray, samples: int | None = None) -> float:
         """Mean loss of a choice, (layers,) index into the database's levels.
@@ -54,13 +51,26 @@ class ProfileLoss:
         Args:
             samples: on so many of the first samples, rounded up to whole batches; None for all.
         """
-        key = tuple(np.asarray(choice).tolist())
-        losses = self._seen.setdefault(key, [])
+        return next(self.each([choice], samples))
+
+    def each(self, choices: Sequence[np.ndarray], samples: int | None = None) -> Iterator[float]:
+        """The same of several choices, in order. Each counts as run when its loss is asked for.
+
+        Where tasks are done in parallel, those of later choices are begun before.
+        """
+        keys = [tuple(np.asarray(choice).tolist()) for choice in choices]
         wanted = self._batches_for(samples)
-        for number in range(len(losses), wanted):
-            earlier = self._earlier.get((key, number))
-            self._add(Score(key, number, self._run(key, number) if earlier is None else earlier))
-        return self.objective.mean(losses[:wanted])
+        batches = [(key, number) for key in keys for number in range(len(self._seen.get(key, ())), wanted)]
+        missing = [one for one in batches if one not in self._earlier]
+        found = self._tasks.map(run_profile, self._runs, missing)
+        for key in keys:
+            losses = self._seen.setdefault(key, [])
+            for number in range(len(losses), wanted):
+                while (key, number) not in self._earlier:
+                    index, loss = next(found)
+                    self._earlier[missing[index]] = loss
+                self._add(Score(key, number, self._earlier[key, number]))
+            yield self.objective.mean(losses[:wanted])
 
     @property
     def evaluations(self) -> int:
@@ -101,42 +111,3 @@ class ProfileLoss:
             if samples is not None and count >= samples:
                 return number + 1
         return len(batches)
-
-    def _run(self, choice: tuple[int, ...], number: int) -> float:
-        levels = self._stitcher.database.levels
-        weights = self._stitcher.weights([levels[index] for index in choice])
-        ran, kept = self._ran[number], self._suspended[number]
-        if ran is None:
-            kept.clear()
-        else:
-            changed = [step for step, old, new in zip(self._steps, ran, choice, strict=True) if old != new]
-            kept[:] = [one for one in kept if one.step <= min(changed, default=max(self._steps))]
-        self._ran[number] = None  # in case the run fails
-        start = max(kept, key=lambda one: one.step, default=None)
-        if self._cuts is None:
-            loss = self._measure_cuts(number, weights)
-        else:
-            loss = self.objective.of_batch(
-                number,
-                weights,
-                start,
-                kept.append,
-                [cut for cut in self._cuts if start is None or cut > start.step],
-            )
-        self._ran[number] = choice
-        return loss
-
-    def _measure_cuts(self, number: int, weights: Weights) -> float:
-        """Run a batch, and find out before which layers the runs of all batches can be kept in PREFIX_BYTES."""
-        batches = self.objective.batches
-        sizes: dict[int, int] = {}
-
-        def keep(one: Suspended) -> None:
-            sizes[one.step] = one.bytes
-
-        loss = self.objective.of_batch(number, weights, keep=keep, keep_before=sorted({*self._steps})[1:])
-        share = PREFIX_BYTES * len(batches[number]) / sum(map(len, batches))
-        steps = sorted(step for step in sizes if sizes[step] <= share / 4)
-        affordable = (steps[n - 1 :: n] for n in range(1, len(steps) + 1))
-        self._cuts = next((cuts for cuts in affordable if sum(sizes[step] for step in cuts) <= share), [])
-        return loss

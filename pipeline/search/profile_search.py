@@ -30,6 +30,7 @@ from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.search.state import SearchState
 from onnx_spdy.pipeline.stitch import Stitcher
+from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class ProfileSearch:
         state: file that keeps every score, so that a search that was stopped continues; None keeps none.
         progress: called after each evaluation with (done, at least in all, note).
         listen: a context that a search runs in; what it gives says whether the user asked to stop.
+        tasks: who scores profiles.
     Attributes:
         best_loss: of the search that runs, so far.
     Raises:
@@ -67,6 +69,7 @@ class ProfileSearch:
         state: Path | None = None,
         progress: Progress = ignore,
         listen: Listen = never,
+        tasks: Tasks = IN_PROCESS,
     ) -> None:
         self.stitcher = stitcher = Stitcher(network, database)
         self._names = [site.name for site in stitcher.sites]
@@ -84,7 +87,7 @@ class ProfileSearch:
         self._settings, self._progress, self._listen = settings, progress, listen
         self.best_loss = math.inf
         selection, held_out = split(samples, settings.samples, settings.seed)
-        self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss))
+        self._score = ProfileLoss(stitcher, Objective(network, selection, settings.loss), tasks)
         fitted = self._score.objective.loss
         self._held_out = ProfileLoss(stitcher, Objective(network, held_out, fitted)) if held_out else None
         logger.info("%s", fitted)
@@ -232,6 +235,7 @@ class ProfileSearch:
             sample_limit=self._settings.sample_limit,
             tell=tell,
             is_over=is_over,
+            each=self._score.each,
         )
 
     def _profile(

@@ -11,6 +11,7 @@ import typer
 from onnx_spdy.tools.expected import one_line_errors
 
 BENCHMARKS = {
+    "cluster": "What Dask workers gain for a layer database, measured and by list scheduling.",
     "database": "What a layer database costs, and how good its layers are on samples that it hasn't seen.",
     "gpu": "What 2:4 gains on a GPU, layer by layer and in whole encoders.",
     "gpu-kernels": "One layer at a time on a GPU: dense and 2:4 in bf16, fp16, fp8 and int8.",

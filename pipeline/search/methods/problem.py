@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -49,6 +49,7 @@ class SearchProblem:
         errors: (layers, levels), relative squared output error of each layer, by the database.
         budget_seconds: for all these layers together.
         loss: calibration loss of the network stitched to a choice.
+        each: the same of several choices on so many samples, in order, as an iterator; None to ask `loss` for each.
         magnitudes: layer index -> absolute values of its dense weights; of a group (units,) their norms.
         rng: the only source of randomness.
         stages: numbers of samples that `loss` can be asked for, growing; the last is all of them.
@@ -74,10 +75,17 @@ class SearchProblem:
     sample_limit: int | None = None
     tell: Callable[[float, int, int], None] = lambda loss, done, left: None
     is_over: Callable[[], bool] = lambda: False
+    each: Callable[[Sequence[np.ndarray], int], Iterator[float]] | None = None
 
     @cached_property
     def layer_count(self) -> int:
         return len(self.costs.seconds)
+
+    def losses(self, choices: Sequence[np.ndarray], samples: int) -> Iterator[float]:
+        """The loss of each choice, in order, scored when it is asked for, or before where that is done in parallel."""
+        if self.each is not None:
+            return self.each(choices, samples)
+        return (self.loss(choice, samples) for choice in choices)
 
     def time_of(self, choice: np.ndarray) -> float:
         """Seconds of a choice by the table."""

@@ -77,14 +77,14 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
     probes = probed_levels(levels)
     samples = problem.stages[0]
     additive = problem.errors.copy()
+    alone = np.eye(problem.layer_count, dtype=np.int64)
+    losses = problem.losses([level * choice for choice in alone for level in probes], samples)
     for layer in range(problem.layer_count):
         scores = []
-        for level in probes:
+        for _ in probes:
             if race.is_over():
                 return problem.errors
-            choice = np.zeros(problem.layer_count, np.int64)
-            choice[layer] = level
-            scores.append(problem.loss(choice, samples) - race.dense_loss(samples))
+            scores.append(next(losses) - race.dense_loss(samples))
             race.tell()
         additive[layer] = _scaled(problem.errors[layer], probes, scores)
     factors = additive[:, probes] / np.maximum(problem.errors[:, probes], 1e-12)
@@ -146,7 +146,8 @@ class _Race:
         self.best_loss = np.inf
         self.scores: dict[tuple[int, ...], Seen] = {}
         # Whatever happens next, there is a result with a loss.
-        self.best_loss = self._score(_key(self.best.choice), problem.stages[-1])
+        loss = problem.loss(self.best.choice, problem.stages[-1])
+        self.best_loss = self._scored(_key(self.best.choice), problem.stages[-1], loss)
 
     def dense_loss(self, samples: int) -> float:
         """Loss of the dense network; of most losses it is 0."""
@@ -165,10 +166,11 @@ class _Race:
         for samples in self._problem.stages:
             to_beat = self._problem.loss(self.best.choice, samples)
             losses: dict[tuple[int, ...], float] = {}
+            found = self._problem.losses([np.array(choice) for choice in racing], samples)
             for choice in racing:
                 if self.is_over():
                     break
-                losses[choice] = self._score(choice, samples)
+                losses[choice] = self._scored(choice, samples, next(found))
             doubt = 1 + MARGIN * (1 - samples / self._problem.stages[-1])
             better = sorted(
                 (choice for choice in losses if losses[choice] < to_beat * doubt), key=lambda one: losses[one]
@@ -190,8 +192,7 @@ class _Race:
         self._told += 1
         self._problem.tell(self.best_loss, self._told, CANDIDATES)
 
-    def _score(self, choice: tuple[int, ...], samples: int) -> float:
-        loss = self._problem.loss(np.array(choice), samples)
+    def _scored(self, choice: tuple[int, ...], samples: int, loss: float) -> float:
         self.scores[choice] = Seen(choice, samples, loss)
         self.tell()
         return loss
