@@ -256,7 +256,7 @@ def test_a_worker_without_this_package_is_told() -> None:
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0") as local:
         code = (
             f"import sys; sys.path[:0] = [{str(SITE_PACKAGES)!r}]; sys.argv = ['worker', {local.scheduler_address!r}, "
-            "'--nthreads', '1', '--no-nanny', '--no-dashboard']; from distributed.cli.dask_worker import go; go()"
+            "'--nthreads', '1', '--no-nanny', '--no-dashboard']; from distributed.cli.dask_worker import main; main()"
         )
         with (
             programs([sys.executable, "-S", "-c", code]),
