@@ -260,7 +260,7 @@ def test_a_worker_without_this_package_is_told() -> None:
         )
         with (
             programs([sys.executable, "-S", "-c", code]),
-            pytest.raises(ClusterError, match=r"worker tcp://.* can't import onnx_spdy; install this package there"),
+            pytest.raises(ClusterError, match=r"worker tcp://.* can't import onnx_spdy; install it there"),
             connected(local.scheduler_address),
         ):
             pass
