@@ -135,9 +135,7 @@ class Cluster:
         for who, found in self._client.run(standing, on_error="return").items():
             if isinstance(found, Exception):
                 if missing := _MISSING.search(str(found)):  # Dask may send it as text
-                    raise ClusterError(
-                        f"{_worker(who)} can't import {missing[1]}; install this package there: {INSTALL}"
-                    )
+                    raise ClusterError(f"{_worker(who)} can't import {missing[1]}; install it there: {INSTALL}")
                 raise ClusterError(f"{_worker(who)} can't be used: {described(found, 200)}")
             for name in ("onnx_spdy", "torch", "numpy"):
                 if found[name] != mine[name]:
