@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt $(SPARSE_SOURCES)
 # uv, in the version of constraints.txt, finds the interpreter by its name or version, or gets it.
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(STAMP)
 	test -x $(OLDEST)/bin/python || $(VENV)/bin/uv venv -q --python $(OLDEST_PYTHON) $(OLDEST)
-	$(VENV)/bin/uv pip install -q --python $(OLDEST) -c constraints-oldest.txt -e . openvino scikit-learn \
+	$(VENV)/bin/uv pip install -q --python $(OLDEST) -c constraints-oldest.txt -e . distributed openvino scikit-learn \
 		hypothesis pytest pytest-cov 'setuptools<81'
 	touch $@
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -47,6 +48,7 @@ WORKER_SECONDS = 120.0  # without any worker
 POLL_SECONDS = 2.0
 SAME_VERSIONS = ("python", "dask", "distributed", "cloudpickle")
 INSTALL = "pip install 'onnx-spdy[cluster]'"
+_MISSING = re.compile(r"No module named '([\w.]+)'")
 FOLDERS = ("models", "pipeline", "runtimes", "tools")
 
 
@@ -131,9 +133,9 @@ class Cluster:
                     )
         mine, kinds = standing(), set()
         for who, found in self._client.run(standing, on_error="return").items():
-            if isinstance(found, ImportError):
-                raise ClusterError(f"{_worker(who)} can't import {found.name}; install this package there: {INSTALL}")
             if isinstance(found, Exception):
+                if missing := _MISSING.search(str(found)):  # Dask may send it as text
+                    raise ClusterError(f"{_worker(who)} can't import {missing[1]}; install it there: {INSTALL}")
                 raise ClusterError(f"{_worker(who)} can't be used: {described(found, 200)}")
             for name in ("onnx_spdy", "torch", "numpy"):
                 if found[name] != mine[name]:

@@ -42,7 +42,7 @@ Build = Callable[..., LayerDatabase]
 def scheduler() -> Iterator[str]:
     """The address of a cluster with two workers, which declare their memory."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="4 GiB", resources={"MEMORY": 4e9}
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit="4 GiB", resources={"MEMORY": 4e9}
     ) as local:
         yield local.scheduler_address
 
@@ -253,14 +253,14 @@ def test_a_scheduler_that_dies_is_one_line_and_the_next_start_continues(build: B
 
 
 def test_a_worker_without_this_package_is_told() -> None:
-    with distributed.LocalCluster(n_workers=0, dashboard_address=None) as local:
+    with distributed.LocalCluster(n_workers=0, dashboard_address=":0") as local:
         code = (
             f"import sys; sys.path[:0] = [{str(SITE_PACKAGES)!r}]; sys.argv = ['worker', {local.scheduler_address!r}, "
-            "'--nthreads', '1', '--no-nanny', '--no-dashboard']; from distributed.cli.dask_worker import go; go()"
+            "'--nthreads', '1', '--no-nanny', '--no-dashboard']; from distributed.cli.dask_worker import main; main()"
         )
         with (
             programs([sys.executable, "-S", "-c", code]),
-            pytest.raises(ClusterError, match=r"worker tcp://.* can't import onnx_spdy; install this package there"),
+            pytest.raises(ClusterError, match=r"worker tcp://.* can't import onnx_spdy; install it there"),
             connected(local.scheduler_address),
         ):
             pass
@@ -270,7 +270,7 @@ def test_where_no_worker_comes_it_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cluster_module, "WORKER_SECONDS", 0.1)
     monkeypatch.setattr(cluster_module, "POLL_SECONDS", 0.1)
     with (
-        distributed.LocalCluster(n_workers=0, dashboard_address=None) as local,
+        distributed.LocalCluster(n_workers=0, dashboard_address=":0") as local,
         pytest.raises(ClusterError, match="start some with `dask worker tcp://"),
         connected(local.scheduler_address),
     ):

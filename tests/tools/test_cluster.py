@@ -26,7 +26,7 @@ def loss(outputs, dense, target):
     return SCALE * (outputs["output"] - dense["output"]).square().mean()
 """
 RUN = ("run", "user.py:network", "--data", "user.py:data", "--runtime", "fake", "--batch", "8", "--speedup", "1.3",
-       "--loss", "user.py:loss", "--pruner", "user.py:half", "--search-images", "600")  # fmt: skip
+       "--loss", "user.py:loss", "--pruner", "user.py:half", "--search-images", "200")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def scheduler(folder: Path) -> Iterator[str]:
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as local:
         yield local.scheduler_address
 
 

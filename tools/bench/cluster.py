@@ -108,7 +108,7 @@ def _on_workers(
     except ImportError as exc:
         raise ClusterError(f"this benchmark needs Dask: {INSTALL}") from exc
     with (
-        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None) as local,
+        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as local,
         connected(local.scheduler_address) as cluster,
     ):
         return cluster, *built(cluster)
