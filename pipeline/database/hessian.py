@@ -1,4 +1,4 @@
-"""Layer Hessians from one pass over the calibration samples, or several where memory is short.
+"""Layer Hessians from one pass over the calibration samples, or in parts, layer after layer, where memory is short.
 
 For a layer that computes W x on input patches x (d,), the squared output error of changed weights is
 tr((W - W0) H (W - W0)^T) with H = E[x x^T] (d, d), the mean over samples and positions, without padding.
@@ -14,13 +14,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from onnx_spdy.models import InputPatches, Layer
+from onnx_spdy.models import InputPatches, Layer, Suspended
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.matmul import fast_float32
 from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.progress import Progress, ignore
+
+KEPT_BYTES = 1 << 28  # of values between layers
 
 
 def hessian_bytes(layer: Layer) -> int:
@@ -34,44 +36,75 @@ def collect_hessians(
     samples: Samples,
     progress: Progress = ignore,
 ) -> dict[str, torch.Tensor]:
-    """The Hessian of each layer in the dense network, all from one pass.
+    """The Hessian of each layer in the dense network, all from one pass; see `CalibrationPass.hessians`."""
+    return CalibrationPass(network, samples).hessians(layers, progress)
 
-    Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches are
-    copied out a few samples at a time and never kept. Layers may be on any device: products are taken there, the long
-    sum is kept on the CPU.
 
-    A layer whose weight several nodes multiply by has the mean over what all of them see.
-
-    An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is singular.
-    Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
+class CalibrationPass:
+    """Calibration samples on their way through the dense network, which stop where Hessians are wanted.
 
     Args:
         network: run with its dense weights.
-        layers: those of its layers that are wanted.
         samples: calibration samples.
-        progress: called with (samples done, samples, "").
-    Returns:
-        layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
-    sums = {layer.name: _Sum(network, layer) for layer in layers}
-    hooks = [
-        network.graph.node(name).register_forward_pre_hook(sums[layer.name].hook)
-        for layer in layers
-        for name in layer.nodes
-    ]
-    try:
-        done, batches = 0, network.batches(samples)
-        for batch in batches:
-            for one in sums.values():
-                one.padding = Padding(batch.samples_first)
-            with torch.inference_mode():
-                network.run(batch)
-            done += len(batch)
-            progress(done, sum(map(len, batches)), "")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: one.mean() for name, one in sums.items()}
+
+    def __init__(self, network: Network, samples: Samples) -> None:
+        self._network = network
+        self._batches = network.batches(samples)
+        self._stopped: list[Suspended] = []  # each batch where it stopped; none where they start again
+
+    def hessians(
+        self, layers: Sequence[Layer], progress: Progress = ignore, *, goes_on: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The Hessian of each of these layers.
+
+        The samples go on from where they stopped when Hessians of earlier layers were made, up to the last of these.
+        What flows between layers is kept up to `KEPT_BYTES`; where it is more, they start again.
+
+        Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches
+        are copied out a few samples at a time and never kept. Layers may be on any device: products are taken there,
+        the long sum is kept on the CPU.
+
+        A layer whose weight several nodes multiply by has the mean over what all of them see.
+
+        An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is
+        singular. Both are left as they are here: what a pruner makes of them is its business (see `damped` in
+        quadratic.py).
+
+        Args:
+            layers: those of the network's layers that are wanted.
+            progress: called with (samples done, samples, "").
+            goes_on: whether those of later layers will be asked for.
+        Returns:
+            layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
+        """
+        graph = self._network.graph
+        sums = {layer.name: _Sum(self._network, layer) for layer in layers}
+        places = {name: layer.name for layer in layers for name in layer.nodes}
+        steps = [graph.step_of(name) for name in places]
+        before: list[Suspended] | list[None] = self._stopped
+        if not self._stopped or self._stopped[0].step > min(steps):
+            before = [None] * len(self._batches)
+        self._stopped = []
+        hooks = [graph.node(name).register_forward_pre_hook(sums[layer].hook) for name, layer in places.items()]
+        done = 0
+        try:
+            for batch, start in zip(self._batches, before, strict=True):
+                for one in sums.values():
+                    one.padding = Padding(batch.samples_first)
+                with torch.inference_mode():
+                    stopped = self._network.advance(batch, start, max(steps) + 1)
+                if goes_on and stopped.bytes * len(self._batches) <= KEPT_BYTES:
+                    self._stopped.append(stopped)
+                done += len(batch)
+                progress(done, sum(map(len, self._batches)), "")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(self._stopped) < len(self._batches):  # a batch may be smaller than others
+            self._stopped = []
+        self._network.let_go()
+        return {name: one.mean() for name, one in sums.items()}
 
 
 class _Sum:

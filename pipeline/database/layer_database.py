@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from onnx_spdy.pipeline.artifact import (
 )
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
-from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.database.hessian import CalibrationPass, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.pruners import PrunerFailed
 from onnx_spdy.pipeline.database.pruners.quadratic import UnusableHessian, check_hessian
 from onnx_spdy.pipeline.database.widths import build_group, units_at, weights_at
@@ -49,6 +50,8 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 VERSION = 1
 INDEX = "index.json"
 WORK_BYTES = 1 << 30  # that a pruner may need besides its layer's matrices and weights
+HESSIANS_BYTES = 4 << 30  # of the layers that are taken together where no memory is given
+OPEN_BYTES = 1 << 30  # of files that stay mapped
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class LayerDatabase:
     levels: tuple[Level, ...]
     layers: Mapping[str, Mapping[str, Any]]
     made_from: Mapping[str, str]
-    _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
+    _open: OrderedDict[Path, Any] = field(default_factory=OrderedDict, compare=False, repr=False)  # last used last
     _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # sites whose file was compared
 
     def errors(self, names: Sequence[str]) -> np.ndarray:
@@ -112,6 +115,9 @@ class LayerDatabase:
                 self._verify(name)
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
+                while len(self._open) > 1 and sum(one.stat().st_size for one in self._open) > OPEN_BYTES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
             yield self._open[path]
         except (OSError, SafetensorError) as exc:
             raise ArtifactError(f"{path} can't be read ({exc}); delete it and build the database again") from exc
@@ -185,9 +191,10 @@ def build_database(
             found = dict(database.layers)
         missing = [site for site in sites if site.name not in found]
         passes = _passes(missing, len(levels), compression.memory_bytes)
+        calibration = CalibrationPass(network, samples)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            hessians = collect_hessians(network, _layers(some), samples, partial(_told, progress, what))
+            hessians = calibration.hessians(_layers(some), partial(_told, progress, what), goes_on=count < len(passes))
             for number, site in enumerate(some, start=1):
                 file = folder / f"{sites.index(site):04d}.safetensors"  # names may hold anything, also path separators
                 build = _build_layer if site.group is None else build_group
@@ -216,10 +223,11 @@ class MemoryTooSmall(OnnxSpdyError, ValueError):
 
 def _passes(sites: Sequence[Site], levels: int, memory_bytes: int | None) -> list[list[Site]]:
     """The sites in order, in parts whose Hessians fit in memory together."""
-    if memory_bytes is None:
-        return [list(sites)] if sites else []
     widest = max((work_bytes(site, levels) for site in sites), default=0)
     present = peak_bytes()
+    if memory_bytes is None:
+        most = max((sum(map(hessian_bytes, site.layers)) for site in sites), default=0)
+        memory_bytes = present + widest + max(most, HESSIANS_BYTES)
     passes: list[list[Site]] = []
     room = 0
     for site in sites:
