@@ -183,11 +183,14 @@ def _has_half_precision(model: onnx.ModelProto) -> bool:
     return any(tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for tensor in model.graph.initializer)
 
 
-def _as_declared(model: onnx.ModelProto, examples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_declared(
+    model: onnx.ModelProto, examples: Mapping[str, np.ndarray], given: Collection[str]
+) -> dict[str, np.ndarray]:
     """The examples, each in the element type of its input."""
     dtypes = input_dtypes(model)
-    if wrong := set(examples) ^ {value.name for value in graph_inputs(model)}:
-        raise ModelError(f"example inputs: '{min(wrong)}' is missing, or no input of the model: {list(dtypes)}")
+    inputs = [name for name in dtypes if name not in given]
+    if wrong := set(examples) ^ set(inputs):
+        raise ModelError(f"example inputs: '{min(wrong)}' is missing, or no input of the model: {inputs}")
     return {name: np.asarray(array).astype(_storable(dtypes[name])) for name, array in examples.items()}
 
 
@@ -207,7 +210,7 @@ def _draws(model: onnx.ModelProto, given: Collection[str], examples: Mapping[str
     def of_examples(count: int) -> dict[str, np.ndarray]:
         return {
             name: array if (axis := axes[name]) is None else array.take(np.arange(count), axis, mode="wrap")
-            for name, array in _as_declared(model, examples).items()
+            for name, array in _as_declared(model, examples, given).items()
         }
 
     drawn: list[Draw] = [partial(_random_inputs, model, size=size, given=given) for size in OPEN_SIZES]

@@ -124,16 +124,18 @@ def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Referenc
 
 
 def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Inputs that stand for weights become initializers; those that no node reads any more go."""
+    """Inputs that stand for weights become initializers, in the model's order; those that no node reads any more go."""
     inputs = [value for value in prepared.graph.input if value.name in {one.name for one in graph_inputs(model)}]
     del prepared.graph.input[:]
     prepared.graph.input.extend(inputs)
     used = {value.name for value in prepared.graph.output}
     for node in prepared.graph.node:
         used.update(node.input, *map(captured_names, inner_graphs(node)))
-    for tensor in weights:
-        if tensor.name in used:
-            prepared.graph.initializer.add().CopyFrom(tensor)
+    order = {tensor.name: number for number, tensor in enumerate(model.graph.initializer)}
+    stored = [*prepared.graph.initializer, *(tensor for tensor in weights if tensor.name in used)]
+    ordered = onnx.GraphProto(initializer=sorted(stored, key=lambda one: order.get(one.name, len(order))))
+    prepared.graph.ClearField("initializer")
+    prepared.graph.MergeFrom(ordered)
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

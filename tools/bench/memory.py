@@ -33,6 +33,7 @@ from onnx_spdy.tools.table import print_table
 STEPS = ("inspect", "prepare", "database", "deploy")
 PATTERN = "2:4,unstructured@0.5"
 LOOK_SECONDS = 0.02  # between two looks at a step's memory
+STOPPED_SECONDS = 5.0  # looks that are further apart have this process stopped between them, and its steps too
 
 
 class StepFailed(OnnxSpdyError, RuntimeError):
@@ -133,10 +134,12 @@ def every_layer_pruned(folder: Path) -> Profile:
 def watched(command: Sequence[str]) -> tuple[float, int, int]:
     """Seconds of a command, and the most bytes of its processes together that were resident and anonymous.
 
+    Time in which everything was stopped isn't counted.
+
     Raises:
         StepFailed: it ends with an error.
     """
-    start = time.perf_counter()
+    seconds, before = 0.0, time.perf_counter()
     resident = anonymous = 0
     with tempfile.TemporaryFile() as words, subprocess.Popen(command, stdout=words, stderr=words) as process:
         while process.poll() is None:
@@ -144,10 +147,12 @@ def watched(command: Sequence[str]) -> tuple[float, int, int]:
             resident = max(resident, sum(one for one, _ in held))
             anonymous = max(anonymous, sum(own for _, own in held))
             time.sleep(LOOK_SECONDS)
+            now = time.perf_counter()
+            seconds, before = seconds + min(now - before, STOPPED_SECONDS), now
         if process.returncode:
             words.seek(0)
             raise StepFailed(f"{' '.join(command)}: {words.read().decode(errors='replace').strip()[-400:]}")
-    return time.perf_counter() - start, resident, anonymous
+    return seconds, resident, anonymous
 
 
 def _memory(pid: int) -> Iterator[tuple[int, int]]:
