@@ -124,14 +124,20 @@ def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Referenc
 
 
 def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Inputs that stand for weights become initializers, in the model's order; those that no node reads any more go."""
+    """Inputs that stand for weights become initializers; those that no node reads any more go.
+
+    All initializers are in the order in which nodes read them first, which is that of onnxslim.
+    """
     inputs = [value for value in prepared.graph.input if value.name in {one.name for one in graph_inputs(model)}]
     del prepared.graph.input[:]
     prepared.graph.input.extend(inputs)
     used = {value.name for value in prepared.graph.output}
     for node in prepared.graph.node:
         used.update(node.input, *map(captured_names, inner_graphs(node)))
-    order = {tensor.name: number for number, tensor in enumerate(model.graph.initializer)}
+    order: dict[str, int] = {}
+    for node in prepared.graph.node:
+        for name in node.input:
+            order.setdefault(name, len(order))
     stored = [*prepared.graph.initializer, *(tensor for tensor in weights if tensor.name in used)]
     ordered = onnx.GraphProto(initializer=sorted(stored, key=lambda one: order.get(one.name, len(order))))
     prepared.graph.ClearField("initializer")
