@@ -138,8 +138,9 @@ def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: 
     for node in prepared.graph.node:
         for name in node.input:
             order.setdefault(name, len(order))
-    stored = [*prepared.graph.initializer, *(tensor for tensor in weights if tensor.name in used)]
-    ordered = onnx.GraphProto(initializer=sorted(stored, key=lambda one: order.get(one.name, len(order))))
+    stored: list[TensorProto] = [*prepared.graph.initializer, *(tensor for tensor in weights if tensor.name in used)]
+    stored.sort(key=lambda one: order.get(one.name, len(order)))
+    ordered = onnx.GraphProto(initializer=stored)
     prepared.graph.ClearField("initializer")
     prepared.graph.MergeFrom(ordered)
 
