@@ -51,7 +51,7 @@ VERSION = 1
 INDEX = "index.json"
 WORK_BYTES = 1 << 30  # that a pruner may need besides its layer's matrices and weights
 HESSIANS_BYTES = 4 << 30  # of the layers that are taken together where no memory is given
-OPEN_BYTES = 1 << 30  # of files that stay mapped
+OPEN_BYTES = 1 << 28  # of files that stay mapped; what is read of them is in memory twice
 
 
 @dataclass(frozen=True)
