@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from onnx_spdy.models.batch import BakedBatch, Draw, baked_batch, batch_that_outputs_have
 from onnx_spdy.models.graph import ModelError, fixed_batch, graph_inputs, input_axes, input_dtypes, input_shapes
-from onnx_spdy.models.ort_process import OrtProcess, RunFailed
+from onnx_spdy.models.ort_process import Found, OrtProcess, RunFailed
 from onnx_spdy.runtimes.batch_axes import dimensions, is_open
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Reference:
     random ones. Two samples where the batch is open, unless only another number of them is right.
 
     Args:
-        given: inputs that aren't random: weights that the graphs were made to read from outside.
+        given: inputs that aren't random: weights that the graphs were made to read from outside, by their names.
         examples: a batch of the user's data, by input name.
     Attributes:
         baked: the batch that is written into the graph though it declares it open, or None.
@@ -52,7 +52,7 @@ class Reference:
     def __init__(
         self,
         original: onnx.ModelProto,
-        given: Mapping[str, np.ndarray] | None = None,
+        given: Sequence[TensorProto] = (),
         examples: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._original = original
@@ -60,12 +60,13 @@ class Reference:
         self._process = OrtProcess()
         try:
             self._load(original, "the model")
-            self._given = self._process.place(given or {})
-            draw, count, reason = self._first_that_runs(_draws(original, given or {}, examples or {}), bool(examples))
+            self._given = self._process.place_weights(given)
+            names = {tensor.name for tensor in given}
+            draw, count, reason = self._first_that_runs(_draws(original, names, examples or {}), bool(examples))
             self.baked = self._baked(draw, count, reason)
             inputs = draw(self.baked.size if self.baked else count)
             self._expected = self._run(original, inputs)
-            self._inputs = self._given | self._process.place(inputs)
+            self._inputs: dict[str, Found] = {**self._given, **self._process.place(inputs)}
         except BaseException:
             self._process.__exit__(None, None, None)
             raise
@@ -162,7 +163,7 @@ class Reference:
             self._load(model, "the model")
         placed = self._process.place(inputs)
         try:
-            return self._process.run(self._given | placed)
+            return self._process.run({**self._given, **placed})
         except RunFailed as exc:
             logger.debug("%s with inputs of %s", exc, {name: array.shape for name, array in inputs.items()})
             raise
@@ -182,11 +183,14 @@ def _has_half_precision(model: onnx.ModelProto) -> bool:
     return any(tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for tensor in model.graph.initializer)
 
 
-def _as_declared(model: onnx.ModelProto, examples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_declared(
+    model: onnx.ModelProto, examples: Mapping[str, np.ndarray], given: Collection[str]
+) -> dict[str, np.ndarray]:
     """The examples, each in the element type of its input."""
     dtypes = input_dtypes(model)
-    if wrong := set(examples) ^ {value.name for value in graph_inputs(model)}:
-        raise ModelError(f"example inputs: '{min(wrong)}' is missing, or no input of the model: {list(dtypes)}")
+    inputs = [name for name in dtypes if name not in given]
+    if wrong := set(examples) ^ set(inputs):
+        raise ModelError(f"example inputs: '{min(wrong)}' is missing, or no input of the model: {inputs}")
     return {name: np.asarray(array).astype(_storable(dtypes[name])) for name, array in examples.items()}
 
 
@@ -206,7 +210,7 @@ def _draws(model: onnx.ModelProto, given: Collection[str], examples: Mapping[str
     def of_examples(count: int) -> dict[str, np.ndarray]:
         return {
             name: array if (axis := axes[name]) is None else array.take(np.arange(count), axis, mode="wrap")
-            for name, array in _as_declared(model, examples).items()
+            for name, array in _as_declared(model, examples, given).items()
         }
 
     drawn: list[Draw] = [partial(_random_inputs, model, size=size, given=given) for size in OPEN_SIZES]

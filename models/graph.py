@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
+from onnx_spdy.models.stored import has_mapped, parts_of, put_in_file, stored_bytes
 from onnx_spdy.runtimes.atomic import replacing
 from onnx_spdy.runtimes.batch_axes import batch_axes, dimensions
 from onnx_spdy.runtimes.batch_axes import fixed_batch as batch_of_inputs
@@ -46,41 +47,52 @@ class UnsupportedOperator(ModelError):
 def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """Write `model` to `path` in one step: a reader sees the old file or the new one, never half of it.
 
-    The bytes depend on the model alone. Above 2 GiB the weights go to `<name>.data` in the same folder, which is
-    replaced just before the model itself.
+    The bytes depend on the model alone. Above 2 GiB, and where weights are mapped, they go to `<name>.data` in the same
+    folder, piece by piece, which is replaced just before the model itself.
 
     Raises:
         ModelError: the folder doesn't exist or can't be written.
     """
     path = Path(path)
     try:
-        if data_bytes(model) <= LARGEST_PROTOBUF_BYTES:
-            _write(path, [model.SerializeToString(deterministic=True)])
+        if fits_in_message(model):
+            write_whole(path, [model.SerializeToString(deterministic=True)])
             return
-        outline, large = _set_data_aside(model, f"{path.name}.data")
-        _write(path.with_name(f"{path.name}.data"), (tensor.raw_data for tensor in large))
-        _write(path, [outline.SerializeToString(deterministic=True)])
+        outline, large = set_data_aside(model, data_file(path).name)
+        write_whole(data_file(path), (part for tensor in large for part in parts_of(tensor)))
+        write_whole(path, [outline.SerializeToString(deterministic=True)])
     except OSError as exc:
         raise ModelError(f"cannot write the model to {path}: {exc.strerror or exc}") from exc
 
 
+def data_file(path: Path) -> Path:
+    """The file beside a model that holds its large weights."""
+    return path.with_name(f"{path.name}.data")
+
+
+def fits_in_message(model: onnx.ModelProto) -> bool:
+    """Whether the model is one protobuf message with all its data."""
+    return data_bytes(model) <= LARGEST_PROTOBUF_BYTES and not has_mapped(model)
+
+
 def model_sha256(model: onnx.ModelProto) -> str:
     """Hexadecimal sha256 of everything in the model, whatever its size and wherever it was stored."""
-    outline, large = _set_data_aside(model, "data")
+    outline, large = set_data_aside(model, "data")
     digest = hashlib.sha256(outline.SerializeToString(deterministic=True))
     for tensor in large:
-        digest.update(tensor.raw_data)
+        for part in parts_of(tensor):
+            digest.update(part)
     return digest.hexdigest()
 
 
 def outline_of(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which large initializers have a shape but no data: cheap, and enough to infer shapes."""
-    return _set_data_aside(model, "data")[0]
+    return set_data_aside(model, "data")[0]
 
 
 def data_bytes(model: onnx.ModelProto) -> int:
     """About the size of the model as one protobuf message: its tensors, and an allowance for each node."""
-    return sum(len(tensor.raw_data) for tensor in all_tensors(model)) + 1024 * len(model.graph.node)
+    return sum(map(stored_bytes, all_tensors(model))) + 1024 * len(model.graph.node)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -90,8 +102,8 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 def check_model(model: onnx.ModelProto, name: str) -> None:
     """Let `onnx.checker` look at the model; `name` stands for it in the message of the ModelError."""
-    # Above 2 GiB the checker can't be given the data; what it has to say about the structure stays the same.
-    subject = model if data_bytes(model) <= LARGEST_PROTOBUF_BYTES else without_large_data(model, LARGE_TENSOR_BYTES)
+    # Large data can't be given to the checker; what it has to say about the structure stays the same.
+    subject = model if fits_in_message(model) else without_large_data(model, LARGE_TENSOR_BYTES)
     try:
         onnx.checker.check_model(subject)
     except onnx.checker.ValidationError as exc:
@@ -215,11 +227,17 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[TensorProto]:
         yield from _graph_tensors(graph)
 
 
-def without_large_data(model: onnx.ModelProto, smallest_bytes: int) -> onnx.ModelProto:
-    """A copy whose initializers of `smallest_bytes` and more are graph inputs, so that it has a shape but no data."""
-    outline, large = _set_data_aside(model, "data", smallest_bytes)
+def without_large_data(
+    model: onnx.ModelProto, smallest_bytes: int, names: Collection[str] | None = None
+) -> onnx.ModelProto:
+    """A copy whose initializers of `smallest_bytes` and more are graph inputs, so that it has a shape but no data.
+
+    Where `names` is given, only those of them.
+    """
+    outline, large = set_data_aside(model, "data", smallest_bytes, names)
     known = {value.name for value in outline.graph.input}
-    kept = [tensor for tensor in outline.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
+    gone = {tensor.name for tensor in large}
+    kept = [tensor for tensor in outline.graph.initializer if tensor.name not in gone]
     for tensor in large:
         if tensor.name not in known:
             outline.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -228,10 +246,13 @@ def without_large_data(model: onnx.ModelProto, smallest_bytes: int) -> onnx.Mode
     return outline
 
 
-def _set_data_aside(
-    model: onnx.ModelProto, location: str, smallest_bytes: int | None = None
+def set_data_aside(
+    model: onnx.ModelProto, location: str, smallest_bytes: int | None = None, names: Collection[str] | None = None
 ) -> tuple[onnx.ModelProto, list[TensorProto]]:
-    """The model with its large initializers as external data at `location`, and those initializers in order."""
+    """The model with its large initializers as external data at `location`, and those initializers in order.
+
+    Large are those of `smallest_bytes` and more; where `names` is given, only those of them.
+    """
     smallest_bytes = LARGE_TENSOR_BYTES if smallest_bytes is None else smallest_bytes
     outline = onnx.ModelProto()
     for field, value in model.ListFields():
@@ -243,17 +264,15 @@ def _set_data_aside(
     large: list[TensorProto] = []
     offset = 0
     for tensor in model.graph.initializer:
-        size = len(tensor.raw_data)
-        if size < smallest_bytes:
+        size = stored_bytes(tensor)
+        if size < smallest_bytes or (names is not None and tensor.name not in names):
             outline.graph.initializer.add().CopyFrom(tensor)
             continue
         reference = outline.graph.initializer.add()
         for field, value in tensor.ListFields():
-            if field.name != "raw_data":
+            if field.name not in ("raw_data", "external_data", "data_location"):
                 _copy_field(reference, field, value)
-        reference.data_location = TensorProto.EXTERNAL
-        for key, text in (("location", location), ("offset", str(offset)), ("length", str(size))):
-            reference.external_data.add(key=key, value=text)
+        put_in_file(reference, location, offset, size)
         large.append(tensor)
         offset += size
     return outline, large
@@ -268,7 +287,8 @@ def _copy_field(target, field, value) -> None:
         setattr(target, field.name, value)
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> None:
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file in one step. Raises OSError."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder doesn't exist", str(path.parent))
     with replacing(path) as temporary, temporary.open("wb") as stream:

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.graph import ModelError, inner_graphs, node_names, outline_of
+from onnx_spdy.models.stored import stored_bytes
 
 # For one sample. No single activation of a network that runs on this side of a data centre is as large.
 LARGEST_TENSOR_BYTES = 2**31
@@ -38,7 +39,7 @@ def check_limits(model: onnx.ModelProto, name: str) -> None:
         inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return  # ONNX Runtime says what is wrong with it
-    limit = max(LARGEST_TENSOR_BYTES, *(len(tensor.raw_data) for tensor in model.graph.initializer), 0)
+    limit = max(LARGEST_TENSOR_BYTES, *map(stored_bytes, model.graph.initializer), 0)
     for graph in _graphs(inferred):
         for value in (*graph.input, *graph.value_info, *graph.output):
             _check_size(value, limit, name)

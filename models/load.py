@@ -1,4 +1,7 @@
-"""Read an ONNX file, and find out before anything works with it whether it is what it says: texts, data, numbers."""
+"""Read an ONNX file, and find out before anything works with it whether it is what it says: texts, data, numbers.
+
+The large weights of a large model can stay in their file, to be mapped into memory when they are used.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,15 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_spdy.models.graph import FLOATS, ModelError, all_tensors, check_interface, check_model, node_names
 from onnx_spdy.models.limits import check_limits
+from onnx_spdy.models.stored import (
+    flat_parts_of,
+    is_mapped,
+    itemsize,
+    parts_of,
+    put_in_file,
+    put_in_message,
+    stored_bytes,
+)
 
 # An infinite value in one of their parameters can only be damage; in a mask that is added to something it is meant.
 PARAMETRIC = frozenset(
@@ -22,11 +34,18 @@ PARAMETRIC = frozenset(
 MULTIPLYING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # The error that pruning a weight makes goes with its square.
 LARGEST_WEIGHT = float(np.sqrt(np.finfo(np.float32).max))
+# In a model of more external data than this, initializers of this size and more can be mapped.
+LARGE_MODEL_BYTES = 1 << 28
+MAPPED_BYTES = 1 << 20
 
 
-def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read an ONNX file, with all its data in memory, and check it.
+def load_model(path: str | os.PathLike[str], *, mapped: bool = False) -> onnx.ModelProto:
+    """Read an ONNX file and check it.
 
+    Args:
+        path: the file.
+        mapped: leave large external weights where they are, if there are more than 256 MiB of external data; see
+            `stored.py`. Otherwise all data is in memory.
     Raises:
         ModelError: no such file, not an ONNX model, a model without nodes, external data that is missing or lies
             outside the model's folder, text that is no UTF-8, tensors without the data that their shape promises, a
@@ -45,15 +64,29 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     if model.graph.sparse_initializer:
         raise ModelError(f"{path} holds sparse initializers, which runtimes turn into dense ones: store them dense")
     _check_texts(model, str(path))
-    for tensor in all_tensors(model):
+    left = _left_in_file(model) if mapped else set()
+    for number, tensor in enumerate(all_tensors(model)):
         if tensor.data_location == TensorProto.EXTERNAL:
-            _read_external(tensor, path)
+            _find_external(tensor, path)
+            if number not in left:
+                put_in_message(tensor, b"".join(parts_of(tensor)))
         _check_size(tensor, str(path))
     check_model(model, str(path))
     check_interface(model, str(path))
     check_limits(model, str(path))
     _check_finite(model, str(path))
     return model
+
+
+def _left_in_file(model: onnx.ModelProto) -> set[int]:
+    """The numbers of the initializers that are large enough to be mapped, in a model that is; of `all_tensors`."""
+    sizes = {
+        number: (itemsize(tensor) or 0) * prod(tensor.dims)
+        for number, tensor in enumerate(model.graph.initializer)
+        if tensor.data_location == TensorProto.EXTERNAL and tensor.data_type not in _PACKED
+    }
+    large = sum(sizes.values()) > LARGE_MODEL_BYTES
+    return {number for number, size in sizes.items() if size >= MAPPED_BYTES} if large else set()
 
 
 def _check_texts(model: onnx.ModelProto, name: str) -> None:
@@ -86,14 +119,14 @@ def _check_size(tensor: TensorProto, name: str) -> None:
     wrong = None
     if any(size < 0 for size in tensor.dims):
         wrong = "negative sizes"
-    elif tensor.HasField("raw_data"):
-        try:
-            width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        except KeyError:
+    elif tensor.HasField("raw_data") or is_mapped(tensor):
+        width = itemsize(tensor)
+        if width is None:
             return  # onnx.checker says what it thinks of this type
+        size = stored_bytes(tensor)
         # Types of less than a byte share bytes; the checker knows how.
-        if width * prod(tensor.dims) != len(tensor.raw_data) and tensor.data_type not in _PACKED:
-            wrong = f"{len(tensor.raw_data)} bytes, not {width * prod(tensor.dims)}"
+        if width * prod(tensor.dims) != size and tensor.data_type not in _PACKED:
+            wrong = f"{size} bytes, not {width * prod(tensor.dims)}"
     elif tensor.data_type in FLOATS:
         try:
             numpy_helper.to_array(tensor)
@@ -112,8 +145,8 @@ _PACKED = frozenset(
 )
 
 
-def _read_external(tensor: TensorProto, path: Path) -> None:
-    """Replace a reference to a file in the model's folder by the bytes that it stands for."""
+def _find_external(tensor: TensorProto, path: Path) -> None:
+    """Make a reference to a file in the model's folder one to where it really is, with offset and length."""
     entry = {item.key: item.value for item in tensor.external_data}
     location, offset, length = entry.get("location", ""), entry.get("offset", "0"), entry.get("length", "")
     folder = path.parent.resolve()
@@ -127,18 +160,13 @@ def _read_external(tensor: TensorProto, path: Path) -> None:
     if not offset.isdecimal() or not (length.isdecimal() or not length):
         raise ModelError(f"{path}: tensor '{tensor.name}' has offset '{offset}' and length '{length}' in '{location}'")
     try:
-        with file.open("rb") as stream:
+        with file.open("rb"):  # somebody else's
             available = max(file.stat().st_size - int(offset), 0)
-            stream.seek(min(int(offset), file.stat().st_size))
-            data = stream.read(min(int(length), available) if length else -1)
     except OSError as exc:
         raise ModelError(f"{path}: cannot read '{location}': {exc.strerror or exc}") from exc
-    if length and len(data) != int(length):
+    if length and available < int(length):
         raise ModelError(f"{path}: '{location}' is cut off: '{tensor.name}' needs {length} bytes at {offset}")
-    tensor.raw_data = data
-    # Cleared, not set to the default: the model is then the same bytes as one that never had external data.
-    tensor.ClearField("data_location")
-    tensor.ClearField("external_data")
+    put_in_file(tensor, str(file), int(offset), int(length) if length else available)
 
 
 def _check_finite(model: onnx.ModelProto, name: str) -> None:
@@ -150,15 +178,18 @@ def _check_finite(model: onnx.ModelProto, name: str) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type not in FLOATS:
             continue
-        values = numpy_helper.to_array(tensor).astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4")
         reader, multiplies = readers.get(tensor.name, ("", False))
-        bad = ~np.isfinite(values) if reader else np.isnan(values)
-        if bad.any():
+        bad, largest = 0, 0.0
+        for values in flat_parts_of(tensor):
+            values = values.astype(np.float64 if tensor.data_type == TensorProto.DOUBLE else "f4", copy=False)
+            bad += np.count_nonzero(~np.isfinite(values) if reader else np.isnan(values))
+            largest = max(largest, float(np.abs(values).max(initial=0.0)) if multiplies else 0.0)
+        if bad:
             raise ModelError(
-                f"{name}: {np.count_nonzero(bad)} of {values.size} values of '{tensor.name}' are NaN or infinite; "
+                f"{name}: {bad} of {prod(tensor.dims)} values of '{tensor.name}' are NaN or infinite; "
                 "a network with such weights can't be pruned: export a sound checkpoint"
             )
-        if multiplies and values.size and (largest := float(np.abs(values).max())) > LARGEST_WEIGHT:
+        if largest > LARGEST_WEIGHT:
             raise ModelError(
                 f"{name}: layer '{reader}' multiplies by a weight of {largest:.1e} in '{tensor.name}'; more than "
                 f"{LARGEST_WEIGHT:.1e} overflows in float32 when it is squared: export a sound checkpoint"

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnx_spdy.models.graph import ModelError, one_line
+from onnx_spdy.models.stored import is_mapped, place_of, values_of
 from onnx_spdy.runtimes.atomic import WorkFolder
 
 LONGEST_RUN_SECONDS = 60
@@ -28,6 +30,11 @@ GRACE_SECONDS = 10  # for a run to end by itself when it is told to
 
 class RunFailed(ModelError):
     """ONNX Runtime gave an error for these inputs; with others the model may run."""
+
+
+# Where the process finds an array: a .npy file, or {"path", "offset", "dtype", "shape"} of values in another.
+Found = Path | dict[str, Any]
+PLAIN_KINDS = "biuf"  # of element types that NumPy itself has
 
 
 class OrtProcess:
@@ -96,6 +103,24 @@ class OrtProcess:
                 np.save(path, arrays[name], allow_pickle=False)
         return paths
 
+    def place_weights(self, weights: Sequence[TensorProto]) -> dict[str, Found]:
+        """The same for stored tensors; those that are mapped are read from their own file.
+
+        Raises:
+            ModelError: there is no room for them.
+        """
+        found: dict[str, Found] = {}
+        for tensor in weights:
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            if is_mapped(tensor) and dtype.kind in PLAIN_KINDS:
+                place = place_of(tensor)
+                found[tensor.name] = {
+                    "path": str(place.path), "offset": place.offset, "dtype": dtype.str, "shape": [*tensor.dims]
+                }  # fmt: skip
+            else:
+                found |= self.place({tensor.name: values_of(tensor)})
+        return found
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -109,7 +134,7 @@ class OrtProcess:
             f"{one_line(reason)}; set TMPDIR to a folder with room"
         )
 
-    def run(self, inputs: Mapping[str, Path]) -> list[np.ndarray]:
+    def run(self, inputs: Mapping[str, Found]) -> list[np.ndarray]:
         """Outputs of the loaded graph for inputs that were placed.
 
         Raises:
@@ -117,7 +142,7 @@ class OrtProcess:
             ModelError: it takes more than LONGEST_RUN_SECONDS (a loop may have no end), or crashes.
         """
         with tempfile.TemporaryDirectory(dir=self._folder.name) as outputs:
-            paths = {name: str(path) for name, path in inputs.items()}
+            paths = {name: one if isinstance(one, dict) else str(one) for name, one in inputs.items()}
             request = {"inputs": paths, "outputs": outputs, "seconds": LONGEST_RUN_SECONDS}
             answer = self._ask(request, "runs", LONGEST_RUN_SECONDS + GRACE_SECONDS)
             if "late" in answer:

@@ -6,8 +6,8 @@ Requests come as JSON, one a line, on stdin; each is answered by a line on stdou
     {"model": path, "optimise": false}                              -> {}
     {"inputs": {name: path}, "outputs": folder, "seconds": limit}   -> {"dtypes": [...]} or {"late": true}
 
-The second runs the model of the first. Arrays travel as .npy files, of which none is ever unpickled. The process ends
-when stdin is closed.
+The second runs the model of the first. Arrays travel as .npy files, of which none is ever unpickled; an input may be in
+another file too, {"path", "offset", "dtype", "shape"}. The process ends when stdin is closed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _load(request: dict[str, Any]) -> ort.InferenceSession:
 
 
 def _run(session: ort.InferenceSession, request: dict[str, Any]) -> dict[str, Any]:
-    inputs = {name: np.load(path, mmap_mode="r") for name, path in request["inputs"].items()}
+    inputs = {name: _mapped(place) for name, place in request["inputs"].items()}
     options, late = ort.RunOptions(), threading.Event()
 
     def stop() -> None:
@@ -89,6 +89,12 @@ def _run(session: ort.InferenceSession, request: dict[str, Any]) -> dict[str, An
         plain = array if array.dtype.kind in PLAIN_KINDS else array.astype(np.float32)
         np.save(Path(request["outputs"]) / f"{number}.npy", plain, allow_pickle=False)
     return {"dtypes": dtypes}
+
+
+def _mapped(place: str | dict[str, Any]) -> np.ndarray:
+    if isinstance(place, str):
+        return np.load(place, mmap_mode="r")
+    return np.memmap(place["path"], place["dtype"], "r", place["offset"], tuple(place["shape"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.attention_rewrites import drop_guards_against_nan, transpose_keys_at_once
@@ -23,9 +23,11 @@ from onnx_spdy.models.graph import (
     inner_graphs,
     without_large_data,
 )
+from onnx_spdy.models.load import LARGE_MODEL_BYTES
 from onnx_spdy.models.prepared import Prepared
 from onnx_spdy.models.rewrites import name_nodes, note_shapes, pool_instead_of_mean, restore_names
 from onnx_spdy.models.simplify import simplified, slim
+from onnx_spdy.models.stored import is_mapped, parts_of, put_in_message, stored_bytes
 from onnx_spdy.models.surgery import edit, read
 from onnx_spdy.runtimes.batch_axes import mark_batch_axes
 
@@ -33,8 +35,10 @@ logger = logging.getLogger(__name__)
 
 # A pass may open the way for another one; real networks settle after two.
 LARGEST_ROUNDS = 6
-# In a model that is too large for one protobuf message, tensors of this size and more stay what they are.
+# In a large model, tensors of this size and more that only such nodes read stay what they are: nothing is folded into
+# them. In a model that is too large for one protobuf message, all of this size do.
 UNTOUCHED_BYTES = 1 << 20
+UNTOUCHED_BY = frozenset({"Gather", "Gemm", "MatMul"})
 
 
 def prepare(
@@ -58,8 +62,8 @@ def prepare(
 
     Source: constant folding and clean-up by onnxslim (https://github.com/inisis/OnnxSlim).
 
-    In a model over 2 GiB the large weights are set aside meanwhile: they come through as they are, and nothing is
-    folded into them.
+    In a model over 256 MiB the large weights of matrix products and embeddings are set aside meanwhile, and over 2 GiB
+    all that are large: they come through as they are, and nothing is folded into them.
 
     Args:
         model: any network whose inputs and outputs are tensors.
@@ -71,15 +75,14 @@ def prepare(
             something else whatever is left out (see `Reference` for how that is judged).
     """
     check_interface(model, "the model")
-    large = data_bytes(model) > LARGEST_PROTOBUF_BYTES
-    named = without_large_data(model, UNTOUCHED_BYTES) if large else _copy(model)
+    named = _without_weights(model) if data_bytes(model) > LARGE_MODEL_BYTES else _copy(model)
     name_nodes(named)  # first: ONNX Runtime, which compares below, refuses two nodes of one name
     aside = {value.name for value in graph_inputs(named)} - {value.name for value in graph_inputs(model)}
     weights = [tensor for tensor in model.graph.initializer if tensor.name in aside]
     if axes is not None:
         mark_batch_axes(graph_inputs(named), {value.name: axes.get(value.name) for value in graph_inputs(named)})
     # Before anything else works with the graph: it may be one that makes a process abort.
-    with Reference(named, {tensor.name: numpy_helper.to_array(tensor) for tensor in weights}, examples) as reference:
+    with Reference(named, weights, examples) as reference:
         if reference.baked:
             logger.warning("%s", reference.baked)
             fix_batch(named, reference.baked.size, reference.shapes)
@@ -90,6 +93,22 @@ def prepare(
         _put_back(weights, prepared, model)
     check_model(prepared, "the prepared model")
     return Prepared(prepared)
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which weights that stay what they are, are inputs. All other data is in memory."""
+    readers: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in (*node.input, *(name for graph in inner_graphs(node) for name in captured_names(graph))):
+            readers.setdefault(name, set()).add(node.op_type)
+    sizes = {tensor.name: stored_bytes(tensor) for tensor in model.graph.initializer}
+    names = {name for name in sizes if readers.get(name, set()) <= UNTOUCHED_BY}
+    others = data_bytes(model) - sum(sizes[name] for name in names if sizes[name] >= UNTOUCHED_BYTES)
+    named = without_large_data(model, UNTOUCHED_BYTES, names if others <= LARGEST_PROTOBUF_BYTES else None)
+    for tensor in named.graph.initializer:
+        if is_mapped(tensor):
+            put_in_message(tensor, b"".join(parts_of(tensor)))
+    return named
 
 
 def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Reference) -> onnx.ModelProto:
@@ -105,16 +124,25 @@ def _proven(original: onnx.ModelProto, steps: Sequence[str], reference: Referenc
 
 
 def _put_back(weights: Sequence[TensorProto], prepared: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Inputs that stand for weights become initializers; those that no node reads any more go."""
+    """Inputs that stand for weights become initializers; those that no node reads any more go.
+
+    All initializers are in the order in which nodes read them first, which is that of onnxslim.
+    """
     inputs = [value for value in prepared.graph.input if value.name in {one.name for one in graph_inputs(model)}]
     del prepared.graph.input[:]
     prepared.graph.input.extend(inputs)
     used = {value.name for value in prepared.graph.output}
     for node in prepared.graph.node:
         used.update(node.input, *map(captured_names, inner_graphs(node)))
-    for tensor in weights:
-        if tensor.name in used:
-            prepared.graph.initializer.add().CopyFrom(tensor)
+    order: dict[str, int] = {}
+    for node in prepared.graph.node:
+        for name in node.input:
+            order.setdefault(name, len(order))
+    stored: list[TensorProto] = [*prepared.graph.initializer, *(tensor for tensor in weights if tensor.name in used)]
+    stored.sort(key=lambda one: order.get(one.name, len(order)))
+    ordered = onnx.GraphProto(initializer=stored)
+    prepared.graph.ClearField("initializer")
+    prepared.graph.MergeFrom(ordered)
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

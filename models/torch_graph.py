@@ -70,7 +70,8 @@ class TorchGraph(nn.Module):
 
     Each floating initializer that the network computes with is a parameter, named exactly like the initializer in
     `named_parameters()` and `state_dict()`. Running statistics and integer tensors are buffers; shapes, axes and
-    bounds are constants on the CPU. The model is copied: changes here don't reach it (see `write_weights`).
+    bounds are constants on the CPU. The model is copied: changes here don't reach it (see `write_weights`). Weights
+    that it maps are mapped here too, and only what is changed takes memory that the system can't take back.
 
     Raises:
         UnsupportedOperator: the message names all operators that are missing, not just the first.
@@ -121,16 +122,20 @@ class TorchGraph(nn.Module):
             start: where to go on; weights of the nodes before it are not looked at again.
             keep: called with the run as it is before each of the nodes numbered in `keep_before`.
         """
-        values, device = self._begin(inputs), self._device(inputs)
-        if start is not None:
-            for position, tensor in start.values.items():
-                values[position] = tensor
+        values, device = self._begin(inputs, start), self._device(inputs)
         for number in range(start.step if start else 0, len(self._steps)):
             if keep is not None and number in keep_before:
-                keep(Suspended(number, {position: values[position] for position in self._live_before(number)}))  # type: ignore[misc]
+                keep(self._suspended(number, values))
             step = self._steps[number]
             self._store(step, values, self._compute(step, values, device))
         return self._results(values)
+
+    def advance(self, inputs: Mapping[str, Tensor], start: Suspended | None, stop: int) -> Suspended:
+        """Like `run`, but only up to the node numbered `stop`, which isn't run any more."""
+        values, device = self._begin(inputs, start), self._device(inputs)
+        for step in self._steps[start.step if start else 0 : stop]:
+            self._store(step, values, self._compute(step, values, device))
+        return self._suspended(stop, values)
 
     def run_together(
         self,
@@ -157,8 +162,8 @@ class TorchGraph(nn.Module):
                 self._store(step, values, result)
         return [self._results(values) for values in runs]
 
-    def _begin(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """The list of values before the first node runs."""
+    def _begin(self, inputs: Mapping[str, Tensor], start: Suspended | None = None) -> list[Tensor | None]:
+        """The list of values before the first node runs, or the one with which a suspended run goes on."""
         if len(inputs) != len(self.input_names) or any(name not in inputs for name in self.input_names):
             raise ModelError(f"the graph's inputs are {list(self.input_names)}, but {list(inputs)} were given")
         values: list[Tensor | None] = [None] * self._value_count
@@ -170,7 +175,12 @@ class TorchGraph(nn.Module):
             values[position] = self._buffers[name]
         for name, position in self._input_positions:
             values[position] = inputs[name]
+        for position, tensor in start.values.items() if start else ():
+            values[position] = tensor
         return values
+
+    def _suspended(self, number: int, values: list[Tensor | None]) -> Suspended:
+        return Suspended(number, {position: values[position] for position in self._live_before(number)})
 
     def _compute(self, step: _Step, values: list[Tensor | None], device: torch.device | None) -> Any:
         arguments = [values[position] for position in step.inputs]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from onnx_spdy.models.graph import FLOATS, ModelError
+from onnx_spdy.models.graph import FLOATS, ModelError, data_file, set_data_aside, write_whole
+from onnx_spdy.models.stored import is_mapped, parts_of, place_of, put_in_file, put_in_message, same_values
+from onnx_spdy.runtimes.atomic import replacing
 
 # Where a tensor keeps its elements, depending on its type and on who wrote the file.
 DATA_FIELDS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
@@ -31,20 +35,67 @@ def write_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> 
     for name, values in weights.items():
         if name not in stored:
             raise ModelError(f"the graph has no initializer '{name}'")
-        tensor, values = stored[name], np.asarray(values)
-        if tensor.data_type not in FLOATS:
-            raise ModelError(f"initializer '{name}' is {TensorProto.DataType.Name(tensor.data_type)}, not a weight")
-        if values.shape != tuple(tensor.dims):
-            raise ModelError(f"initializer '{name}' has shape {tuple(tensor.dims)}, the new values {values.shape}")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        with np.errstate(over="ignore"):  # reported below, by name
-            converted = np.ascontiguousarray(values, dtype=dtype).reshape(values.shape)
-        if not np.isfinite(converted.astype(np.float64)).all():
-            raise ModelError(f"the new values of '{name}' are NaN or infinite as {np.dtype(dtype).name}")
+        data = new_data(stored[name], values)
         for field in DATA_FIELDS:
-            tensor.ClearField(field)
-        tensor.raw_data = _little_endian(converted)
+            stored[name].ClearField(field)
+        put_in_message(stored[name], data)
     return written
+
+
+@contextlib.contextmanager
+def writing(model: onnx.ModelProto, weights: Mapping[str, np.ndarray], path: Path) -> Iterator[onnx.ModelProto]:
+    """`write_weights` and `save_model` of a model whose weights are mapped, one weight after the other.
+
+    The weights are in `<name>.data` then. In the block they are in a temporary file, and the model to look at maps it;
+    both files are replaced when the block ends well.
+
+    Args:
+        model, weights: as in `write_weights`; each is asked for once.
+        path: of the new file.
+    Raises:
+        ModelError: as `write_weights` and `save_model`.
+    """
+    outline, large = set_data_aside(model, data_file(path).name)
+    outline = write_weights(outline, {name: weights[name] for name in weights.keys() - {one.name for one in large}})
+    try:
+        with replacing(data_file(path)) as temporary:
+            with temporary.open("wb") as stream:
+                for tensor in large:
+                    new = tensor.name in weights
+                    stream.writelines([new_data(tensor, weights[tensor.name])] if new else parts_of(tensor))
+            yield moved_to(outline, temporary)
+        write_whole(path, [outline.SerializeToString(deterministic=True)])
+    except OSError as exc:
+        raise ModelError(f"cannot write the model to {path}: {exc.strerror or exc}") from exc
+
+
+def moved_to(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    """A copy of a model with external data that maps it from this file."""
+    moved = onnx.ModelProto()
+    moved.CopyFrom(model)
+    for tensor in filter(is_mapped, moved.graph.initializer):
+        place = place_of(tensor)
+        put_in_file(tensor, str(file.resolve()), place.offset, place.bytes)
+    return moved
+
+
+def new_data(tensor: TensorProto, values: np.ndarray) -> bytes:
+    """The raw data with which an initializer has new values.
+
+    Raises:
+        ModelError: as `write_weights`.
+    """
+    name, values = tensor.name, np.asarray(values)
+    if tensor.data_type not in FLOATS:
+        raise ModelError(f"initializer '{name}' is {TensorProto.DataType.Name(tensor.data_type)}, not a weight")
+    if values.shape != tuple(tensor.dims):
+        raise ModelError(f"initializer '{name}' has shape {tuple(tensor.dims)}, the new values {values.shape}")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    with np.errstate(over="ignore"):  # reported below, by name
+        converted = np.ascontiguousarray(values, dtype=dtype).reshape(values.shape)
+    if not np.isfinite(converted).all():
+        raise ModelError(f"the new values of '{name}' are NaN or infinite as {np.dtype(dtype).name}")
+    return _little_endian(converted)
 
 
 def changed_initializers(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> list[str]:
@@ -53,7 +104,7 @@ def changed_initializers(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> lis
     return [
         tensor.name
         for tensor in dense.graph.initializer
-        if tensor.name in others and _value_bytes(tensor) != _value_bytes(others[tensor.name])
+        if tensor.name in others and not same_values(tensor, others[tensor.name])
     ]
 
 
@@ -124,10 +175,10 @@ def _frame(model: onnx.ModelProto) -> bytes:
     return _bytes(frame)
 
 
-def _value_bytes(tensor: TensorProto) -> bytes:
-    return tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
-
-
 def _little_endian(array: np.ndarray) -> bytes:
     """ONNX stores raw data in little-endian order on every machine."""
-    return array.astype(array.dtype.newbyteorder("<")).tobytes() if array.dtype.kind == "f" else array.tobytes()
+    return (
+        array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        if array.dtype.kind == "f"
+        else array.tobytes()
+    )

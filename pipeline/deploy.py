@@ -18,10 +18,12 @@ from onnx_spdy.models import (
     save_model,
     to_canonical,
 )
-from onnx_spdy.models.graph import FLOATS, check_model
+from onnx_spdy.models.graph import FLOATS, check_model, data_file
+from onnx_spdy.models.stored import has_mapped, values_of
+from onnx_spdy.models.write_back import moved_to, writing
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.mask import level_violation
-from onnx_spdy.pipeline.network import PrunedNetwork
+from onnx_spdy.pipeline.network import InNumPy, PrunedNetwork
 from onnx_spdy.pipeline.widths import touched
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -47,6 +49,8 @@ def deploy(
     Raises:
         DeployError: something else than the pruned layers' parameters would change, or zeros are missing.
     """
+    if has_mapped(pruned.base.proto):
+        return _deploy_mapped(dense, pruned, path, measured)
     written = pruned.in_float()
     if pruned.widths or any(
         level.is_width or level.is_int8 for level in pruned.levels.values()
@@ -61,6 +65,18 @@ def deploy(
         written = pruned.int8.proto
     save_model(written, path)
     return written
+
+
+def _deploy_mapped(
+    dense: Prepared, pruned: PrunedNetwork, path: Path, measured: onnx.ModelProto | None
+) -> onnx.ModelProto:
+    """The same layer by layer: what is checked is the file that then takes its place."""
+    assert pruned.int8 is None and not pruned.widths
+    with writing(pruned.base.proto, InNumPy(pruned.weights), path) as written:
+        check_deployed(dense, written, pruned.levels)
+        if measured is not None:
+            check_zeros_kept(measured, written)
+    return moved_to(written, data_file(path))
 
 
 def check_deployed(
@@ -89,7 +105,7 @@ def check_deployed(
     arrays = {tensor.name: tensor for tensor in pruned.graph.initializer}
     for name, level in levels.items():
         layer = layers[name]
-        weight = to_canonical(layer, onnx.numpy_helper.to_array(arrays[layer.weight]))
+        weight = to_canonical(layer, values_of(arrays[layer.weight]))
         if problem := level_violation(weight, level):
             raise DeployError(f"layer {name!r} is not {level}: {problem}")
 
@@ -155,6 +171,6 @@ def check_zeros_kept(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     weights = {layer.weight for layer in find_layers(before) if layer.prunable}
     for tensor in before.graph.initializer:
         if tensor.name in weights:
-            zero = onnx.numpy_helper.to_array(tensor) == 0
-            if lost := int(np.count_nonzero(onnx.numpy_helper.to_array(stored[tensor.name])[zero])):
+            zero = values_of(tensor) == 0
+            if lost := int(np.count_nonzero(values_of(stored[tensor.name])[zero])):
                 raise DeployError(f"{lost} zeros of {tensor.name!r} are zero no longer")

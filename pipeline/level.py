@@ -130,7 +130,8 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
     """The levels of a search over one or more patterns, the whole network first, then from lowest to highest sparsity.
 
     Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
-    fraction (9.7 %) of the weights that remain. An N:M pattern is one level. Widths get 39, a fortieth apart; how many
+    fraction (9.7 %) of the weights that remain. An N:M pattern is one level, and so is one with its sparsity, such as
+    `unstructured@0.5`. Widths get 39, a fortieth apart; how many
     units that leaves of a group depends on what engines reward, see `Site.kept`. Patterns that are joined by commas,
     such as `unstructured,2:4`, make one list; of levels that are equally sparse those of the pattern that was
     named first come first. `int8` is the choice of each layer's precision.
@@ -156,6 +157,11 @@ def _levels_of(pattern: str) -> list[Level]:
         raise LevelError(f"pattern {pattern!r} leaves nothing to choose; use {known}")
     if _N_OF_M.fullmatch(pattern):
         return [Level.parse(pattern)]
+    if "@" in pattern:
+        level = Level.parse(pattern)
+        if level.is_width:
+            raise LevelError(f"pattern {pattern!r}: one width alone leaves groups nothing to choose; name the kind")
+        return [level]
     if pattern in WIDTHS:
         return [Level(pattern, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)

@@ -20,6 +20,8 @@ import torch
 from onnx_spdy.models import Layer, Prepared, Suspended, TorchGraph, find_layers, fixed_batch, write_weights
 from onnx_spdy.models.int8.fake import Rounding, activation_rounding
 from onnx_spdy.models.int8.grid import Grid
+from onnx_spdy.models.operators import read_tensor
+from onnx_spdy.models.stored import is_mapped
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.padding import Padding
@@ -52,8 +54,7 @@ class Network:
         self.prepared = prepared
         self.graph = TorchGraph(prepared.proto).eval().requires_grad_(False)
         for tensor in (*self.graph.parameters(), *self.graph.buffers()):
-            if tensor.dim() == 4:  # all at once with `.to` fails for graphs that hold tensors of rank 5 too
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = _laid_out(tensor.data)  # all at once with `.to` fails for graphs that hold rank 5 too
         self.layers = prepared.prunable
         self.skipped = tuple(layer for layer in prepared.layers if not layer.prunable)
         if for_pruning and not self.layers:
@@ -64,6 +65,8 @@ class Network:
         self.bfloat16 = has_bfloat16() and not any(p.dtype.itemsize == 2 for p in self.graph.parameters())
         self._parameters: dict[str, torch.nn.Parameter] = dict(self.graph.named_parameters())
         self._dense: dict[str, torch.Tensor] = {}  # of those that were asked for or overwritten
+        stored = {tensor.name: tensor for tensor in prepared.proto.graph.initializer if is_mapped(tensor)}
+        self._mapped = {name: tensor for name, tensor in stored.items() if name in self._parameters}
         self._loaded: Weights = DENSE_WEIGHTS
         self._rounded: dict[str, Rounding] = {}  # node -> what is done to its input now
         self._hooked: set[str] = set()  # nodes whose input may be rounded
@@ -91,6 +94,8 @@ class Network:
 
     def dense(self, initializer: str) -> torch.Tensor:
         """The dense values of a weight or bias, as the file stores them."""
+        if initializer in self._mapped:
+            return read_tensor(self._mapped[initializer])
         if initializer not in self._dense:  # nobody has overwritten it yet
             self._dense[initializer] = self._parameters[initializer].detach().clone()
         return self._dense[initializer]
@@ -128,6 +133,12 @@ class Network:
             return self._rounded[node](inputs[0].float()), *inputs[1:]
 
         self.graph.node(node).register_forward_pre_hook(hook)
+
+    def let_go(self) -> None:
+        """Map the dense weights afresh that are mapped: what was read of them so far is out of memory then."""
+        for name, tensor in self._mapped.items():
+            if name not in self._loaded and name not in self._trained:
+                self._parameters[name].data = _laid_out(read_tensor(tensor))
 
     @contextlib.contextmanager
     def trainable(self, names: Sequence[str], weights: Weights) -> Iterator[dict[str, torch.nn.Parameter]]:
@@ -206,6 +217,11 @@ class Network:
         kept = samples if len(index) == len(samples) else samples.take(index)
         return list(kept.batches(self.batch_size(size)))
 
+    def advance(self, samples: Samples, start: Suspended | None, stop: int) -> Suspended:
+        """Run one batch through the dense network up to the node numbered `stop`; see `TorchGraph.advance`."""
+        self.load(DENSE_WEIGHTS)
+        return self.graph.advance(as_tensors(samples), start, stop)
+
     def run_together(
         self,
         batches: Sequence[Samples],
@@ -224,6 +240,22 @@ class Network:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 outputs = self.run(batch, weights)
             yield batch, outputs
+
+
+class InNumPy(Mapping[str, np.ndarray]):
+    """Weights as NumPy arrays, each made when it is asked for."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._weights[name].numpy(force=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 @dataclass(frozen=True)
@@ -282,7 +314,7 @@ class PrunedNetwork:
 
     def in_float(self) -> onnx.ModelProto:
         """Its graph in floating point."""
-        return write_weights(self.base.proto, {name: one.numpy(force=True) for name, one in self.weights.items()})
+        return write_weights(self.base.proto, InNumPy(self.weights))
 
     @classmethod
     def with_zeros(cls, network: Network, weights: Weights, levels: Mapping[str, Level]) -> PrunedNetwork:
@@ -324,5 +356,8 @@ def has_bfloat16() -> bool:
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     """An array as a tensor, images in the memory layout in which CPUs convolve fastest."""
-    tensor = torch.from_numpy(array)
+    return _laid_out(torch.from_numpy(array))
+
+
+def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -57,6 +57,15 @@ class Stitcher:
                 found[name] = values if name not in found else _both(found[name], values, self.network.dense(name))
         return found
 
+    def weights_when_asked(self, levels: Sequence[Level]) -> Weights:
+        """The same without widths, each read when it is asked for, so that they are never in memory together."""
+        chosen = {
+            site.layers[0].weight: (number, level)
+            for number, (site, level) in enumerate(zip(self.sites, levels, strict=True))
+            if not level.is_whole
+        }
+        return _WhenAsked(chosen, lambda number, level: self.database.weights(self.network, self.sites[number], level))
+
     def changed(self, levels: Mapping[str, Level]) -> tuple[Layer, ...]:
         """The layers whose weights differ from the dense ones, in graph order."""
         changed = [layer for site in self.sites if site.changes(levels.get(site.name, DENSE)) for layer in site.layers]
@@ -87,6 +96,22 @@ def _both(one: torch.Tensor, other: torch.Tensor, dense: torch.Tensor) -> torch.
 
 def _bytes(weights: Weights) -> int:
     return sum(values.nbytes for values in weights.values())
+
+
+class _WhenAsked(Mapping[str, torch.Tensor]):
+    """Weights that are read from the database each time that one is asked for."""
+
+    def __init__(self, chosen: Mapping[str, tuple[int, Level]], read: Callable[[int, Level], Weights]) -> None:
+        self._chosen, self._read = chosen, read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(*self._chosen[name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
 
 class CorrectedStitcher:
@@ -135,7 +160,9 @@ class CorrectedStitcher:
         if mixes_precisions(database.levels):  # weights are rounded, and biases corrected, when it is written
             return PrunedNetwork(self._network.prepared, {}, levels)
         layers = stitcher.changed(levels)
-        plain = stitcher.weights([*levels.values()])
+        chosen = [*levels.values()]
+        eager = self._correction is not None or any(level.is_width for level in chosen)
+        plain = stitcher.weights(chosen) if eager else stitcher.weights_when_asked(chosen)
         weights, corrected = plain, self._uncorrected
         if self._correction is not None:
             weights = self._correction.apply(plain, layers)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_spdy.models import Group, Prepared, find_groups, to_canonical
+from onnx_spdy.models.stored import values_of
 from onnx_spdy.pipeline.alternatives import DENSE, Alternatives
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
@@ -42,7 +42,7 @@ def layers(network: Prepared) -> None:
     for layer in network.layers:
         count = zeros = pattern = "-"
         if layer.weight in initializers:
-            values = onnx.numpy_helper.to_array(initializers[layer.weight])
+            values = values_of(initializers[layer.weight])
             count, zeros = str(values.size), f"{(values == 0).mean():.1%}"
             if len(layer.shape) > 1 and layer.op != "ConvTranspose":
                 pattern = pattern_of(to_canonical(layer, values))

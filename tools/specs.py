@@ -87,33 +87,35 @@ def _translating(function: Callable[..., Any], what: str, identity: str) -> Call
     return called
 
 
-def load_network(spec: str) -> Prepared:
+def load_network(spec: str, *, mapped: bool = False) -> Prepared:
     """MODEL, prepared: a path ending in .onnx, or FILE.py:FUNCTION returning (module, example_inputs[, open_axes]).
 
-    It is compared with the original on random inputs; see `load_inputs`.
+    It is compared with the original on random inputs; see `load_inputs`. `mapped`: see `load_model`.
 
     Raises:
         SpecError, ModelError: it is neither, or not a network that can be used.
     """
-    return prepare(_load_graph(spec))
+    return prepare(_load_graph(spec, mapped=mapped))
 
 
-def load_inputs(model: str, data: str) -> tuple[Prepared, Samples]:
+def load_inputs(model: str, data: str, *, mapped: bool = False) -> tuple[Prepared, Samples]:
     """MODEL, prepared and compared with the original on some samples of DATA, and DATA as samples.
+
+    `mapped`: see `load_model`.
 
     Raises:
         SpecError, ModelError, DataError: as `load_network` and `load_samples`.
     """
-    graph = _load_graph(model)
+    graph = _load_graph(model, mapped=mapped)
     check_interface(graph, "the model")
     samples = _load_data(data, graph)
     some = samples.take(slice(0, fixed_batch(graph) or EXAMPLES))
     return prepare(graph, some.inputs, samples.axes), samples
 
 
-def _load_graph(spec: str) -> onnx.ModelProto:
+def _load_graph(spec: str, *, mapped: bool) -> onnx.ModelProto:
     if spec.endswith(".onnx"):
-        return load_model(Path(spec).expanduser())
+        return load_model(Path(spec).expanduser(), mapped=mapped)
     if ".py:" not in spec:
         raise SpecError(f"model {spec!r} is neither a path ending in .onnx nor FILE.py:FUNCTION")
     result = load_function(spec, "model")()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from onnx_spdy.pipeline.int8.quantise import quantise as quantise_network
 from onnx_spdy.pipeline.int8.quantise import ready_for, with_int8_opset
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import Report
@@ -87,7 +88,7 @@ from onnx_spdy.tools.specs import (
 
 def inspect(model: ModelArgument, data: ExampleData = None) -> None:
     """The layers that can be pruned, those that can't and why."""
-    show.layers(load_inputs(model, data)[0] if data else load_network(model))
+    show.layers(load_inputs(model, data, mapped=True)[0] if data else load_network(model, mapped=True))
 
 
 def measure(
@@ -130,7 +131,7 @@ def database(
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
-    dense, samples = load_inputs(model, data)
+    dense, samples = load_inputs(model, data, mapped=_only_zeros(compression.levels))
     network = Network(ready_for(compression.levels, dense, samples))
     with tasks_on(cluster) as tasks, ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"), tasks)
@@ -205,7 +206,8 @@ def deploy(
     if is_int8 and not (data and runtime):
         raise typer.BadParameter(f"{profile} is of a network in int8, which needs --data and --runtime")
     form = form_for(open_runtime(runtime).name) if is_int8 and runtime else None
-    dense, samples = load_inputs(model, data) if data else (load_network(model), None)
+    mapped = _only_zeros(chosen.levels.values()) and finetune == NO_REPAIR
+    dense, samples = load_inputs(model, data, mapped=mapped) if data else (load_network(model, mapped=mapped), None)
     network = Network(ready_for(chosen.levels.values(), dense, samples))
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
@@ -345,9 +347,14 @@ def prepare(
     data: ExampleData = None,
 ) -> None:
     """Write the prepared dense network: constants folded, cleaned up, checked against the original."""
-    prepared = load_inputs(model, data)[0] if data else load_network(model)
+    prepared = load_inputs(model, data, mapped=True)[0] if data else load_network(model, mapped=True)
     save_model(prepared.proto, out)
     print(f"{out} written with {len(prepared.layers)} layers that carry weights")
+
+
+def _only_zeros(levels: Iterable[Level]) -> bool:
+    """Whether large weights can stay in their file: narrower graphs and those in int8 are made in memory."""
+    return not any(level.is_width or level.is_int8 for level in levels)
 
 
 def doctor() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from onnx_spdy.models.graph import captured_names, inner_graphs, node_names
 from onnx_spdy.models.groups.atoms import Atoms
 from onnx_spdy.models.groups.labels import Factor, Labelled
 from onnx_spdy.models.groups.shapes import all_shapes
+from onnx_spdy.models.stored import values_of
 
 SizeOf = tuple[str, int]  # a value and one of its axes
 OWN_DOMAINS = ("", "ai.onnx")
@@ -149,7 +150,7 @@ class Trace:
 
     def constant(self, name: str) -> np.ndarray | None:
         """The values of a stored tensor; None if it isn't one."""
-        return numpy_helper.to_array(self.stored[name]) if name in self.stored else None
+        return values_of(self.stored[name]) if name in self.stored else None
 
     def is_moved(self, name: str) -> bool:
         """Whether a value has the numbers of stored tensors, at most in another order or form."""

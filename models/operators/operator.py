@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from torch import Tensor
 
 from onnx_spdy.models.graph import UnsupportedOperator, captured_names, inner_graphs
+from onnx_spdy.models.stored import is_mapped, values_of
 
 Compute = Callable[..., Any]
 
@@ -96,7 +97,7 @@ def _text(value: bytes) -> str:
 
 
 def read_tensor(proto: TensorProto) -> Tensor:
-    """A tensor with its own copy of the data.
+    """A tensor with its own copy of the data; that of a mapped one is read when it is used, and copied when changed.
 
     Raises:
         UnsupportedOperator: an element type that PyTorch doesn't have (text, 4-bit numbers, ...).
@@ -104,10 +105,11 @@ def read_tensor(proto: TensorProto) -> Tensor:
     if proto.data_type not in TORCH_DTYPES:
         kind = TensorProto.DataType.Name(proto.data_type)
         raise UnsupportedOperator(f"tensor '{proto.name}' has element type {kind}, which can't be run in PyTorch")
-    array = numpy_helper.to_array(proto)
+    array = values_of(proto)
     if proto.data_type == TensorProto.BFLOAT16:  # NumPy and PyTorch have no common type for it
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array, order="C"))
+        array = array.view(np.int16)
+    tensor = torch.from_numpy(array if is_mapped(proto) else np.array(array, order="C"))
+    return tensor.view(torch.bfloat16) if proto.data_type == TensorProto.BFLOAT16 else tensor
 
 
 def trimmed(node: Node, results: tuple[Tensor, ...]) -> Any:

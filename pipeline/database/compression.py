@@ -22,7 +22,7 @@ class Compression:
         levels: the whole network first, then from lowest to highest sparsity.
         pruner: what compresses a layer to them.
         memory_bytes: of the whole process while the database is built: where the Hessians of all layers don't fit, the
-            layers are taken in several passes over the samples. None: everything in one pass.
+            layers are taken some at a time. None: as many as have 4 GiB of them.
         form: of the engine, where each layer's precision is chosen.
     Raises:
         NoUnitPruner: there are widths among the levels, and the pruner can't choose units.

@@ -24,7 +24,7 @@ from onnx_spdy.models.torch_graph import NodeModule
 from onnx_spdy.pipeline.artifact import file_sha256, write_tensors
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
-from onnx_spdy.pipeline.int8.rounding import integer_weight
+from onnx_spdy.pipeline.database.rounding import integer_weight
 from onnx_spdy.pipeline.network import Network, Weights, input_grid, packed_grid
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.ranges import RANGES, grids, observe

@@ -1,4 +1,4 @@
-"""Layer Hessians from one pass over the calibration samples, or several where memory is short.
+"""Layer Hessians from one pass over the calibration samples, or in parts, layer after layer, where memory is short.
 
 For a layer that computes W x on input patches x (d,), the squared output error of changed weights is
 tr((W - W0) H (W - W0)^T) with H = E[x x^T] (d, d), the mean over samples and positions, without padding.
@@ -9,13 +9,14 @@ Source: Frantar & Alistarh, OBC (NeurIPS 2022), section 3 (H = 2 X X^T there; a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
 
-from onnx_spdy.models import InputPatches, Layer
+from onnx_spdy.models import InputPatches, Layer, Suspended
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.matmul import fast_float32
 from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
@@ -25,6 +26,7 @@ from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks, in_order
 
 SHARD = 8  # batches whose products are added by one task; the same whoever works
+KEPT_BYTES = 1 << 28  # of values between layers
 
 
 def hessian_bytes(layer: Layer) -> int:
@@ -42,40 +44,88 @@ def collect_hessians(
     progress: Progress = ignore,
     tasks: Tasks = IN_PROCESS,
 ) -> dict[str, torch.Tensor]:
-    """The Hessian of each layer in the dense network, all from one pass.
+    """The Hessian of each layer in the dense network, all from one pass; see `CalibrationPass.hessians`."""
+    return CalibrationPass(network, samples, tasks).hessians(layers, progress)
 
-    The samples are taken in shards of `SHARD` batches, a task each, and the shards' sums are added in order.
 
-    Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches are
-    copied out a few samples at a time and never kept. Layers may be on any device: products are taken there, the long
-    sum is kept on the CPU.
-
-    A layer whose weight several nodes multiply by has the mean over what all of them see.
-
-    An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is singular.
-    Both are left as they are here: what a pruner makes of them is its business (see `damped` in quadratic.py).
+class CalibrationPass:
+    """Calibration samples on their way through the dense network, which stop where Hessians are wanted.
 
     Args:
         network: run with its dense weights.
-        layers: those of its layers that are wanted.
         samples: calibration samples.
-        progress: called with (samples done, samples, "").
         tasks: who does it.
-    Returns:
-        layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
     """
-    batches = network.batches(samples)
-    shards = [batches[start : start + SHARD] for start in range(0, len(batches), SHARD)]
-    totals = [ShardSum() for _ in layers]
-    done = 0
-    needs = sum(map(hessian_bytes, layers))
-    found = tasks.map(_sums_of, _Collection(network, tuple(layers)), shards, lambda shard: needs)
-    for shard, sums in zip(shards, in_order(found), strict=True):
-        for total in totals:
-            total.add(sums.pop(0))  # not kept while the next shard is computed
-        done += sum(map(len, shard))
-        progress(done, sum(map(len, batches)), "")
-    return {layer.name: total.mean(network, layer) for layer, total in zip(layers, totals, strict=True)}
+
+    def __init__(self, network: Network, samples: Samples, tasks: Tasks = IN_PROCESS) -> None:
+        self._network, self._tasks = network, tasks
+        batches = network.batches(samples)
+        self._shards = [batches[start : start + SHARD] for start in range(0, len(batches), SHARD)]
+        self._stopped: list[Suspended] = []  # each batch where it stopped; none where they start again
+
+    def hessians(
+        self, layers: Sequence[Layer], progress: Progress = ignore, *, goes_on: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The Hessian of each of these layers.
+
+        The samples are taken in shards of `SHARD` batches, a task each, and the shards' sums are added in order. In
+        this process they go on from where they stopped when Hessians of earlier layers were made, up to the last of
+        these. What flows between layers is kept up to `KEPT_BYTES`; where it is more, they start again.
+
+        Memory: at most `hessian_bytes` summed over the layers, and twice `PATCH_BYTES` of patch_products.py: patches
+        are copied out a few samples at a time and never kept. Layers may be on any device: products are taken there,
+        the long sum is kept on the CPU.
+
+        A layer whose weight several nodes multiply by has the mean over what all of them see.
+
+        An input that is always zero gives an exact row and column of zeros; with fewer samples than inputs H is
+        singular. Both are left as they are here: what a pruner makes of them is its business (see `damped` in
+        quadratic.py).
+
+        Args:
+            layers: those of the network's layers that are wanted.
+            progress: called with (samples done, samples, "").
+            goes_on: whether those of later layers will be asked for.
+        Returns:
+            layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
+        """
+        totals = [ShardSum() for _ in layers]
+        done, count = 0, sum(len(batch) for shard in self._shards for batch in shard)
+        found = self._in_tasks(layers) if self._tasks.is_parallel else self._here(layers, goes_on)
+        for shard, sums in zip(self._shards, found, strict=True):
+            for total in totals:
+                total.add(sums.pop(0))  # not kept while the next shard is computed
+            done += sum(map(len, shard))
+            progress(done, count, "")
+        self._network.let_go()
+        return {layer.name: total.mean(self._network, layer) for layer, total in zip(layers, totals, strict=True)}
+
+    def _in_tasks(self, layers: Sequence[Layer]) -> Iterator[list[ShardSum]]:
+        """The sums of each layer over each shard, from the beginning of the network."""
+        needs = sum(map(hessian_bytes, layers))
+        collection = _Collection(self._network, tuple(layers))
+        return in_order(self._tasks.map(_sums_of, collection, self._shards, lambda shard: needs))
+
+    def _here(self, layers: Sequence[Layer], goes_on: bool) -> Iterator[list[ShardSum]]:
+        """The same from where the samples stopped."""
+        graph = self._network.graph
+        steps = [graph.step_of(name) for layer in layers for name in layer.nodes]
+        first, last = min(steps, default=0), max(steps, default=0) + 1
+        before, self._stopped = self._stopped, []
+        count = sum(map(len, self._shards))
+        starts: Iterator[Suspended | None] = iter(before)
+        if not before or before[0].step > first:
+            starts = repeat(None)
+
+        def run(batch: Samples) -> None:
+            stopped = self._network.advance(batch, next(starts), last)
+            if goes_on and stopped.bytes * count <= KEPT_BYTES:
+                self._stopped.append(stopped)
+
+        for shard in self._shards:
+            yield _sums(self._network, layers, shard, run)
+        if len(self._stopped) < count:  # a batch may be smaller than others
+            self._stopped = []
 
 
 @dataclass(frozen=True)
@@ -116,8 +166,19 @@ class ShardSum:
 
 
 def _sums_of(collection: _Collection, shard: Sequence[Samples]) -> list[ShardSum]:
-    """The sums of each layer over the batches of a shard."""
+    """The sums of each layer over the batches of a shard: a task."""
     network, layers = collection.network, collection.layers
+    return _sums(network, layers, shard, lambda batch: network.run(batch))
+
+
+def _sums(
+    network: Network, layers: Sequence[Layer], shard: Sequence[Samples], run: Callable[[Samples], object]
+) -> list[ShardSum]:
+    """The sums of each layer over the batches of a shard.
+
+    Args:
+        run: takes a batch through the network, or as far as the layers are.
+    """
     sums = {layer.name: _Sum(network, layer) for layer in layers}
     hooks = [
         network.graph.node(name).register_forward_pre_hook(sums[layer.name].hook)
@@ -129,7 +190,7 @@ def _sums_of(collection: _Collection, shard: Sequence[Samples]) -> list[ShardSum
             for one in sums.values():
                 one.padding = Padding(batch.samples_first)
             with torch.inference_mode():
-                network.run(batch)
+                run(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.build_site import Building, ToBuild, build_site, unpacked
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.eight_bits import build_rounded, rounded_at
-from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes
+from onnx_spdy.pipeline.database.hessian import CalibrationPass, hessian_bytes
 from onnx_spdy.pipeline.database.widths import units_at, weights_at
 from onnx_spdy.pipeline.level import Level, mixes_precisions
 from onnx_spdy.pipeline.network import Network, Weights
@@ -48,6 +49,8 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 VERSION = 1
 INDEX = "index.json"
 WORK_BYTES = 1 << 30  # that a pruner may need besides its layer's matrices and weights
+HESSIANS_BYTES = 4 << 30  # of the layers that are taken together where no memory is given
+OPEN_BYTES = 1 << 28  # of files that stay mapped; what is read of them is in memory twice
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class LayerDatabase:
     levels: tuple[Level, ...]
     layers: Mapping[str, Mapping[str, Any]]
     made_from: Mapping[str, str]
-    _open: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # mapped files
+    _open: OrderedDict[Path, Any] = field(default_factory=OrderedDict, compare=False, repr=False)  # last used last
     _verified: set[str] = field(default_factory=set, compare=False, repr=False)  # sites whose file was compared
 
     def __reduce__(self) -> tuple[type[LayerDatabase], tuple[Any, ...]]:
@@ -118,6 +121,9 @@ class LayerDatabase:
                 self._verify(name)
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
+                while len(self._open) > 1 and sum(one.stat().st_size for one in self._open) > OPEN_BYTES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
             yield self._open[path]
         except (OSError, SafetensorError) as exc:
             raise ArtifactError(f"{path} can't be read ({exc}); delete it and build the database again") from exc
@@ -203,9 +209,10 @@ def build_database(
                 _write_index(path, levels, found, made_from)
             missing = []
         passes = _passes(missing, len(levels), compression.memory_bytes)
+        calibration = CalibrationPass(network, samples, tasks)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            hessians = collect_hessians(network, _layers(some), samples, partial(_told, progress, what), tasks)
+            hessians = calibration.hessians(_layers(some), partial(_told, progress, what), goes_on=count < len(passes))
             if tasks.is_parallel:
                 some.sort(key=_operations, reverse=True)
             building = Building(network, compression, folder.absolute() if tasks.sees(folder) else None)
@@ -258,10 +265,11 @@ class MemoryTooSmall(OnnxSpdyError, ValueError):
 
 def _passes(sites: Sequence[Site], levels: int, memory_bytes: int | None) -> list[list[Site]]:
     """The sites in order, in parts whose Hessians fit in memory together."""
-    if memory_bytes is None:
-        return [list(sites)] if sites else []
     widest = max((work_bytes(site, levels) for site in sites), default=0)
     present = peak_bytes()
+    if memory_bytes is None:
+        most = max((sum(map(hessian_bytes, site.layers)) for site in sites), default=0)
+        memory_bytes = present + widest + max(most, HESSIANS_BYTES)
     passes: list[list[Site]] = []
     room = 0
     for site in sites:

@@ -23,8 +23,8 @@ from onnx_spdy.models.int8.place import OPSET, find_placement
 from onnx_spdy.models.int8.write import Integers, IntegerWeight, write_int8
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
+from onnx_spdy.pipeline.database.rounding import integer_weight
 from onnx_spdy.pipeline.int8.biases import channel_means, corrected_biases
-from onnx_spdy.pipeline.int8.rounding import integer_weight
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.loss import Loss, fit_loss, numbers
 from onnx_spdy.pipeline.network import Int8Network, Network, as_tensors

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "gradual": "Which profile ends higher when the network is pruned gradually to it and trained.",
     "groups": "What channels and heads can be removed from networks, and how much work that saves at most.",
     "latency": "How well a latency table predicts networks that it has never seen.",
+    "memory": "What the steps take in memory and time for decoders of several sizes.",
     "read-trtexec": "What trtexec said of 2:4, layer by layer.",
     "repair": "What correction and repair give back, with few samples.",
     "scaling": "How searches grow with the number of layers.",

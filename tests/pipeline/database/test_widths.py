@@ -14,7 +14,7 @@ from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database import layer_database
 from onnx_spdy.pipeline.database.compression import Compression, NoUnitPruner
-from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
+from onnx_spdy.pipeline.database.hessian import CalibrationPass, collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase, build_database, open_database, work_bytes
 from onnx_spdy.pipeline.database.pruners import (
     PRUNERS,
@@ -189,11 +189,12 @@ def test_little_memory_takes_several_passes_and_collects_what_groups_share_once_
     whole = build_database(network, samples, compression(), tmp_path / "whole")
     collected = []
 
-    def spy(network, layers, *rest):
-        collected.append([layer.name for layer in layers])
-        return collect_hessians(network, layers, *rest)
+    class Spy(CalibrationPass):
+        def hessians(self, layers, *rest, **more):
+            collected.append([layer.name for layer in layers])
+            return super().hessians(layers, *rest, **more)
 
-    monkeypatch.setattr(layer_database, "collect_hessians", spy)
+    monkeypatch.setattr(layer_database, "CalibrationPass", Spy)
     monkeypatch.setattr(layer_database, "peak_bytes", lambda: 0)
     first, second = sites_of(network)
     work = max(work_bytes(site, len(LEVELS)) for site in (first, second))

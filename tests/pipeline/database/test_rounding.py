@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onnx_spdy.models.int8.nearest import nearest
-from onnx_spdy.pipeline.int8.rounding import integer_weight, rounded
+from onnx_spdy.pipeline.database.rounding import integer_weight, rounded
 
 
 def correlated(width: int, seed: int = 0) -> torch.Tensor:
