@@ -57,7 +57,9 @@ class OnnxSpdyError(Exception):
     |- FinetuneError            the pruned network doesn't belong to the dense one
     |- ParameterMismatch        a layer that can't be found among a module's parameters
     |- TrainingDiverged         the loss of a training is no finite number
+    |- StoredError              a mapped weight can't be read from its file any more
     |- SpecError                tools: an argument names nothing that can be used
+    |- StepFailed               a step that a benchmark watches ended with an error
     `- NoTorchPruning           Torch-Pruning is missing, or can't prune the module
     """
 

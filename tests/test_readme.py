@@ -110,6 +110,7 @@ LESS = {
     "bench database": ["--layers", "0"],
     "bench cluster": ["--workers", "1", "--pruner", "magnitude"],
     "bench latency": ["--networks", "4"],
+    "bench memory": ["--sizes", "tiny"],
     "bench search": ["--search", "spdy,dp", "--speedup", "2", "--seed", "0"],
     "bench scaling": ["--layers", "3,6"],
     "bench solve": ["--speedup", "2", "--layers", "6"],

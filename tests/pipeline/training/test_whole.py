@@ -13,7 +13,6 @@ from onnx_spdy.models.int8.place import find_placement
 from onnx_spdy.models.int8.write import Integers, write_int8
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.deploy import DeployError, deploy
-from onnx_spdy.pipeline.int8.quantise import quantise
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, PrunedNetwork, as_tensors
 from onnx_spdy.pipeline.ranges import RANGES, grids, observe
@@ -95,15 +94,3 @@ def test_a_network_that_was_not_trained_whole_may_change_in_pruned_layers_only(
             PrunedNetwork(pruned.base, {**pruned.weights, other: network.dense(other) + 1}, pruned.levels),
             tmp_path / "no.onnx",
         )
-
-
-def test_what_learnt_rounded_is_better_rounded(model: onnx.ModelProto, samples: Samples) -> None:
-    """With half of the weights gone, and then in int8."""
-    network = Network(Prepared(model))
-    pruned = prune(network, network.layers)
-    losses = []
-    for form in (None, FORM):
-        trained, _ = train_whole(network, pruned, samples, form=form, seconds=60, seed=0)
-        written = quantise(Network(Prepared(trained.in_float())), samples, FORM)
-        losses.append(distance(outputs(written.proto, samples), network.run(samples)))
-    assert losses[1] < 1.1 * losses[0]

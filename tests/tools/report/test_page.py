@@ -78,7 +78,7 @@ def realistic(layers: int = 20, target: float = 2.0, measured: float = 2.02) -> 
         "metric_name": "top1", "metric_dense": 0.9125, "metric_pruned": 0.9043,
         "loss_name": "kl", "loss": 0.01834, "held_out_loss": 0.02, "search": "spdy",
         "search_ended": "finished", "evaluations": 1100, "images": 140800, "seed": 0, "sparsity": 0.8714,
-        "repair": None, "int8": None, "missed": None,
+        "repair": None, "finetune": None, "int8": None, "missed": None,
         "attempts": [
             {"aim_speedup": 2.0, "predicted_speedup": 2.01, "loss": 0.01, "measured_speedup": measured,
              "measured_speedup_lower": measured - 0.02}
