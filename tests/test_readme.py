@@ -110,7 +110,6 @@ LESS = {
     "bench database": ["--layers", "0"],
     "bench cluster": ["--workers", "1", "--pruner", "magnitude"],
     "bench latency": ["--networks", "4"],
-    "bench memory": ["--sizes", "tiny"],
     "bench search": ["--search", "spdy,dp", "--speedup", "2", "--seed", "0"],
     "bench scaling": ["--layers", "3,6"],
     "bench solve": ["--speedup", "2", "--layers", "6"],
@@ -125,6 +124,7 @@ NOT_RUN = {
     "bench torch-pruning": "it needs the package torch-pruning",
     "bench gpu": "tests/tools/bench/test_gpu.py runs it without a GPU",
     "bench gpu-kernels": "it needs a GPU",
+    "bench memory": "it takes minutes for each size; tests/tools/bench/test_memory.py runs it on a tiny one",
     "demo out/demo": "it trains a network for a minute: make demo",
 }
 
