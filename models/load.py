@@ -21,9 +21,8 @@ from onnx_spdy.models.stored import (
     flat_parts_of,
     is_mapped,
     itemsize,
-    parts_of,
     put_in_file,
-    put_in_message,
+    read_into_message,
     stored_bytes,
 )
 
@@ -69,7 +68,7 @@ def load_model(path: str | os.PathLike[str], *, mapped: bool = False) -> onnx.Mo
         if tensor.data_location == TensorProto.EXTERNAL:
             _find_external(tensor, path)
             if number not in left:
-                put_in_message(tensor, b"".join(parts_of(tensor)))
+                read_into_message(tensor)
         _check_size(tensor, str(path))
     check_model(model, str(path))
     check_interface(model, str(path))

@@ -27,7 +27,7 @@ from onnx_spdy.models.load import LARGE_MODEL_BYTES
 from onnx_spdy.models.prepared import Prepared
 from onnx_spdy.models.rewrites import name_nodes, note_shapes, pool_instead_of_mean, restore_names
 from onnx_spdy.models.simplify import simplified, slim
-from onnx_spdy.models.stored import is_mapped, parts_of, put_in_message, stored_bytes
+from onnx_spdy.models.stored import is_mapped, read_into_message, stored_bytes
 from onnx_spdy.models.surgery import edit, read
 from onnx_spdy.runtimes.batch_axes import mark_batch_axes
 
@@ -107,7 +107,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     named = without_large_data(model, UNTOUCHED_BYTES, names if others <= LARGEST_PROTOBUF_BYTES else None)
     for tensor in named.graph.initializer:
         if is_mapped(tensor):
-            put_in_message(tensor, b"".join(parts_of(tensor)))
+            read_into_message(tensor)
     return named
 
 

@@ -67,6 +67,11 @@ def put_in_message(tensor: TensorProto, data: bytes) -> None:
     tensor.raw_data = data
 
 
+def read_into_message(tensor: TensorProto) -> None:
+    """Make a mapped tensor one that has its values itself. Raises StoredError: as `values_of`."""
+    put_in_message(tensor, b"".join(parts_of(tensor)))
+
+
 def stored_bytes(tensor: TensorProto) -> int:
     """Size of the values as raw data; 0 where they are in another field."""
     return place_of(tensor).bytes if is_mapped(tensor) else len(tensor.raw_data)

@@ -21,7 +21,7 @@ from onnx_spdy.models import (
 from onnx_spdy.models.graph import FLOATS, check_model, data_file
 from onnx_spdy.models.stored import has_mapped, values_of
 from onnx_spdy.models.write_back import moved_to, writing
-from onnx_spdy.pipeline.level import DENSE, Level
+from onnx_spdy.pipeline.level import DENSE, Level, only_zeros
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import InNumPy, PrunedNetwork
 from onnx_spdy.pipeline.widths import touched
@@ -52,9 +52,7 @@ def deploy(
     if has_mapped(pruned.base.proto):
         return _deploy_mapped(dense, pruned, path, measured)
     written = pruned.in_float()
-    if pruned.widths or any(
-        level.is_width or level.is_int8 for level in pruned.levels.values()
-    ):  # of groups, or of precisions
+    if pruned.widths or not only_zeros(pruned.levels.values()):
         check_narrow(dense, pruned, written)
     else:
         check_deployed(dense, written, pruned.levels, trained_whole=pruned.trained_whole)
@@ -92,18 +90,19 @@ def check_deployed(
     if found := differences(dense.proto, pruned):
         raise DeployError(f"the pruned graph differs from the dense one: {found[0]}")
     layers = {layer.name: layer for layer in dense.prunable}
-    levels = {name: level for name, level in levels.items() if level != DENSE}
-    if unknown := set(levels) - set(layers):
+    pruned_to = {name: level for name, level in levels.items() if level != DENSE}
+    # Where precisions are mixed, layers have a level that can't be pruned.
+    if unknown := (set(levels) - {layer.name for layer in dense.layers}) | (set(pruned_to) - set(layers)):
         raise DeployError(
             f"the profile names layer {min(unknown)!r}, which the network doesn't have; use its own profile"
         )
-    changeable = {name for layer in layers.values() if layer.name in levels for name in (layer.weight, layer.bias)}
+    changeable = {name for layer in layers.values() if layer.name in pruned_to for name in (layer.weight, layer.bias)}
     if trained_whole:
         changeable |= _of_layers(dense)
     if surplus := set(changed_initializers(dense.proto, pruned)) - changeable:
         raise DeployError(f"initializer {min(surplus)!r} changed, but the profile prunes no layer that it belongs to")
     arrays = {tensor.name: tensor for tensor in pruned.graph.initializer}
-    for name, level in levels.items():
+    for name, level in pruned_to.items():
         layer = layers[name]
         weight = to_canonical(layer, values_of(arrays[layer.weight]))
         if problem := level_violation(weight, level):

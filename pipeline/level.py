@@ -126,6 +126,11 @@ def any_int8(levels: Iterable[Level]) -> bool:
     return any(level.is_int8 for level in levels)
 
 
+def only_zeros(levels: Iterable[Level]) -> bool:
+    """Whether no units are removed and nothing is in int8: the graph stays as it is then."""
+    return not any(level.is_width or level.is_int8 for level in levels)
+
+
 def levels_for(pattern: str) -> tuple[Level, ...]:
     """The levels of a search over one or more patterns, the whole network first, then from lowest to highest sparsity.
 

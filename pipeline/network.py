@@ -211,6 +211,14 @@ class Network:
             )  # fmt: skip
         return index[:-left]
 
+    def first(self, samples: Samples, count: int) -> Samples:
+        """The first so many samples, at least a batch where the graph fixes one."""
+        return samples.take(slice(0, max(count, self.batch_size(1))))
+
+    def last(self, samples: Samples, count: int) -> Samples:
+        """The last so many; the same."""
+        return samples.take(slice(-max(count, self.batch_size(1)), None))
+
     def batches(self, samples: Samples, size: int = BATCH_SIZE) -> list[Samples]:
         """The samples in batches of `size`, or of as many as the graph fixes; there, those that `whole` keeps."""
         index = self.whole(np.arange(len(samples)))

@@ -20,6 +20,7 @@ from onnx_spdy.pipeline.network import DENSE_WEIGHTS, Network, Weights
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 CHANNELS = 1  # axis of a convolution's input
+RANGE_SAMPLES = 256  # that are watched; as many as Hessians for rounding are made of
 DRAWN = 16_384  # values of a tensor from each batch
 TAIL = 1e-4  # of the values that percentiles cut off, half at either end
 FRACTIONS = np.linspace(1.0, 0.2, 33)  # of the whole range that least squares tries

@@ -18,7 +18,7 @@ import torch
 
 from onnx_spdy.models import Group, Layer, Prepared, find_layers, to_canonical
 from onnx_spdy.models.groups import HEADS
-from onnx_spdy.models.int8.form import FORMS
+from onnx_spdy.models.int8.form import OPENVINO
 from onnx_spdy.models.int8.place import NothingToQuantise, find_placement
 from onnx_spdy.pipeline.level import DENSE, Level, mixes_precisions
 from onnx_spdy.runtimes.errors import OnnxSpdyError
@@ -120,9 +120,9 @@ def find_sites(prepared: Prepared, levels: Sequence[Level]) -> tuple[Site, ...]:
 
 
 def _in_int8(prepared: Prepared) -> tuple[Site, ...]:
-    """The layers that can compute in int8."""
+    """The layers that can compute in int8: the same in every form."""
     try:
-        able = {name for weight in find_placement(prepared.proto, FORMS["fake"]).weights for name in weight.nodes}
+        able = {name for weight in find_placement(prepared.proto, OPENVINO).weights for name in weight.nodes}
     except NothingToQuantise as exc:
         raise NothingToPrune(str(exc)) from exc
     layers = find_layers(prepared.proto, minimum_weights=0)

@@ -62,7 +62,7 @@ class Stitcher:
         chosen = {
             site.layers[0].weight: (number, level)
             for number, (site, level) in enumerate(zip(self.sites, levels, strict=True))
-            if not level.is_whole
+            if site.changes(level)
         }
         return _WhenAsked(chosen, lambda number, level: self.database.weights(self.network, self.sites[number], level))
 
@@ -135,7 +135,7 @@ class CorrectedStitcher:
         if samples is not None:
             try:
                 self._correction = StatisticsCorrection(network, samples)
-                judged = samples.take(slice(-max(JUDGED_SAMPLES, network.batch_size(1)), None))
+                judged = network.last(samples, JUDGED_SAMPLES)
                 self._judge = Objective(network, judged, loss, corrected=False)
             except NotCorrected as exc:
                 self._uncorrected = f"not applied: {exc}"

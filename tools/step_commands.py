@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from onnx_spdy.pipeline.int8.quantise import quantise as quantise_network
 from onnx_spdy.pipeline.int8.quantise import ready_for, with_int8_opset
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, any_int8, levels_for, only_zeros
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import Report
@@ -131,7 +130,7 @@ def database(
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
-    dense, samples = load_inputs(model, data, mapped=_only_zeros(compression.levels))
+    dense, samples = load_inputs(model, data, mapped=only_zeros(compression.levels))
     network = Network(ready_for(compression.levels, dense, samples))
     with tasks_on(cluster) as tasks, ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"), tasks)
@@ -202,11 +201,11 @@ def deploy(
     if finetune != NO_REPAIR and not data:
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
     chosen = Profile.load(profile)
-    is_int8 = any(level.is_int8 for level in chosen.levels.values())
+    is_int8 = any_int8(chosen.levels.values())
     if is_int8 and not (data and runtime):
         raise typer.BadParameter(f"{profile} is of a network in int8, which needs --data and --runtime")
     form = form_for(open_runtime(runtime).name) if is_int8 and runtime else None
-    mapped = _only_zeros(chosen.levels.values()) and finetune == NO_REPAIR
+    mapped = only_zeros(chosen.levels.values()) and finetune == NO_REPAIR
     dense, samples = load_inputs(model, data, mapped=mapped) if data else (load_network(model, mapped=mapped), None)
     network = Network(ready_for(chosen.levels.values(), dense, samples))
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
@@ -350,11 +349,6 @@ def prepare(
     prepared = load_inputs(model, data, mapped=True)[0] if data else load_network(model, mapped=True)
     save_model(prepared.proto, out)
     print(f"{out} written with {len(prepared.layers)} layers that carry weights")
-
-
-def _only_zeros(levels: Iterable[Level]) -> bool:
-    """Whether large weights can stay in their file: narrower graphs and those in int8 are made in memory."""
-    return not any(level.is_width or level.is_int8 for level in levels)
 
 
 def doctor() -> None:

@@ -27,10 +27,9 @@ from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.database.rounding import integer_weight
 from onnx_spdy.pipeline.network import Network, Weights, input_grid, packed_grid
 from onnx_spdy.pipeline.progress import Progress, ignore
-from onnx_spdy.pipeline.ranges import RANGES, grids, observe
+from onnx_spdy.pipeline.ranges import RANGE_SAMPLES, RANGES, grids, observe
 from onnx_spdy.pipeline.site import Site
 
-SAMPLES = 256  # for ranges and Hessians
 JUDGED = 64  # on which ranges are compared
 
 
@@ -53,7 +52,7 @@ def build_rounded(
     Raises:
         RangeError: a layer's inputs are NaN or infinite for some sample.
     """
-    some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
+    some = network.first(samples, RANGE_SAMPLES)
     layers = [site.layers[0] for site in sites]
     placement = find_placement(network.model, form)
     axis_of = {weight.name: weight.axis for weight in placement.weights}
@@ -72,12 +71,12 @@ def build_rounded(
         weight = integer_weight(values, axis_of[layer.weight], hessians.pop(layer.name, None))
         for name in layer.nodes:
             of_input = {method: found[read[name]] for method, found in tried.items()}
-            trials[name] = _Trial(weight, axis_of[layer.weight], of_input)
-    _judge(network, trials, samples.take(slice(-max(JUDGED, network.batch_size(1)), None)))
+            trials[name] = _Trial(*_as_tensors(weight, axis_of[layer.weight]), of_input)
+    _judge(network, trials, network.last(samples, JUDGED))
     for number, site in enumerate(sites, start=1):
         (layer,) = site.layers
         own = [trials[name] for name in layer.nodes]
-        tensors = {"values": torch.from_numpy(own[0].weight.values), "scale": torch.from_numpy(own[0].scale)}
+        tensors = {"values": own[0].integers, "scale": own[0].scale}
         tensors |= {f"input {place}": packed_grid(one.best) for place, one in enumerate(own)}
         write_tensors(files[site.name], tensors)
         yield (
@@ -97,7 +96,7 @@ def rounded_at(file: Any, site: Site) -> Weights:
         file: open, of the site.
     """
     (layer,) = site.layers
-    weight = file.get_tensor("values").float() * file.get_tensor("scale")
+    weight = file.get_tensor("values") * file.get_tensor("scale")
     return {layer.weight: weight} | {
         input_grid(name): file.get_tensor(f"input {place}") for place, name in enumerate(layer.nodes)
     }
@@ -107,18 +106,11 @@ def rounded_at(file: Any, site: Site) -> Weights:
 class _Trial:
     """What is tried for the input of one node."""
 
-    weight: IntegerWeight
-    axis: int  # of the stored weight, with the output channels
+    integers: torch.Tensor  # of the weight
+    scale: torch.Tensor  # which broadcasts
     grids: Mapping[str, Grid]
     errors: dict[str, float] = field(default_factory=dict)  # squared, summed
     power: float = 0.0  # of the outputs without bias
-
-    @property
-    def scale(self) -> np.ndarray:
-        """Of the weight, so that it broadcasts."""
-        shape = [1] * self.weight.values.ndim
-        shape[self.axis] = -1
-        return self.weight.scale.reshape(shape)
 
     @property
     def best(self) -> Grid:
@@ -130,6 +122,12 @@ class _Trial:
         return least / self.power if self.power > 0 else 0.0
 
 
+def _as_tensors(weight: IntegerWeight, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers, and the scales so that they broadcast."""
+    values = torch.from_numpy(weight.values)
+    return values, torch.from_numpy(weight.scale).view([-1 if one == axis else 1 for one in range(values.dim())])
+
+
 def _judge(network: Network, trials: Mapping[str, _Trial], samples: Samples) -> None:
     """Run each node rounded, beside itself as it is."""
 
@@ -137,14 +135,14 @@ def _judge(network: Network, trials: Mapping[str, _Trial], samples: Samples) -> 
         trial = trials[module.node.name]
         x, dense = inputs[0], inputs[1]
         assert x is not None and dense is not None
-        weight = torch.from_numpy(trial.weight.values).float() * torch.from_numpy(trial.scale)
         product = module.forward(x, dense)
         assert isinstance(product, torch.Tensor)
         trial.power += float(product.double().square().sum())
         for method, rounding in roundings[module.node.name].items():
-            change = module.forward(rounding(x.float()), weight) - product  # type: ignore[operator]  # one tensor too
+            change = module.forward(rounding(x.float()), weights[module.node.name]) - product  # type: ignore[operator]  # one tensor too
             trial.errors[method] = trial.errors.get(method, 0.0) + float(change.double().square().sum())
 
+    weights = {name: trial.integers * trial.scale for name, trial in trials.items()}
     roundings: dict[str, dict[str, Rounding]] = {
         name: {method: activation_rounding(grid) for method, grid in trial.grids.items()}
         for name, trial in trials.items()

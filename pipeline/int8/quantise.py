@@ -25,14 +25,13 @@ from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.hessian import collect_hessians
 from onnx_spdy.pipeline.database.rounding import integer_weight
 from onnx_spdy.pipeline.int8.biases import channel_means, corrected_biases
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import Level, any_int8
 from onnx_spdy.pipeline.loss import Loss, fit_loss, numbers
 from onnx_spdy.pipeline.network import Int8Network, Network, as_tensors
 from onnx_spdy.pipeline.progress import Progress, ignore
-from onnx_spdy.pipeline.ranges import RANGES, grids, observe
+from onnx_spdy.pipeline.ranges import RANGE_SAMPLES, RANGES, grids, observe
 from onnx_spdy.pipeline.rows import sample_axes
 
-SAMPLES = 256  # for ranges and Hessians
 MEANS = 64  # for the correction of biases
 JUDGED = 128  # the last ones, on which variants are compared
 
@@ -65,7 +64,7 @@ def quantise(
 
 def ready_for(levels: Iterable[Level], prepared: Prepared, samples: Samples | None = None) -> Prepared:
     """The network as a run with these levels takes it; see `with_int8_opset`."""
-    return with_int8_opset(prepared, samples) if any(level.is_int8 for level in levels) else prepared
+    return with_int8_opset(prepared, samples) if any_int8(levels) else prepared
 
 
 def with_int8_opset(prepared: Prepared, samples: Samples | None = None) -> Prepared:
@@ -108,8 +107,8 @@ class _Quantising:
         self._model = network.model
         self._placement = find_placement(self._model, form, layers)
         self._rng = np.random.default_rng(seed)
-        self._some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
-        judged = samples.take(slice(-max(JUDGED, network.batch_size(1)), None))
+        self._some = network.first(samples, RANGE_SAMPLES)
+        judged = network.last(samples, JUDGED)
         self._judged = network.batches(judged)
         self._loss = loss
         used = {name for weight in self._placement.weights for name in weight.nodes}
@@ -144,7 +143,7 @@ class _Quantising:
         return write_int8(write_weights(self._model, biases), self._placement, integers)
 
     def _corrected_biases(self, integers: Integers) -> dict[str, np.ndarray]:
-        batches = self._network.batches(self._some.take(slice(0, max(MEANS, self._network.batch_size(1)))))
+        batches = self._network.batches(self._network.first(self._some, MEANS))
         owners = [layer for layer in self._layers if layer.bias is not None and not layer.more_uses]
         wanted = channel_means(self._network, owners, batches)
         stored = {tensor.name: tensor for tensor in self._model.graph.initializer}

@@ -70,12 +70,15 @@ class InInt8:
         """Of the dense network."""
         return self._observed(set(self._placement.points))
 
+    @cached_property
+    def _dense(self) -> Network:
+        return Network(self._network, for_pruning=False)
+
     def _observed(self, tensors: Collection[str]) -> dict[str, Grid]:
         model = self._network.proto
         batch = Samples(dict(resolved(model.graph, self._workload).inputs or {}), axes=batch_axes(graph_inputs(model)))
-        network = Network(self._network, for_pruning=False)
         by_channel = self._placement.by_channel(self._form)
-        seen = observe(network, tensors, by_channel, batch, np.random.default_rng(0))
+        seen = observe(self._dense, tensors, by_channel, batch, np.random.default_rng(0))
         return grids(seen, self._form, extremes)
 
 

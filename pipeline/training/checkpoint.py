@@ -37,6 +37,11 @@ class Checkpoint:
         """Whether there is a file, of this training."""
         return self.path.exists() and self._header().get("made_from") == self.made_from
 
+    def replace_other(self) -> None:
+        """Remove the file that is there if it is of another training."""
+        if not self.belongs():
+            self.path.unlink(missing_ok=True)
+
     def write(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Replace the file."""
         contiguous = {name: value.detach().contiguous().clone() for name, value in tensors.items()}

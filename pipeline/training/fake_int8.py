@@ -21,9 +21,7 @@ from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.place import find_placement
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import Network, Weights
-from onnx_spdy.pipeline.ranges import RANGES, grids, observe
-
-SAMPLES = 256  # that the ranges of activations come from
+from onnx_spdy.pipeline.ranges import RANGE_SAMPLES, RANGES, grids, observe
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class FakeInt8:
             RangeError: activations on the samples that no grid can hold.
         """
         placement = find_placement(network.model, self.form, self.layers)
-        some = samples.take(slice(0, max(SAMPLES, network.batch_size(1))))
+        some = network.first(samples, RANGE_SAMPLES)
         by_channel = placement.by_channel(self.form)
         rng = np.random.default_rng(seed)
         seen = observe(network, placement.points, by_channel, some, rng, weights)

@@ -162,8 +162,8 @@ def finetune(
         made_from = {"dense": dense.sha256, "pruned": model_sha256(pruned), "data": samples.sha256}
         rounded = {} if int8 is None else {"int8": f"{int8.form.name}, {int8.ranges}"}
         saved = Checkpoint(checkpoint, {**made_from, "levels": target, **rounded, **settings})
-        if restart and not saved.belongs():
-            checkpoint.unlink(missing_ok=True)
+        if restart:
+            saved.replace_other()
         saved.check()
     outputs = DenseOutputs(network, samples)
     loss = _fitted_loss(network, samples, outputs)
@@ -193,7 +193,7 @@ def finetune(
 
 def _correction(network: Network, samples: Samples) -> StatisticsCorrection:
     """On few samples."""
-    return StatisticsCorrection(network, samples.take(slice(0, max(CORRECTION_SAMPLES, network.batch_size(1)))))
+    return StatisticsCorrection(network, network.first(samples, CORRECTION_SAMPLES))
 
 
 def _trained(network: Network) -> list[str]:

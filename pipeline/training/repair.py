@@ -120,8 +120,7 @@ def repair(
         }
         settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
         saved = Checkpoint(checkpoint, made_from | settings)
-        if not saved.belongs():
-            checkpoint.unlink(missing_ok=True)
+        saved.replace_other()
     dense = DenseOutputs(network, samples, layers, kept_outputs(network.prepared, pruned.widths))
     with student.trainable(names, pruned.weights) as parameters:
         masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in trained if layer.weight in parameters})
