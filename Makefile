@@ -16,8 +16,9 @@ OLDEST_STAMP := $(OLDEST)/.installed
 demo: $(STAMP)
 	$(VENV)/bin/python -m onnx_spdy.tools.demo
 
+# Two processes, each with whole files, in the order in which they are collected: see tests/conftest.py.
 test: $(STAMP) lint types
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests with the oldest versions that pyproject.toml allows. Makes an environment of its own and, on x86-64, gets
 # about 3 GB for it: that torch is there for CUDA only, with NVIDIA's libraries. Old packages warn, so warnings pass;

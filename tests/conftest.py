@@ -1,4 +1,4 @@
-"""What all tests share: nothing is fetched, and what was skipped is one line."""
+"""What all tests share: nothing is fetched, the longest files come first, and what was skipped is one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 # Networks here are small: a second thread gains little, and where the machine is busy, threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files that take minutes: of several processes, none begins one at the end and lets the others wait.
+LONGEST = frozenset({"test_readme.py", "test_end_to_end.py"})
 
 # A reason that matches the pattern is counted as the name; the first one counts. Others are counted as they are.
 GROUPS = {
@@ -40,6 +43,10 @@ def reason_of(longrepr: object) -> str:
 def _group(reason: str) -> str:
     found = next((name for pattern, name in GROUPS.items() if re.search(pattern, reason)), None)
     return found or (reason if len(reason) <= 80 else f"{reason[:77]}...")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -104,7 +104,8 @@ STANDS_FOR = {
     "30": "1",
 }
 LESS = {
-    "onnx-spdy run": ["--search-images", "300"],
+    "onnx-spdy run": ["--search-images", "300", "--allow-busy"],
+    "onnx-spdy measure": ["--allow-busy"],
     "onnx-spdy search": ["--search-images", "300"],
     "onnx-spdy finetune": ["--epochs", "1"],
     "bench database": ["--layers", "0"],
