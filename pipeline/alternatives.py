@@ -41,12 +41,16 @@ FULL_PRECISION = ("fp32", FORMULA)
 BASELINES = ("deepsparse", "onnxruntime", "openvino:fp32", "openvino:bf16")
 
 
+class AlternativesError(OnnxSpdyError, RuntimeError):
+    """No engine runs a network."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A network as it could be deployed.
 
     Attributes:
-        role: "dense" or "pruned".
+        role: "dense" or "pruned"; or the name of a file, where files are compared.
         name: runtime and precision, for people.
         spec: the runtime, as for `open_runtime`, without its machine; None for the one that was asked for.
         path: an ONNX file.
@@ -216,6 +220,8 @@ def measure_alternatives(
                     if one.spec is None:
                         raise
                     missing[one.label] = str(exc)
+            if not sessions:
+                return Alternatives((), missing)
             try:
                 times = measure_interleaved(
                     {str(number): session for number, session in enumerate(sessions.values())},

@@ -40,6 +40,7 @@ from onnx_spdy.pipeline.target import meet_target
 from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
+from onnx_spdy.pipeline.usage import write_usage
 from onnx_spdy.pipeline.validate import Validation, evaluate, validate
 from onnx_spdy.runtimes import Runtime, Workload, location
 
@@ -85,9 +86,9 @@ def run(
 ) -> Report:
     """Prune a network to a speedup that is measured in the runtime.
 
-    Leaves in the target's folder: dense.onnx, model.onnx, latency.json, database/, search.json, profile.json and
-    report.json. What is there from an earlier call with the same arguments is kept; what belongs to another network or
-    setting is refused.
+    Leaves in the target's folder: dense.onnx, model.onnx, latency.json, database/, search.json, profile.json,
+    report.json, and load.py where the engine has one. What is there from an earlier call with the same arguments is
+    kept; what belongs to another network or setting is refused.
 
     Args:
         dense: the prepared network (`onnx_spdy.models.prepare`).
@@ -231,6 +232,7 @@ def run(
             metrics=metrics, alternatives=alternatives, against=target.against, repaired=repaired, trained=trained,
             stages=clock.stages,
         ).after(earlier)  # fmt: skip
+        write_usage(out, dense.proto.graph, runtime, workload)
         report.save(report_path)
         return report
 

@@ -174,6 +174,14 @@ class Runtime(Protocol):
         ...
 
     @property
+    def usage(self) -> str:
+        """Python that runs the file MODEL with the arrays INPUTS, name -> array, as `open` does, without this project.
+
+        Empty where Python alone can't: `result` then isn't set.
+        """
+        ...
+
+    @property
     def patterns(self) -> frozenset[str]:
         """Which zeros it has kernels for: "unstructured", which takes any zeros, or an N:M pattern such as "2:4".
 

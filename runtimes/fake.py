@@ -54,6 +54,7 @@ class FakeRuntime(Closing):
     _random: np.random.Generator = field(init=False, repr=False)
 
     name = "fake"
+    usage = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.break_even < 1:

@@ -57,6 +57,11 @@ class OnnxRuntime(WatchesLoad):
 
     name = "onnxruntime"
     patterns: frozenset[str] = frozenset()
+    usage = """\
+import onnxruntime
+session = onnxruntime.InferenceSession(MODEL, providers=["CPUExecutionProvider"])
+result = session.run(None, INPUTS)
+"""
 
     def check(self) -> str:
         """The version of ONNX Runtime; raises RuntimeUnavailable where it can't be imported."""

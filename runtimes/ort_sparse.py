@@ -29,6 +29,15 @@ class OnnxRuntimeSparse(OnnxRuntime):
 
     name = "sparse"
     patterns = frozenset({ANY_ZEROS})
+    usage = """\
+import onnxruntime, onnxruntime_ep_spdy
+onnxruntime_ep_spdy.register()
+options = onnxruntime.SessionOptions()
+devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == onnxruntime_ep_spdy.get_ep_name()]
+options.add_provider_for_devices(devices, {})
+session = onnxruntime.InferenceSession(MODEL, options)
+result = session.run(None, INPUTS)
+"""
 
     def check(self) -> str:
         """The versions of ONNX Runtime and of the engine; raises RuntimeUnavailable where one can't be imported."""

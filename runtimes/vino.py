@@ -54,6 +54,15 @@ class OpenVino(WatchesLoad):
         check_precision(self.name, precision, PRECISIONS)
         self.precision = precision
 
+    @property
+    def usage(self) -> str:
+        """See `Runtime.usage`."""
+        return f"""\
+import openvino
+network = openvino.Core().compile_model(MODEL, "CPU", {{"INFERENCE_PRECISION_HINT": "{PRECISIONS[self.precision]}"}})
+result = [*network(INPUTS).values()]
+"""
+
     def check(self) -> str:
         """The version of OpenVINO.
 

@@ -91,6 +91,7 @@ STANDS_FOR = {
     "FILE.onnx": "out/tuned.onnx",
     "DIR": "out/dir",
     "deepsparse": "fake",
+    "sparse": "fake",
     "onnxruntime": "fake",
     "ssh://me@board:22/deepsparse": "fake",
     "ssh://board/deepsparse": "fake",

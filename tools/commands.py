@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from onnx_spdy.tools import step_commands as steps
+from onnx_spdy.tools.bench_command import bench
 from onnx_spdy.tools.run_command import run
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ for command in (
     steps.quantise,
     steps.validate,
     steps.report,
+    bench,
     steps.doctor,
 ):
     app.command()(command)

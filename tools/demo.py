@@ -1,4 +1,4 @@
-"""The demo: train a small network on scikit-learn's digits, prune it to 2x for DeepSparse, measure what was won.
+"""The demo: train a small network on scikit-learn's digits, prune it to 2x for the sparse engine, measure what was won.
 
 python -m onnx_spdy.tools.demo [FOLDER]
 """
@@ -28,6 +28,7 @@ from onnx_spdy.tools.expected import one_line_errors
 from onnx_spdy.tools.progress import ProgressBars
 from onnx_spdy.tools.report.page import write_report_html
 
+RUNTIME = "sparse"
 SPEEDUP = 2.0
 BATCH = 64
 EPOCHS = 12
@@ -107,13 +108,13 @@ def main(folder: Path) -> None:
 
 def _available_runtime() -> str:
     try:
-        with open_runtime("deepsparse") as runtime:
+        with open_runtime(RUNTIME) as runtime:
             runtime.check()
     except RuntimeFailure as exc:
-        print(f"DeepSparse can't run here: {exc}")
+        print(f"The sparse engine can't run here: {exc}")
         print("The demo goes on with the table of the `fake` runtime: times of a formula, NOT of an engine.")
         return "fake"
-    return "deepsparse"
+    return RUNTIME
 
 
 def _say_what_was_lost(content) -> None:

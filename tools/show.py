@@ -17,6 +17,7 @@ from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.mask import level_violation
 from onnx_spdy.pipeline.network import Int8Network
 from onnx_spdy.pipeline.training.trainer import Training
+from onnx_spdy.pipeline.usage import FILE as LOADER
 from onnx_spdy.runtimes import Environment, is_busy
 from onnx_spdy.tools.doctor import Finding
 from onnx_spdy.tools.table import print_table
@@ -195,6 +196,8 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
         training("finetune", Training(**content["finetune"]))
     print(content["alternatives"]["verdict"])
     print(f"{content['sparsity']:.1%} of the prunable weights are zero or gone; report: {folder / 'report.html'}")
+    if (folder / LOADER).exists():
+        print(f"to run it in your own program: {folder / LOADER}")
 
 
 def _level(layer: Mapping[str, Any]) -> str:
@@ -211,6 +214,23 @@ def alternatives(found: Alternatives, metric: str) -> None:
     ]
     rows += [(name, "-", why) for name, why in found.missing.items()]
     print_table("The dense network", ("runtime and precision", "ms", metric), rows)
+
+
+def engines(found: Alternatives, metric: str | None) -> None:
+    """Files in every engine, the fastest first."""
+    measured = sorted(found.measured, key=lambda one: one.seconds.median)
+    slowest = measured[-1].seconds.median
+    rows = [
+        (one.role, one.name, f"{1e3 * one.seconds.median:.3f}", f"{slowest / one.seconds.median:.2f}x",
+         "-" if one.metric is None else f"{one.metric:.4f}", one.fallback or "")
+        for one in measured
+    ]  # fmt: skip
+    columns = ("file", "runtime and precision", "ms", "times as fast", metric or "metric", "note")
+    print_table("Engines", columns, rows)
+    for label, why in found.missing.items():
+        print(f"{label}: {why}")
+    setting = measured[0].environment
+    print(f"batch {setting.batch}, {setting.threads} threads, {setting.cpu} ({setting.instruction_set})")
 
 
 def front(content: Mapping[str, Any], folder: Path) -> None:

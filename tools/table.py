@@ -11,6 +11,7 @@ from rich.table import Table
 WIDTH = 140  # where nobody watches a terminal
 WORDS = (
     "op",
+    "runtime and precision",
     "kind",
     "layers that make them",
     "why",

@@ -60,6 +60,11 @@ class DeepSparse(OwnsWorker, WatchesLoad):
 
     name = "deepsparse"
     patterns = frozenset({"unstructured"})
+    usage = """\
+import deepsparse
+engine = deepsparse.Engine(MODEL, batch_size=len(next(iter(INPUTS.values()))))
+result = engine.run([*INPUTS.values()])
+"""
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class CuSparseLt(UnknownLoad):
 
     name = "cusparselt"
     patterns = frozenset({PATTERN})
+    usage = ""
 
     def __init__(
         self,

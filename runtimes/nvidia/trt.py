@@ -90,6 +90,7 @@ class TensorRt(UnknownLoad):
 
     name = "tensorrt"
     patterns = frozenset({PATTERN})
+    usage = ""
 
     def __init__(self, precision: str = "fp16", *, trtexec: str | None = None, backend: Backend | None = None) -> None:
         check_precision(self.name, precision, PRECISIONS)

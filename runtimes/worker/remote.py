@@ -58,6 +58,7 @@ class RemoteRuntime(OwnsWorker):
     ) -> None:
         self.name = local.name
         self.patterns = local.patterns
+        self.usage = local.usage
         self._address = address
         self._options = dict(options)
         self._python = python or os.environ.get(PYTHON_VARIABLE)
