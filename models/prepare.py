@@ -25,7 +25,7 @@ from onnx_spdy.models.graph import (
 )
 from onnx_spdy.models.load import LARGE_MODEL_BYTES
 from onnx_spdy.models.prepared import Prepared
-from onnx_spdy.models.rewrites import name_nodes, note_shapes, pool_instead_of_mean, restore_names
+from onnx_spdy.models.rewrites import name_nodes, note_shapes, own_shapes, pool_instead_of_mean, restore_names
 from onnx_spdy.models.simplify import simplified, slim
 from onnx_spdy.models.stored import is_mapped, read_into_message, stored_bytes
 from onnx_spdy.models.surgery import edit, read
@@ -164,6 +164,7 @@ def _one_round(model: onnx.ModelProto, original: onnx.ModelProto, steps: Sequenc
         pool_instead_of_mean(graph)
         transpose_keys_at_once(graph)
         drop_guards_against_nan(graph)
+        own_shapes(graph)
         graph.cleanup(recurse_subgraphs=False)
     name_nodes(slimmed)
     _restore_frame(slimmed, original)

@@ -19,7 +19,8 @@ What all of them use:
 level, mask           what a layer may become
 data, user_data,      samples; what people hand over as data; what is padding in it; which row of an output is whose
   padding, rows
-network               the network with the weights that a stage names; the pruned network, a value
+network, shorten      the network with the weights that a stage names; the pruned network, a value; samples without the
+                      padding that all of them have
 loss, channel_error,  what a pruned network is scored by: losses, the one that fits the outputs, on calibration samples
   class_outputs,
   objective

@@ -88,6 +88,11 @@ class Network:
         return self._parameters.keys()
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether weights stay in their file until they are read."""
+        return bool(self._mapped)
+
+    @property
     def sha256(self) -> str:
         """Of the dense network."""
         return self.prepared.sha256

@@ -27,7 +27,7 @@ class Padding:
     """
 
     def __init__(self, inputs: Mapping[str, np.ndarray]) -> None:
-        found = (_tokens(name, array) for name, array in inputs.items())
+        found = (tokens(name, array) for name, array in inputs.items())
         self._real = [torch.from_numpy(mask) for mask in found if mask is not None and mask.any() and not mask.all()]
 
     def real_rows(self, values: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _spoils(mask: torch.Tensor, values: torch.Tensor) -> bool:
     return bool(values[mask].isfinite().all()) and not bool(values[~mask].isfinite().all())
 
 
-def _tokens(name: str, array: np.ndarray) -> np.ndarray | None:
+def tokens(name: str, array: np.ndarray) -> np.ndarray | None:
     """(samples, positions) bool of an input that is a mask, true at tokens; None of any other input."""
     if array.ndim < 2:
         return None

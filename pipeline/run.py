@@ -35,6 +35,7 @@ from onnx_spdy.pipeline.quantised.make import NOTHING, quantise_all
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.pipeline.shorten import shortened
 from onnx_spdy.pipeline.stitch import CorrectedStitcher
 from onnx_spdy.pipeline.target import meet_target
 from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
@@ -138,18 +139,19 @@ def run(
                 seed=search.seed, allow_busy=allow_busy, progress=watch.stage("measure"),
             )  # fmt: skip
         table.budget(target.speedup)  # refuse the impossible before the long work
+        calibration = shortened(network, samples)
         with clock("database"):
             database = build_database(
-                network, samples, compression, common / "database", watch.stage("database"), tasks
+                network, calibration, compression, common / "database", watch.stage("database"), tasks
             )  # fmt: skip
         with clock("search"):
             finder = ProfileSearch(
-                network, table, database, samples, search,
+                network, table, database, calibration, search,
                 state=common / "search.json", progress=watch.stage("search"), listen=watch.listen,
                 tasks=tasks,
             )  # fmt: skip
             first = finder.find_or_load(target.speedup, out / "profile.json")
-        stitcher = CorrectedStitcher(finder.stitcher, samples, search.loss)
+        stitcher = CorrectedStitcher(finder.stitcher, calibration, search.loss)
         pruned = PrunedNetwork(dense, {}, {})
 
         def finished(pruned: PrunedNetwork) -> PrunedNetwork:
@@ -158,7 +160,7 @@ def run(
                 return pruned
             with clock("int8"):
                 return in_int8(
-                    pruned, samples, form, loss=search.loss, seed=search.seed, progress=watch.stage("int8")
+                    pruned, calibration, form, loss=search.loss, seed=search.seed, progress=watch.stage("int8")
                 )  # fmt: skip
 
         def measured() -> Validation:
@@ -181,14 +183,15 @@ def run(
             before = load_model(out / "model.onnx")
             with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
                 pruned, repaired = repair(
-                    network, pruned, samples,
+                    network, pruned, calibration,
                     seed=search.seed, time_limit_seconds=LONGEST_SECONDS,
                     checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
             if finetune == FULL:
+                learnt_from = shortened(network, training.samples or samples)
                 with clock("finetune"):
                     pruned, trained = train_whole(
-                        network, pruned, training.samples or samples,
+                        network, pruned, learnt_from,
                         form=form, seconds=training.seconds, seed=search.seed,
                         checkpoint=out / "finetune.safetensors", progress=watch.stage("finetune"),
                     )  # fmt: skip

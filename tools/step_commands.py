@@ -12,6 +12,7 @@ from onnx_spdy.models import Prepared, load_model, save_model
 from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
 from onnx_spdy.pipeline.cluster import tasks_on
+from onnx_spdy.pipeline.data import workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
@@ -31,6 +32,7 @@ from onnx_spdy.pipeline.report import Report
 from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SEARCH_SAMPLES, SearchSettings
+from onnx_spdy.pipeline.shorten import shortened
 from onnx_spdy.pipeline.stitch import CorrectedStitcher, Stitcher
 from onnx_spdy.pipeline.training.finetune import EPOCHS, RATE
 from onnx_spdy.pipeline.training.finetune import finetune as finetune_network
@@ -132,6 +134,7 @@ def database(
     compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
     dense, samples = load_inputs(model, data, mapped=only_zeros(compression.levels))
     network = Network(ready_for(compression.levels, dense, samples))
+    samples = shortened(network, samples)
     with tasks_on(cluster) as tasks, ProgressBars() as bars:
         build_database(network, samples, compression, out, bars.stage("database"), tasks)
     print(f"{len(network.layers)} layers x {len(compression.levels)} levels in {out}")
@@ -160,6 +163,8 @@ def search(
     table, weights = LatencyTable.load(latency), open_database(database)
     dense, samples = load_inputs(model, data)
     network = Network(ready_for(table.levels, dense, samples))
+    table.check_workload(network.model.graph, workload_of(samples, table.environment.batch))
+    samples = shortened(network, samples)
     with tasks_on(cluster) as tasks, ProgressBars() as bars:
         finder = ProfileSearch(
             network, table, weights, samples, settings,
@@ -208,6 +213,7 @@ def deploy(
     mapped = only_zeros(chosen.levels.values()) and finetune == NO_REPAIR
     dense, samples = load_inputs(model, data, mapped=mapped) if data else (load_network(model, mapped=mapped), None)
     network = Network(ready_for(chosen.levels.values(), dense, samples))
+    samples = shortened(network, samples) if samples else None
     pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
@@ -216,7 +222,7 @@ def deploy(
         if repaired:
             show.training("repair", repaired)
     if samples and finetune == FULL:
-        learnt_from = load_samples(train, dense) if train else samples
+        learnt_from = shortened(network, load_samples(train, dense)) if train else samples
         with ProgressBars() as bars:
             pruned, trained = train_whole(
                 network, pruned, learnt_from, form=form, seconds=seconds, seed=seed, progress=bars.stage("finetune")
@@ -257,6 +263,7 @@ def finetune(
         raise typer.BadParameter(f"--learning-rate {learning_rate} is not a positive number")
     seconds = minutes(time_limit)
     dense, samples = load_inputs(model, data)
+    samples = shortened(Network(dense), samples)
     start = load_model(pruned) if pruned else dense.proto
     goal = Profile.load(profile) if profile else None
     if goal and profile:
@@ -290,6 +297,7 @@ def quantise(
         form = form_for(engine.name)
         dense, samples = load_inputs(model, data)
         network = Network(with_int8_opset(dense, samples))
+        samples = shortened(network, samples)
         found = quantise_network(
             network, samples, form, loss=load_loss(loss), seed=seed, progress=bars.stage("int8")
         )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_spdy.pipeline.artifact import arrays_sha256, check_same
-from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.network import Network
@@ -54,8 +54,7 @@ class ProfileSearch:
     Attributes:
         best_loss: of the search that runs, so far.
     Raises:
-        ArtifactError: the database was made for another network or other levels, or the table was measured with inputs
-            of other shapes than the samples.
+        ArtifactError: the database or the table was made for another network or other levels.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class ProfileSearch:
                 "levels": ([*map(str, database.levels)], [*map(str, table.levels)]),
             },
         )
-        table.check_workload(network.model.graph, workload_of(samples, table.environment.batch))
         self._network, self._table, self._database = network, table, database
         self._settings, self._progress, self._listen = settings, progress, listen
         self.best_loss = math.inf

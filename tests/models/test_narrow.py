@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 
 from onnx_spdy.models import GroupError, Prepared, export_module, find_groups, find_layers, masked, narrowed, prepare
+from tests.encoder import encoder, sentences
 from tests.models.narrowing import check_narrow_is_masked, network, outputs_of, random_inputs, random_keep, shapes_of
 from tests.models.test_corpus import CHOSEN, NOT_OLDER, made, older_export
 
@@ -45,6 +47,18 @@ def test_networks_at_random_widths(name):
     model = prepare(export_module(module, inputs if len(inputs) > 1 else tuple(inputs.values()))).proto
     names = [value.name for value in model.graph.input]
     check_at_random_widths(model, dict(zip(names, (value.numpy() for value in inputs.values()), strict=True)))
+
+
+@pytest.mark.parametrize("heads", ["counted", "the rest"])
+def test_layers_that_share_the_shape_of_an_open_length_have_heads_of_their_own(heads, monkeypatch):
+    """However the exporter writes the shape: (batch, length, heads, size), with -1 for one of them or not."""
+    module, example = encoder()
+    if heads == "counted":
+        monkeypatch.setattr(torch.Tensor, "unflatten", lambda x, _, sizes: x.reshape(*x.shape[:-1], sizes[0], 8))
+    axes = {name: {1: "length"} for name in example}
+    model = prepare(export_module(module, example, axes)).proto
+    assert [group.kind for group in find_groups(model) if group.prunable].count("heads") == len(module.layers)
+    check_at_random_widths(model, sentences(4), seeds=4)
 
 
 @pytest.mark.parametrize("name", OLDER)
