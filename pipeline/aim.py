@@ -25,7 +25,7 @@ from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.opponent import BEARABLE, fastest
 from onnx_spdy.pipeline.progress import Watch
 from onnx_spdy.pipeline.quantised.make import NOTHING, QUANTISERS, Quantised, quantise_all
-from onnx_spdy.pipeline.validate import evaluate
+from onnx_spdy.pipeline.validate import judge
 from onnx_spdy.runtimes import ANY_ZEROS, Runtime, Workload, local_spec, median_ratio, resolved
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -114,7 +114,7 @@ def measure_dense(
         where=where, progress=watch.stage("dense"),
     )  # fmt: skip
     if evaluation:
-        known = {path: evaluate(path, evaluation.samples, evaluation.metric, progress=watch.stage("evaluate"))}
+        known = {path: judge(path, evaluation, progress=watch.stage("evaluate"))}
         found = judged(found, evaluation, known, runtime, where=where)
     named = [
         replace(one, candidate=replace(one.candidate, spec=one.candidate.spec or wanted)) for one in found.measured
@@ -187,5 +187,6 @@ def against_best(found: Alternatives, runtime: Runtime) -> Against:
         or one.metric >= same.metric - BEARABLE * abs(same.metric)
     ]
     best = fastest(able)
-    times = median_ratio(same.seconds.seconds, best.seconds.seconds)[0]
+    visits = min(len(same.seconds.seconds), len(best.seconds.seconds))
+    times = median_ratio(same.seconds.seconds[:visits], best.seconds.seconds[:visits])[0]
     return Against(1.0, max(1.0, times), best, same)

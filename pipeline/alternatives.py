@@ -9,7 +9,8 @@ units runs everywhere, so it is measured everywhere too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.quantised.make import QUANTISERS, Quantised
-from onnx_spdy.pipeline.validate import evaluate
+from onnx_spdy.pipeline.validate import judge
 from onnx_spdy.runtimes import (
     FORMULA,
     Environment,
@@ -36,6 +37,8 @@ VISITS = 6
 ROUNDS = 3  # of each visit
 ITERATIONS = 2
 WARMUP = 2
+LONG_SECONDS = 0.03  # of a run that is timed once a round
+HOPELESS = 1.5  # times as slow as what is at least as good: measured once
 DENSE, PRUNED = "dense", "pruned"
 FULL_PRECISION = ("fp32", FORMULA)
 BASELINES = ("deepsparse", "onnxruntime", "openvino:fp32", "openvino:bf16")
@@ -196,26 +199,32 @@ def measure_alternatives(
         runtime: the one that was asked for; None where no candidate needs it.
         workload: as in `Runtime.open`; the same for all.
         where: what stands before the name of every other runtime: "", or "ssh://HOST/".
-        visits: in each, every network is opened anew; see `validate`.
+        visits: in each, every network is opened anew; see `validate`. What can't be the best after the first one,
+            because something that loses no more is much faster, is left out of the others.
         progress: called with (visits done, visits, note).
     Raises:
         RuntimeFailure: of `runtime`; another one that fails is in `missing`.
     """
     missing: dict[str, str] = {}
     measured: dict[Candidate, Alternative] = {}
+    hopeless: set[Candidate] = set()
     done = 0
     while done < visits:
         with contextlib.ExitStack() as stack:
             sessions: dict[Candidate, Session] = {}
+            longest = 0.0
             engines: dict[str | None, Runtime | None] = {None: runtime}
             for one in candidates:
                 # Times of a formula compare with nothing else.
-                if one.label in missing or (one.spec and any(s.environment.is_formula for s in sessions.values())):
+                if one.spec and any(s.environment.is_formula for s in sessions.values()):
+                    continue
+                if one.label in missing or one in hopeless:
                     continue
                 try:
                     if one.spec not in engines:
                         engines[one.spec] = stack.enter_context(open_other(f"{where}{one.spec}"))
-                    sessions[one] = _open(stack, engines[one.spec], one.path, workload)
+                    sessions[one], seconds = _open(stack, engines[one.spec], one.path, workload)
+                    longest = max(longest, seconds)
                 except RuntimeFailure as exc:
                     if one.spec is None:
                         raise
@@ -225,17 +234,19 @@ def measure_alternatives(
             try:
                 times = measure_interleaved(
                     {str(number): session for number, session in enumerate(sessions.values())},
-                    rounds=ROUNDS, iterations=ITERATIONS, warmup=WARMUP,
+                    rounds=ROUNDS, iterations=1 if longest > LONG_SECONDS else ITERATIONS, warmup=WARMUP,
                 )  # fmt: skip
             except RuntimeFailure:
                 if not (ended := _ended(sessions)):
                     raise
                 missing |= ended
                 continue  # this visit again, without them
-            measured = {
+            measured |= {
                 one: _alternative(one, session, times[str(number)], measured.get(one))
                 for number, (one, session) in enumerate(sessions.items())
             }
+        measured = {one: found for one, found in measured.items() if one.label not in missing}
+        hopeless = hopeless or _hopeless(measured.values())
         done += 1
         progress(done, visits, "every runtime and precision")
     return Alternatives(tuple(measured.values()), missing)
@@ -275,10 +286,10 @@ def judged(
             if path in known and one.environment.precision in FULL_PRECISION:
                 metric = known[path]
             elif spec is None:
-                metric = evaluate(path, evaluation.samples, evaluation.metric, runtime=runtime)
+                metric = judge(path, evaluation, runtime=runtime)
             else:
                 with open_other(f"{where}{spec}") as engine:
-                    metric = evaluate(path, evaluation.samples, evaluation.metric, runtime=engine)
+                    metric = judge(path, evaluation, runtime=engine)
         except OnnxSpdyError as exc:
             if spec is not None:
                 missing[one.candidate.label] = f"no {evaluation.name}: {exc}"
@@ -288,12 +299,30 @@ def judged(
     return Alternatives(tuple(measured), missing)
 
 
-def _open(stack: contextlib.ExitStack, runtime: Runtime | None, path: Path, workload: Workload) -> Session:
-    """A network in a runtime, which has run it once."""
+def _hopeless(measured: Iterable[Alternative]) -> set[Candidate]:
+    """Those that are much slower than one that loses no more: the dense network in full precision, the pruned one in
+    the runtime that was asked for."""
+    found: set[Candidate] = set()
+    for role in (DENSE, PRUNED):
+        several = [one for one in measured if one.role == role]
+        safe = [
+            one
+            for one in several
+            if one.candidate.spec is None or (role == DENSE and one.environment.precision in FULL_PRECISION)
+        ]
+        bound = HOPELESS * min((one.seconds.median for one in safe), default=math.inf)
+        found |= {one.candidate for one in several if one.candidate.spec and one.seconds.median > bound}
+    return found
+
+
+def _open(
+    stack: contextlib.ExitStack, runtime: Runtime | None, path: Path, workload: Workload
+) -> tuple[Session, float]:
+    """A network in a runtime, which has run it, and the seconds of a run."""
     assert runtime is not None, "a candidate without a runtime of its own needs the one that was asked for"
     session = stack.enter_context(runtime.open(path, workload))
-    session.seconds(1)  # some refuse a network only when it runs
-    return session
+    (seconds,) = session.seconds(1)  # some refuse a network only when it runs
+    return session, seconds
 
 
 def _ended(sessions: Mapping[Candidate, Session]) -> dict[str, str]:

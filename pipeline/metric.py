@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,16 @@ def value_of(metric: Metric, outputs: Mapping[str, np.ndarray], target: np.ndarr
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network is judged by: samples that nothing was tuned on, and a metric with its name."""
+    """What a network is judged by: samples that nothing was tuned on, and a metric with its name.
+
+    Attributes:
+        known: (sha256 of a network, runtime that computed it) -> metric, so that nothing is computed twice.
+    """
 
     samples: Samples
     metric: Metric
     name: str
+    known: dict[tuple[str, str | None], float] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

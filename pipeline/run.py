@@ -42,7 +42,7 @@ from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
 from onnx_spdy.pipeline.usage import write_usage
-from onnx_spdy.pipeline.validate import Validation, evaluate, validate
+from onnx_spdy.pipeline.validate import Validation, judge, validate
 from onnx_spdy.runtimes import Runtime, Workload, location
 
 
@@ -126,9 +126,7 @@ def run(
 
         def score(evaluation: Evaluation, path: Path, engine: Runtime | None = None) -> float:
             with clock("evaluate"):
-                return evaluate(
-                    path, evaluation.samples, evaluation.metric, runtime=engine, progress=watch.stage("evaluate")
-                )
+                return judge(path, evaluation, runtime=engine, progress=watch.stage("evaluate"))
 
         metrics = None
         if evaluation:  # before the long work: a metric may not fit the data

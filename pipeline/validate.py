@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.models import fixed_batch, load_model
+from onnx_spdy.models.graph import model_sha256
 from onnx_spdy.pipeline.data import Samples, workload_of
-from onnx_spdy.pipeline.metric import Metric, value_of
+from onnx_spdy.pipeline.metric import Evaluation, Metric, value_of
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.rows import find_layouts, join
 from onnx_spdy.runtimes import (
@@ -31,6 +32,7 @@ from onnx_spdy.runtimes import (
     median_bounds,
     median_ratio,
     open_runtime,
+    runtime_spec,
 )
 
 VISITS = 9  # the fewest that bound a median with 95 % confidence when one on each side is an outlier
@@ -202,6 +204,14 @@ def evaluate(
             backwards = _filled(samples.take(slice(0, size)), size).take(slice(None, None, -1))
             layouts = find_layouts(parts[0], session.run(_contiguous(backwards)), size)
     return value_of(metric, join(parts, counts, layouts), samples.target)
+
+
+def judge(model: Path, by: Evaluation, *, runtime: Runtime | None = None, progress: Progress = ignore) -> float:
+    """The metric of a network, as `evaluate` computes it, once for each network and runtime."""
+    key = (model_sha256(load_model(model)), None if runtime is None else runtime_spec(runtime))
+    if key not in by.known:
+        by.known[key] = evaluate(model, by.samples, by.metric, runtime=runtime, progress=progress)
+    return by.known[key]
 
 
 def _filled(chunk: Samples, size: int) -> Samples:

@@ -17,7 +17,7 @@ from onnx_spdy.pipeline.alternatives import (
 )
 from onnx_spdy.pipeline.artifact import write_json
 from onnx_spdy.pipeline.metric import Evaluation
-from onnx_spdy.pipeline.validate import evaluate
+from onnx_spdy.pipeline.validate import judge
 from onnx_spdy.tools import show
 from onnx_spdy.tools.options import Batch, ExampleData, MetricName, Threads, not_empty, out_file, path
 from onnx_spdy.tools.progress import ProgressBars
@@ -53,7 +53,7 @@ def bench(
             raise AlternativesError("no engine here runs " + "; ".join(f"{a}: {b}" for a, b in found.missing.items()))
         if eval_data:
             evaluation = Evaluation(load_samples(eval_data, first), measure_metric, metric)
-            known = {file: evaluate(file, evaluation.samples, measure_metric) for file in networks}
+            known = {file: judge(file, evaluation) for file in networks}
             found = judged(found, evaluation, known, None, progress=bars.stage("judge"))
     if json:
         write_json(json, "bench", 1, found.to_json())

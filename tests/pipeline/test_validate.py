@@ -8,8 +8,10 @@ import pytest
 
 from onnx_spdy.models import save_model
 from onnx_spdy.pipeline import validate as stage
-from onnx_spdy.pipeline.validate import VISITS, validate
-from onnx_spdy.runtimes import Workload
+from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.metric import Evaluation
+from onnx_spdy.pipeline.validate import VISITS, judge, validate
+from onnx_spdy.runtimes import Workload, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 
 
@@ -82,3 +84,16 @@ def test_disturbance_that_does_not_end_is_told(path: Path) -> None:
 def test_too_few_visits_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="at least 6"):
         validate(path, path, FakeRuntime(), Workload(2), visits=3)
+
+
+def test_a_metric_is_computed_once_for_each_network_and_runtime(model: onnx.ModelProto, path: Path) -> None:
+    calls = []
+    samples = Samples({"input": np.zeros((4, 3, 12, 12), np.float32)})
+    evaluation = Evaluation(samples, lambda outputs, target: calls.append(1) or float(len(calls)), "count")
+    assert judge(path, evaluation) == judge(path, evaluation) == 1
+    with open_runtime("onnxruntime") as runtime:
+        assert judge(path, evaluation, runtime=runtime) == 2
+    model = onnx.ModelProto.FromString(model.SerializeToString())  # the fixture is everyone's
+    model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
+    save_model(model, path)
+    assert judge(path, evaluation) == 3
