@@ -169,6 +169,7 @@ def _work(request: Mapping[str, Any], folder: Path, tell: Callable[[int, int], N
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=asked, stdout=subprocess.PIPE, stderr=words, text=True,
+            cwd=folder,  # where ONNX Runtime's shape inference leaves what it didn't finish
         )  # fmt: skip
         limit = threading.Timer(LONGEST_SECONDS, process.kill)
         limit.start()

@@ -9,12 +9,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from onnx_spdy.models import load_model
+from onnx_spdy.models import export_module, load_model, prepare
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.quantised import make
 from onnx_spdy.pipeline.quantised.make import QUANTISERS, QuantisationFailed, Quantiser, quantise, quantise_all
 from onnx_spdy.pipeline.quantised.worker import FEWEST, Batches, is_transformer
 from onnx_spdy.runtimes import RuntimeUnavailable, Workload, open_runtime
+from tests.encoder import encoder, sentences
 
 
 def by_name(name: str) -> Quantiser:
@@ -95,3 +96,17 @@ def test_transformers_are_told_by_their_attention(model: onnx.ModelProto) -> Non
         helper.make_node("MatMul", ["weights", "v"], ["output"]),
     ]
     assert is_transformer(helper.make_graph(nodes, "attention", [], []))
+
+
+def test_nothing_is_left_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's shape inference leaves what it doesn't finish in the working folder."""
+    pytest.importorskip("onnxruntime")
+    module, example = encoder()
+    network = prepare(export_module(module, example, {name: {1: "length"} for name in example})).proto
+    (tmp_path / "here").mkdir()
+    onnx.save(network, tmp_path / "dense.onnx")
+    monkeypatch.chdir(tmp_path / "here")
+    found = quantise_all(
+        tmp_path / "dense.onnx", Samples(sentences(32)), tmp_path / "dense", [by_name("onnxruntime int8")]
+    )
+    assert found.files and not [*Path.cwd().iterdir()]
