@@ -33,6 +33,7 @@ LARGEST_HELD_OUT = 256
 WARM_UP = 0.05  # of all steps
 SMALLEST_BIAS = 1e-3
 RETREAT = 0.3  # of the rate is left after an epoch that made nothing better
+CHECKS = 10  # of the held-out samples, at least, within a time limit
 SMALLEST_RATE = 1e-3  # of the rate that was given: where that doesn't help either, training ends
 
 
@@ -115,7 +116,8 @@ class Trainer:
         batch: samples in a step.
         seed: of the split and the order of samples.
         retreat: after an epoch that made nothing better on the held-out samples go back to the best state and on from
-            there at `RETREAT` of the rate; so the rate fits the network, whatever it began with.
+            there at `RETREAT` of the rate; so the rate fits the network, whatever it began with. Without it only after
+            an epoch that left the network worse than it began.
         time_limit_seconds: learning rate and pruning then follow the clock where it is ahead of the steps.
         checkpoint: written after each epoch; the training goes on from it where there is one.
         progress: called with (steps done, steps, note).
@@ -144,6 +146,7 @@ class Trainer:
         self.criterion, self.pruning = criterion, pruning
         self.parameters = parameters
         self.layers, self.epochs, self.batch, self.seed = layers, epochs, batch, seed
+        self.begins_pruned = pruning.finished
         self.retreat = retreat
         self.limit, self.checkpoint = time_limit_seconds, checkpoint
         self.progress = progress
@@ -194,12 +197,20 @@ class Trainer:
             loss = self._held_out_loss(capture)
             if self.pruning.finished and loss < state.best:
                 self._remember(loss)
-            elif self.retreat and self.pruning.finished and math.isfinite(loss):
+            elif self._is_too_fast(loss):
                 self._retreat()
             state.stopped = self._why_stop() if math.isfinite(loss) else self._diverged(loss)
             self._save()
 
+    def _is_too_fast(self, loss: float) -> bool:
+        """Whether the rate is too high for the network, by the loss after an epoch that made nothing better."""
+        if not (self.pruning.finished and math.isfinite(loss)):
+            return False
+        return self.retreat or (self.begins_pruned and loss > self.state.before)
+
     def _epoch(self, capture: Capture, start: float) -> None:
+        """A pass over the samples, or a part of one where that takes too much of the time."""
+        began = time.monotonic()
         order = np.random.default_rng([self.seed, 1, self.state.epoch]).permutation(self.train_index)
         for begin in range(0, len(order), self.batch):
             fraction = self._fraction(time.monotonic() - start)
@@ -208,7 +219,8 @@ class Trainer:
             self.pruning.step(self._fraction(time.monotonic() - start))
             best = "" if math.isinf(self.state.best) else f"held-out loss {self.state.best:.5f}"
             self.progress(self.state.step, self.steps, best)
-            if self.limit is not None and time.monotonic() - start >= self.limit:
+            now = time.monotonic()
+            if self.limit is not None and (now - start >= self.limit or now - began >= self.limit / CHECKS):
                 return
 
     def _step(self, capture: Capture, index: np.ndarray, fraction: float) -> None:
@@ -229,8 +241,7 @@ class Trainer:
         for begin in range(0, len(index), size):
             part = index[begin : begin + size]
             batch = self.samples.take(part)
-            target = numbers(batch.target)
-            yield part, capture(batch), self.dense(part), target
+            yield part, capture(batch), self.dense(part), numbers(batch.target)
 
     def _held_out_loss(self, capture: Capture) -> float:
         index, total = self.network.whole(self.held_index), 0.0
