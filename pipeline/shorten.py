@@ -66,7 +66,7 @@ def _computes_the_same(network: Network, samples: Samples, shorter: Samples) -> 
     try:
         with torch.inference_mode():
             expected, found = network.run(samples), network.run(shorter)
-    except (RuntimeError, IndexError, ValueError):  # a size is written into the graph
+    except Exception:  # a size that is written into the graph makes operators raise anything
         return False
     padding = Padding(samples.samples_first)
     return all(_same(padding.zeroed(expected[name]), found[name]) for name in expected)
