@@ -110,6 +110,7 @@ class Cluster:
         self.seconds: list[float] = []
         self._client, self._address = client, address
         self._shared: tuple[Any, Future] | None = None
+        self._turns = count()  # of tasks
         self._looked = -POLL_SECONDS
         self._seen: dict[str, Any] = {}
 
@@ -193,6 +194,7 @@ class Cluster:
         return self._client.submit(
             _performing(), common, common.key, packed, standing()["onnx_spdy"],
             key=f"onnx-spdy-{uuid4().hex}", pure=False, resources={MEMORY: need} if is_declared and need else None,
+            priority=-next(self._turns),  # of those that wait the first is next, whatever their keys are
         )  # fmt: skip
 
     def _common(self, shared: Any) -> Future:
