@@ -48,6 +48,7 @@ class OnnxSpdyError(Exception):
     |- InfeasibleTarget         the fastest profile is still too slow
     |- NotCorrected             too few samples for one batch of the network
     |- DeployError              the written network is not what the profile says
+    |- AlternativesError        no engine runs a network that was to be measured in all of them
     |- AimError                 there is no runtime to aim in, or no opponent to be against
     |- RangeError               activations that no grid of 8 bits can hold
     |- NothingToQuantise        no layer of the network can compute in int8

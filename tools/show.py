@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnx_spdy.models import Group, Prepared, find_groups, to_canonical
+from onnx_spdy.models.graph import one_line
 from onnx_spdy.models.stored import values_of
 from onnx_spdy.pipeline.alternatives import DENSE, Alternatives
 from onnx_spdy.pipeline.latency.table import LatencyTable
@@ -23,6 +24,7 @@ from onnx_spdy.tools.doctor import Finding
 from onnx_spdy.tools.table import print_table
 
 NAMED = 8  # layers in a line
+LONGEST_NOTE = 100  # characters
 N_OF_M = {name: Level.parse(name) for name in ("1:4", "2:4", "4:8")}  # that hardware knows, the strictest first
 
 
@@ -222,7 +224,8 @@ def engines(found: Alternatives, metric: str | None) -> None:
     slowest = measured[-1].seconds.median
     rows = [
         (one.role, one.name, f"{1e3 * one.seconds.median:.3f}", f"{slowest / one.seconds.median:.2f}x",
-         "-" if one.metric is None else f"{one.metric:.4f}", one.fallback or "")
+         "-" if one.metric is None else f"{one.metric:.4f}",
+         one_line(f"not optimised: {one.fallback}", LONGEST_NOTE) if one.fallback else "")
         for one in measured
     ]  # fmt: skip
     columns = ("file", "runtime and precision", "ms", "times as fast", metric or "metric", "note")

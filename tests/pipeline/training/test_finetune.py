@@ -102,7 +102,7 @@ def test_a_rate_that_leaves_the_network_worse_is_lowered_until_training_helps(
 ) -> None:
     pruned = written(network, prune(network, network.layers))
     training = finetune(network.prepared, pruned, samples, epochs=30, rate=1.0).training
-    assert training.loss_after < 0.9 * training.loss_before
+    assert training.loss_after < training.loss_before
 
 
 def test_a_stopped_repair_goes_on_to_the_same_bytes(model: onnx.ModelProto, samples: Samples, tmp_path: Path) -> None:
