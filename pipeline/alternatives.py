@@ -246,7 +246,8 @@ def measure_alternatives(
                 for number, (one, session) in enumerate(sessions.items())
             }
         measured = {one: found for one, found in measured.items() if one.label not in missing}
-        hopeless = hopeless or _hopeless(measured.values())
+        if done == 0:
+            hopeless = _hopeless(measured.values())
         done += 1
         progress(done, visits, "every runtime and precision")
     return Alternatives(tuple(measured.values()), missing)

@@ -150,3 +150,9 @@ def test_the_runtime_that_was_asked_for_counts_unless_another_is_faster_for_sure
     assert found.pruned.name == name
     assert found.pruned_here is asked
     assert ("where it is fastest" in headline(2.5, 2.4, 2.6, found)) == (found.pruned is narrow)
+
+
+def test_one_lucky_visit_is_not_the_fastest():
+    """What was measured once, before the machine slowed down, is no opponent of what was measured six times."""
+    found = standing(machine(one(DENSE, "onnxruntime fp32", np.array([15.0]), 0.9), metric=0.9, dense_metric=0.9))
+    assert found.dense.name == "deepsparse fp32" and found.times == pytest.approx(2.5)
