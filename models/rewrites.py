@@ -76,7 +76,7 @@ def own_shapes(graph: gs.Graph) -> None:
     """
     nodes = []
     for node in graph.nodes:
-        made = made_by("Concat", node.inputs[1]) if node.op == "Reshape" else None
+        made = made_by("Concat", node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
         if made is not None and node.inputs[1].outputs[0] is not node and _holds_sizes(node.inputs[1]):
             shape = gs.Variable(f"{node.outputs[0].name}_shape", made.outputs[0].dtype, made.outputs[0].shape)
             nodes.append(gs.Node("Concat", f"{node.name}_shape", dict(made.attrs), list(made.inputs), [shape]))

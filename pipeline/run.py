@@ -186,7 +186,7 @@ def run(
                     checkpoint=out / "repair.safetensors", progress=watch.stage("repair"),
                 )  # fmt: skip
             if finetune == FULL:
-                learnt_from = shortened(network, training.samples or samples)
+                learnt_from = shortened(network, training.samples) if training.samples else calibration
                 with clock("finetune"):
                     pruned, trained = train_whole(
                         network, pruned, learnt_from,

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase, open_database
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.loss import fit_loss
@@ -101,6 +101,7 @@ def bench(
     table, weights, score = LatencyTable.load(latency), open_database(database), load_loss(loss)
     network = Network(load_network(model))
     samples = load_samples(data, network.prepared)
+    table.check_workload(network.model.graph, workload_of(samples, table.environment.batch))
     judge = Judge(network, weights, samples, load_samples(evaluation, network.prepared)) if evaluation else None
     rows = _known(json, network.sha256)
     wanted = [
