@@ -38,7 +38,7 @@ from onnx_spdy.tools.table import print_table
 
 CRITERIA = ("magnitude", "taylor", "hessian")
 HALVINGS = 6
-VISITS = 5
+VISITS = 6
 LEARNT_FROM = 256  # samples whose gradients the criteria of first and second order see
 GRADIENT_BATCH = 32
 
