@@ -135,7 +135,7 @@ class Network:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
             if node not in self._rounded or inputs[0] is None:
                 return inputs
-            return self._rounded[node](inputs[0].float()), *inputs[1:]
+            return self._rounded[node](inputs[0]), *inputs[1:]
 
         self.graph.node(node).register_forward_pre_hook(hook)
 

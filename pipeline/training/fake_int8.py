@@ -76,7 +76,7 @@ def _before(rounded: dict[int, Rounding]):
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         return tuple(
-            rounded[number](value.float()) if number in rounded and value is not None else value
+            rounded[number](value) if number in rounded and value is not None else value
             for number, value in enumerate(inputs)
         )
 
