@@ -23,7 +23,7 @@ from onnx_spdy.pipeline.training.finetune import finetune
 from onnx_spdy.pipeline.training.trainer import Training
 
 MINUTES = 15.0  # unless the user says how long
-EPOCHS = 30  # that few samples are seen at most
+EPOCHS = 100  # that few samples are seen at most
 
 
 @dataclass(frozen=True)
