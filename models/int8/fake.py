@@ -44,10 +44,9 @@ class _Round(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, scale: torch.Tensor, low: int, high: int
     ) -> torch.Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.bounds = low - 0.5, high + 0.5  # type: ignore[attr-defined]
+        ctx.bounds = low - 0.5, high + 0.5  # type: ignore[attr-defined]  # what is rounded to them is within
         rounded, inverse = torch.empty_like(x), 1 / scale
-        samples = max(1, IN_CACHE * len(x) // max(1, x.numel())) if x.dim() else 1
-        for some, out in zip(_parts(x, samples), _parts(rounded, samples), strict=True):
+        for some, out in zip(_parts(x), _parts(rounded), strict=True):
             out.copy_((some * inverse).round_().clamp_(low, high).mul_(scale))
         return rounded
 
@@ -55,15 +54,18 @@ class _Round(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):  # type: ignore[override]
         x, scale = ctx.saved_tensors
         low, high = ctx.bounds
+        within = torch.ops.aten.hardtanh_backward  # passes a gradient on where a value is between two numbers
         if scale.numel() == 1:
-            step = float(scale)
-            return torch.ops.aten.hardtanh_backward(gradient, x, low * step, high * step), None, None, None
-        inside = (x > low * scale) & (x < high * scale)
-        return gradient * inside, None, None, None
+            return within(gradient, x, low * float(scale), high * float(scale)), None, None, None
+        passed, inverse = torch.empty_like(gradient), 1 / scale
+        for some, values, out in zip(_parts(gradient), _parts(x), _parts(passed), strict=True):
+            out.copy_(within(some, (values * inverse).to(some.dtype), low, high))
+        return passed, None, None, None
 
 
-def _parts(x: torch.Tensor, samples: int) -> tuple[torch.Tensor, ...]:
-    return x.split(samples) if x.dim() else (x.reshape(1),)
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Some samples at a time, as many as stay in the cache."""
+    return x.split(max(1, IN_CACHE * len(x) // max(1, x.numel()))) if x.dim() else (x.reshape(1),)
 
 
 def weight_rounding(axis: int) -> Rounding:

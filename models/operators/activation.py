@@ -120,7 +120,11 @@ def clip(node: Node) -> Compute:
 
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    return x if low is None and high is None else torch.clamp(x, low, high)
+    if low is None and high is None:
+        return x
+    if x.requires_grad and low is not None and high is not None and low < high:
+        return F.hardtanh(x, low, high)  # the same, and its gradient takes one pass instead of five
+    return torch.clamp(x, low, high)
 
 
 def dropout(node: Node) -> Compute:

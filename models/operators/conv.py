@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from onnx_spdy.models.operators.depthwise import conv2d
 from onnx_spdy.models.operators.operator import Compute, Node
 
-CONVOLUTIONS: dict[int, Compute] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank of the input
+CONVOLUTIONS: dict[int, Compute] = {3: F.conv1d, 4: conv2d, 5: F.conv3d}  # by rank of the input
 TRANSPOSED: dict[int, Compute] = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 

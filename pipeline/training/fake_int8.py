@@ -58,8 +58,10 @@ class FakeInt8:
         seen = observe(network, placement.points, by_channel, some, rng, weights)
         rounded: dict[str, dict[int, Rounding]] = {}
         for tensor, grid in grids(seen, self.form, RANGES[self.ranges]).items():
-            for node, number in placement.points[tensor]:
-                rounded.setdefault(node, {})[number] = activation_rounding(grid)
+            readers = placement.points[tensor]
+            once = _Once(activation_rounding(grid), len(readers))
+            for node, number in readers:
+                rounded.setdefault(node, {})[number] = once
         for weight in placement.weights:
             for node in weight.nodes:
                 rounded.setdefault(node, {})[1] = weight_rounding(weight.axis)
@@ -69,6 +71,25 @@ class FakeInt8:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class _Once:
+    """Rounds a tensor for the first node that reads it, and gives the others the same."""
+
+    def __init__(self, rounding: Rounding, readers: int) -> None:
+        self._rounding, self._readers = rounding, readers
+        self._left = 0
+        self._of: torch.Tensor | None = None
+        self._rounded: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._rounded is None or x is not self._of:
+            self._left, self._of, self._rounded = self._readers, x, self._rounding(x)
+        rounded = self._rounded
+        self._left -= 1
+        if not self._left:  # nothing stays in memory longer than it must
+            self._of = self._rounded = None
+        return rounded
 
 
 def _before(rounded: dict[int, Rounding]):
