@@ -76,6 +76,7 @@ def measure_dense(
     samples: Samples,
     runtime: Runtime | None,
     workload: Workload,
+    model: Path,
     folder: Path,
     *,
     where: str = "",
@@ -85,15 +86,16 @@ def measure_dense(
     """The dense network in every runtime and precision; what an earlier call measured of the same is taken again.
 
     Args:
-        dense: whose file is `folder`/dense.onnx.
+        dense: the network.
         samples: calibration samples.
         runtime: the one that was asked for; None for those of a CPU only.
         workload: as in `Runtime.open`.
-        folder: of the run.
+        model: its file; its int8 files are beside it.
+        folder: of the run, or of the device.
         where: what stands before the name of every other runtime: "", or "ssh://HOST/".
         evaluation: what metrics are computed on; None leaves them out.
     """
-    path, kept = folder / "dense.onnx", folder / FOLDER / "dense.json"
+    kept = folder / FOLDER / "dense.json"
     wanted = None if runtime is None else local_spec(runtime)
     made_from = {
         "model_sha256": dense.sha256,
@@ -104,17 +106,17 @@ def measure_dense(
         "evaluation": evaluation and [evaluation.name, evaluation.samples.sha256],
     }
     quantised = NOTHING
-    if runtime is None or not _is_formula(runtime, path, workload):
-        quantised = quantise_all(path, samples, folder / FOLDER / DENSE, progress=watch.stage("quantise"))
-    if kept.exists() and (found := _read(kept, made_from, path, quantised, wanted)):
+    if runtime is None or not _is_formula(runtime, model, workload):
+        quantised = quantise_all(model, samples, model.parent / FOLDER / DENSE, progress=watch.stage("quantise"))
+    if kept.exists() and (found := _read(kept, made_from, model, quantised, wanted)):
         return found
-    first = [] if runtime is None else [here(DENSE, path, runtime)]
+    first = [] if runtime is None else [here(DENSE, model, runtime)]
     found = measure_alternatives(
-        [*first, *elsewhere(DENSE, path, quantised, runtime)], runtime, workload,
+        [*first, *elsewhere(DENSE, model, quantised, runtime)], runtime, workload,
         where=where, progress=watch.stage("dense"),
     )  # fmt: skip
     if evaluation:
-        known = {path: judge(path, evaluation, progress=watch.stage("evaluate"))}
+        known = {model: judge(model, evaluation, progress=watch.stage("evaluate"))}
         found = judged(found, evaluation, known, runtime, where=where)
     named = [
         replace(one, candidate=replace(one.candidate, spec=one.candidate.spec or wanted)) for one in found.measured

@@ -184,6 +184,33 @@ class Costs:
         return steps
 
 
+def weighted_sum(several: Sequence[Costs], weights: Sequence[float]) -> Costs:
+    """Costs of the same layers and levels on several devices, as one.
+
+    Equal to the weighted sum of their totals for every choice where kernels change at the same levels everywhere; where
+    they don't, never less: what a change of kernels takes counts as if there always were one.
+
+    Args:
+        several: of the same shape, with the same widths.
+        weights: as many, >= 0.
+    Raises:
+        InvalidCosts: shapes or widths differ.
+    """
+    first = several[0]
+    if any(one.seconds.shape != first.seconds.shape or (one.kept != first.kept).any() for one in several):
+        raise InvalidCosts("times of several devices must be of the same layers, levels and widths")
+    alike = all((one.dense == first.dense).all() and (one.predecessor == first.predecessor).all() for one in several)
+    scales = np.asarray(weights)[:, None, None]
+    seconds = (scales * [one.seconds for one in several]).sum(axis=0)
+    changes = np.array([one.transition for one in several])
+    transition = (scales * (changes if alike else np.maximum(changes, 0))).sum(axis=0)
+    pairs = np.concatenate([one.pairs for one in several])
+    pair_seconds = np.concatenate([weight * one.pair_seconds for weight, one in zip(weights, several, strict=True)])
+    if alike:
+        return Costs(seconds, transition, first.predecessor, first.dense, first.kept, pairs, pair_seconds)
+    return Costs(seconds + transition, kept=first.kept, pairs=pairs, pair_seconds=pair_seconds)
+
+
 @dataclass(frozen=True)
 class _Step:
     """One layer of the dynamic programme.

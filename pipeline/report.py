@@ -26,6 +26,12 @@ from onnx_spdy.runtimes import reason_in
 VERSION = 1
 # What makes two calls one question, and what makes two attempts one profile.
 QUESTION = ("target_speedup", "runtime", "environment", "search", "seed", "loss_name", "made_from")
+ON_DEVICE = (
+    "runtime", "target_speedup", "predicted_speedup", "measured_speedup", "measured_speedup_lower",
+    "measured_speedup_upper", "dense_seconds", "pruned_seconds", "metric_dense", "metric_pruned", "missed",
+    "best_dense_alternative", "times_as_fast_as_best_dense", "times_as_fast_as_best_dense_lower",
+    "times_as_fast_as_best_dense_upper", "environment",
+)  # fmt: skip
 ATTEMPTED = ("aim_speedup", "predicted_speedup", "loss")
 
 
@@ -61,6 +67,15 @@ class Report:
         known = [{name: one[name] for name in ATTEMPTED} for one in own]
         before = [one for one in earlier.content["attempts"] if {n: one.get(n) for n in ATTEMPTED} not in known]
         return Report({**self.content, "attempts": [*before, *own]})
+
+    def among(self, reports: Mapping[str, Report]) -> Report:
+        """This report, of the device that decides, with what the network does on each of them.
+
+        Args:
+            reports: of the same network on every device, by its name.
+        """
+        devices = {name: {key: one.content[key] for key in ON_DEVICE} for name, one in reports.items()}
+        return Report({**self.content, "devices": devices})
 
     def save(self, path: Path | str) -> None:
         write_json(path, "report", VERSION, self.content)

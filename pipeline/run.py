@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Prepared, load_model, save_model
-from onnx_spdy.models.int8.form import form_for
 from onnx_spdy.pipeline.aim import FOLDER, Against
-from onnx_spdy.pipeline.alternatives import DENSE, PRUNED, elsewhere, here, judged, measure_alternatives
 from onnx_spdy.pipeline.artifact import check_same, locked
+from onnx_spdy.pipeline.compare import Files, with_metrics, with_quantised
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database
 from onnx_spdy.pipeline.deploy import deploy
+from onnx_spdy.pipeline.fleet.device import Device
+from onnx_spdy.pipeline.fleet.fleet import Fleet, measure_tables, one_form
+from onnx_spdy.pipeline.fleet.together import Together
 from onnx_spdy.pipeline.int8.pruned import in_int8
-from onnx_spdy.pipeline.latency.load_or_measure import load_or_measure
 from onnx_spdy.pipeline.level import any_int8
 from onnx_spdy.pipeline.metric import Evaluation, Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.progress import Watch
-from onnx_spdy.pipeline.quantised.make import NOTHING, quantise_all
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
@@ -42,8 +42,8 @@ from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR, check_repair, repair
 from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
 from onnx_spdy.pipeline.usage import write_usage
-from onnx_spdy.pipeline.validate import Validation, judge, validate
-from onnx_spdy.runtimes import Runtime, Workload, location
+from onnx_spdy.pipeline.validate import judge
+from onnx_spdy.runtimes import Runtime, Workload
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ class Target:
     Attributes:
         speedup: dense seconds / pruned seconds of the whole network, in one runtime and workload.
         out: folder for model.onnx, profile.json and report.json.
-        shared: folder for what other targets need as well: dense.onnx, latency.json, database/, search.json,
-            alternatives/; None for `out`.
+        shared: folder for what other targets need as well: latency.json, search.json, alternatives/; None for `out`.
+        network: folder for what other devices need as well: dense.onnx, database/; None for that of `shared`.
         against: where the speedup came from one against the best dense alternative.
     """
 
     speedup: float
     out: Path
     shared: Path | None = None
+    network: Path | None = None
     against: Against | None = None
 
     @property
@@ -68,11 +69,16 @@ class Target:
         """The folder of what targets share."""
         return self.shared or self.out
 
+    @property
+    def of_network(self) -> Path:
+        """The folder of what devices share."""
+        return self.network or self.common
+
 
 def run(
     dense: Prepared,
     samples: Samples,
-    runtime: Runtime,
+    runtime: Runtime | Sequence[Device],
     workload: Workload,
     target: Target,
     *,
@@ -85,16 +91,17 @@ def run(
     watch: Watch | None = None,
     tasks: Tasks = IN_PROCESS,
 ) -> Report:
-    """Prune a network to a speedup that is measured in the runtime.
+    """Prune a network to a speedup that is measured in the runtime, or on each of several devices.
 
     Leaves in the target's folder: dense.onnx, model.onnx, latency.json, database/, search.json, profile.json,
     report.json, and load.py where the engine has one. What is there from an earlier call with the same arguments is
-    kept; what belongs to another network or setting is refused.
+    kept; what belongs to another network or setting is refused. With several devices each has a folder in it for its
+    table, its alternatives and its report.
 
     Args:
         dense: the prepared network (`onnx_spdy.models.prepare`).
         samples: calibration samples.
-        runtime: the one that will run the network.
+        runtime: the one that will run the network; devices for one network that meets the target on all of them.
         workload: batch, threads and inputs of the measurements.
         target: the speedup, and the folder for the results.
         compression: levels and pruner.
@@ -107,44 +114,49 @@ def run(
         watch: is told how far each stage is, and may stop the search.
         tasks: who builds the database and scores profiles.
     Returns:
-        The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed.
+        The report; where its `missed` says so, the target was out of reach, and the fastest network is deployed. Of
+        several devices, that of the one where the network gains least, which names the others'.
     Raises:
         NoSpeedup, InfeasibleTarget: the target can't be reached by the table; the message says what can.
         ArtifactError: the folder belongs to another run, or another one works in it now.
+        FleetError: devices that can't have one network.
     """
     check_repair(finetune)
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
     training = training or WholeTraining()
+    devices = runtime if isinstance(runtime, Sequence) else [Device(runtime, against=target.against)]
     clock, out, common = _Stages(), target.out, target.common
-    form = form_for(runtime.name) if any_int8(compression.levels) else None
+    form = one_form(devices) if any_int8(compression.levels) else None
     compression = replace(compression, form=form) if form else compression
-    with locked(common), locked(out):
+    with locked(target.of_network), locked(common), locked(out):
         network = Network(dense)
-        keep_dense(dense, common / "dense.onnx")
+        dense_path, pruned_path = target.of_network / "dense.onnx", out / "model.onnx"
+        keep_dense(dense, dense_path)
         report_path = out / "report.json"
         earlier = Report.load(report_path) if report_path.exists() else None  # a damaged one is told before the work
 
-        def score(evaluation: Evaluation, path: Path, engine: Runtime | None = None) -> float:
+        def score(path: Path, engine: Runtime | None = None) -> float:
+            assert evaluation, "metrics are asked for where there is something to compute them on"
             with clock("evaluate"):
                 return judge(path, evaluation, runtime=engine, progress=watch.stage("evaluate"))
 
-        metrics = None
         if evaluation:  # before the long work: a metric may not fit the data
-            dense_score = score(evaluation, common / "dense.onnx")
+            score(dense_path)
         with clock("measure"):
-            table = load_or_measure(
-                dense, runtime, compression.levels, workload, common / "latency.json",
-                seed=search.seed, allow_busy=allow_busy, progress=watch.stage("measure"),
+            tables = measure_tables(
+                dense, devices, compression.levels, workload, dense_path, common,
+                seed=search.seed, allow_busy=allow_busy, watch=watch,
             )  # fmt: skip
-        table.budget(target.speedup)  # refuse the impossible before the long work
+        fleet = Fleet(devices, tables)
+        fleet.times.limits(target.speedup)  # refuse the impossible before the long work
         calibration = shortened(network, samples)
         with clock("database"):
             database = build_database(
-                network, calibration, compression, common / "database", watch.stage("database"), tasks
+                network, calibration, compression, target.of_network / "database", watch.stage("database"), tasks
             )  # fmt: skip
         with clock("search"):
             finder = ProfileSearch(
-                network, table, database, calibration, search,
+                network, fleet.times, database, calibration, search,
                 state=common / "search.json", progress=watch.stage("search"), listen=watch.listen,
                 tasks=tasks,
             )  # fmt: skip
@@ -161,24 +173,25 @@ def run(
                     pruned, calibration, form, loss=search.loss, seed=search.seed, progress=watch.stage("int8")
                 )  # fmt: skip
 
-        def measured() -> Validation:
-            return validate(
-                common / "dense.onnx", out / "model.onnx", runtime, workload, progress=watch.stage("validate")
-            )  # fmt: skip
+        def measured() -> Together:
+            return fleet.validate(dense_path, pruned_path, workload, watch)
 
-        def deploy_and_measure(profile: Profile) -> Validation:
+        def deploy_and_measure(profile: Profile) -> Together:
             nonlocal pruned
             if pruned.levels != profile.levels:  # a second look finds it deployed
                 pruned = finished(stitcher.stitch(profile))
-                deploy(dense, pruned, out / "model.onnx")
+                deploy(dense, pruned, pruned_path)
             profile.save(out / "profile.json")
-            return measured()
+            return fleet.learnt(profile, measured())
 
         with clock("validate"):
-            outcome = meet_target(target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure)
+            outcome = meet_target(
+                target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure,
+                predicted=fleet.predicted_speedup,
+            )  # fmt: skip
         repaired, trained = None, None
         if finetune != NO_REPAIR:
-            before = load_model(out / "model.onnx")
+            before = load_model(pruned_path)
             with clock("repair"):  # after the measurements: masks are fixed, so the speed stays what it is
                 pruned, repaired = repair(
                     network, pruned, calibration,
@@ -194,46 +207,44 @@ def run(
                         checkpoint=out / "finetune.safetensors", progress=watch.stage("finetune"),
                     )  # fmt: skip
             pruned = finished(pruned)
-            deploy(dense, pruned, out / "model.onnx", before)
+            deploy(dense, pruned, pruned_path, before)
             if form is not None:  # new grids may have other zero points, which take time
                 with clock("validate"):
                     outcome = outcome.measured_again(measured())
-        dense_path, pruned_path, where = common / "dense.onnx", out / "model.onnx", location(runtime)
-        float_path = out / FOLDER / "pruned.onnx" if pruned.int8 else pruned_path
+        files = Files(dense_path, pruned_path, pruned_path, bool(pruned.widths))
         if pruned.int8:
-            float_path.parent.mkdir(parents=True, exist_ok=True)
-            deploy(dense, replace(pruned, int8=None), float_path)
-        rivals, own = NOTHING, NOTHING
-        if not outcome.kept.validation.environment.is_formula:
+            files = replace(files, floating=out / FOLDER / "pruned.onnx")
+            files.floating.parent.mkdir(parents=True, exist_ok=True)
+            deploy(dense, replace(pruned, int8=None), files.floating)
+        if not fleet.is_formula(outcome.kept.validation):
             with clock("quantise"):
-                rivals = quantise_all(dense_path, samples, common / FOLDER / DENSE, progress=watch.stage("quantise"))
-                if pruned.widths:  # which runs everywhere
-                    own = quantise_all(float_path, samples, out / FOLDER / PRUNED, progress=watch.stage("quantise"))
+                files = with_quantised(files, samples, target.of_network, out, watch.stage("quantise"))
         with clock("alternatives"):
-            candidates = [here(PRUNED, pruned_path, runtime), here(DENSE, dense_path, runtime)]
-            candidates += elsewhere(DENSE, dense_path, rivals, runtime)
-            if pruned.widths:
-                candidates += elsewhere(PRUNED, float_path, own, None if pruned.int8 else runtime)
-            alternatives = measure_alternatives(
-                candidates, runtime, workload, where=where, progress=watch.stage("alternatives")
-            ).without(rivals.missing)  # fmt: skip
-        if evaluation:
-            metrics = Metrics(
-                evaluation.name, dense_score, score(evaluation, pruned_path, runtime if pruned.int8 else None)
-            )
-            with clock("evaluate"):
-                known = {dense_path: metrics.dense, pruned_path: metrics.pruned}
-                if pruned.int8 and pruned.widths:
-                    known[float_path] = score(evaluation, float_path)
-                alternatives = judged(
-                    alternatives, evaluation, known, runtime, where=where, progress=watch.stage("judge")
-                )
-        report = make_report(
-            network, pruned, table, database, outcome,
-            metrics=metrics, alternatives=alternatives, against=target.against, repaired=repaired, trained=trained,
-            stages=clock.stages,
-        ).after(earlier)  # fmt: skip
-        write_usage(out, dense.proto.graph, runtime, workload)
+            compared = fleet.compare(files, workload, watch)
+        reports = {}
+        for device, table, alternatives in zip(devices, tables, compared, strict=True):
+            metrics = None
+            if evaluation:
+                with clock("evaluate"):
+                    engine = device.runtime
+                    metrics = Metrics(
+                        evaluation.name, score(dense_path), score(pruned_path, engine if files.is_int8 else None)
+                    )
+                    alternatives = with_metrics(
+                        alternatives, files, engine, evaluation, score, watch.stage(device.stage("judge"))
+                    )  # fmt: skip
+            reports[device.name] = make_report(
+                network, pruned, table, database, fleet.outcome_on(device, outcome),
+                metrics=metrics, alternatives=alternatives, against=device.against, repaired=repaired,
+                trained=trained, stages=clock.stages,
+            )  # fmt: skip
+            write_usage(device.folder(out), dense.proto.graph, device.runtime, workload, pruned_path)
+        report = reports[outcome.kept.validation.slowest]
+        if len(devices) > 1:
+            for device in devices:
+                reports[device.name].save(device.folder(out) / "report.json")
+            report = report.among(reports)
+        report = report.after(earlier)
         report.save(report_path)
         return report
 

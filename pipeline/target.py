@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.solve import InfeasibleTarget
-from onnx_spdy.pipeline.validate import Validation
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 ATTEMPTS = 4
@@ -23,12 +23,27 @@ OVERSHOOT = 0.03  # of the target: more is given back
 MARGIN = 0.01  # above the target, so that noise doesn't cost another attempt
 
 
+M = TypeVar("M", bound="Measured")
+
+
+class Measured(Protocol):
+    """A measured speedup with its bounds: `Validation`, or those of several devices together."""
+
+    @property
+    def speedup(self) -> float: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
+    def with_more(self: M, other: M) -> M: ...
+
+
 @dataclass(frozen=True)
-class Attempt:
+class Attempt(Generic[M]):
     """A profile and what it measured."""
 
     profile: Profile
-    validation: Validation
+    validation: M
 
     def meets(self, target: float) -> bool:
         """Whether the measured lower bound is at or above the target."""
@@ -57,7 +72,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[M]):
     """How it ended.
 
     Attributes:
@@ -68,8 +83,8 @@ class Outcome:
         exhausted: there was nothing faster left to try.
     """
 
-    kept: Attempt
-    attempts: tuple[Attempt, ...]
+    kept: Attempt[M]
+    attempts: tuple[Attempt[M], ...]
     exhausted: bool
 
     def missed(self, target: float) -> str | None:
@@ -83,7 +98,7 @@ class Outcome:
             "deployed all the same; lower --speedup or raise --batch"
         )
 
-    def measured_again(self, validation: Validation) -> Outcome:
+    def measured_again(self, validation: M) -> Outcome[M]:
         """The same for what was deployed in the end, where that may have another speed than what was tried."""
         kept = Attempt(self.kept.profile, validation)
         return Outcome(kept, tuple(kept if one is self.kept else one for one in self.attempts), self.exhausted)
@@ -97,9 +112,10 @@ def meet_target(
     target: float,
     first: Profile,
     search: Callable[[float], Profile],
-    deploy_and_measure: Callable[[Profile], Validation],
+    deploy_and_measure: Callable[[Profile], M],
     attempts: int = ATTEMPTS,
-) -> Outcome:
+    predicted: Callable[[Profile], float] = lambda profile: profile.predicted_speedup,
+) -> Outcome[M]:
     """Deploy, measure and search anew until the measured lower bound meets the target without much overshoot.
 
     What looks best after several looks was lucky, more likely than not. So unless the very first look settles it, what
@@ -112,11 +128,12 @@ def meet_target(
             then what its `table_target` says.
         deploy_and_measure: a profile -> what it measures.
         attempts: profiles that are tried, at most.
+        predicted: a profile -> its speedup by the table, as it is by now.
     Returns:
         The outcome, whose `kept` is the last one that was deployed.
     """
 
-    def afresh(one: Attempt) -> Attempt:
+    def afresh(one: Attempt[M]) -> Attempt[M]:
         found = Attempt(one.profile, deploy_and_measure(one.profile))
         if not found.is_unsure(target):
             return found
@@ -128,12 +145,12 @@ def meet_target(
     while True:
         following, exhausted = None, False
         if len(tried) < attempts and not tried[-1].is_promising(target):
-            following, exhausted = _next_profile(tried, tried[-1], target, search)
+            following, exhausted = _next_profile(tried, tried[-1], target, search, predicted)
         if following is None:
             place = -1 if tried[-1].is_promising(target) else _best(tried, target)
             kept = tried[place] = afresh(tried[place])
             if not kept.meets(target) and not exhausted and len(tried) < attempts:
-                following, exhausted = _next_profile(tried, kept, target, search)
+                following, exhausted = _next_profile(tried, kept, target, search, predicted)
         if following is None:
             if not kept.meets(target) and tried[best := _best(tried, target)] is not kept:
                 kept = tried[best] = afresh(tried[best])
@@ -142,14 +159,18 @@ def meet_target(
 
 
 def _next_profile(
-    tried: Sequence[Attempt], last: Attempt, target: float, search: Callable[[float], Profile]
+    tried: Sequence[Attempt[M]],
+    last: Attempt[M],
+    target: float,
+    search: Callable[[float], Profile],
+    predicted: Callable[[Profile], float],
 ) -> tuple[Profile | None, bool]:
     """A profile that wasn't tried yet, and whether there is none because there is nothing faster.
 
     Args:
         last: the one of them that was measured last.
     """
-    wanted = _next_table_target(tried, last, target)
+    wanted = _next_table_target(tried, last, target, predicted)
     try:
         found = search(wanted)
         while not last.meets(target) and found.levels == last.profile.levels and found.table_target >= wanted:
@@ -162,20 +183,22 @@ def _next_profile(
     return found, False
 
 
-def _next_table_target(tried: Sequence[Attempt], last: Attempt, target: float) -> float:
+def _next_table_target(
+    tried: Sequence[Attempt[M]], last: Attempt[M], target: float, predicted: Callable[[Profile], float]
+) -> float:
     """The speedup by the table that measures the target, if the table is wrong by the same factor as the last time.
 
     It isn't where a layer changes its kernel, so what was tried before bounds the answer: between a profile that missed
     and a faster one that met the target, the middle is next.
     """
     # From what the table says of the profile itself: where steps are coarse that is more than was asked for.
-    wanted = last.profile.predicted_speedup * target * (1 + MARGIN) / last.validation.lower
-    missed = max((one.profile.predicted_speedup for one in tried if not one.meets(target)), default=0.0)
-    met = min((one.profile.predicted_speedup for one in tried if one.meets(target)), default=math.inf)
+    wanted = predicted(last.profile) * target * (1 + MARGIN) / last.validation.lower
+    missed = max((predicted(one.profile) for one in tried if not one.meets(target)), default=0.0)
+    met = min((predicted(one.profile) for one in tried if one.meets(target)), default=math.inf)
     return math.sqrt(missed * met) if missed < met < math.inf and not missed < wanted < met else wanted
 
 
-def _best(tried: Sequence[Attempt], target: float) -> int:
+def _best(tried: Sequence[Attempt[M]], target: float) -> int:
     """The place of the one of least loss among those that meet the target; else of the highest lower bound."""
     meeting = [place for place, one in enumerate(tried) if one.meets(target)]
     if meeting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -10,14 +11,14 @@ from onnx_spdy.runtimes import Runtime, Workload, resolved
 from onnx_spdy.runtimes.atomic import replacing
 
 FILE = "load.py"
-MODEL = "model.onnx"
 
 
-def write_usage(folder: Path, graph: onnx.GraphProto, runtime: Runtime, workload: Workload) -> None:
-    """Write FILE for the network of a folder; nothing where the engine has no Python of its own.
+def write_usage(folder: Path, graph: onnx.GraphProto, runtime: Runtime, workload: Workload, model: Path) -> None:
+    """Write FILE into a folder; nothing where the engine has no Python of its own.
 
     Args:
         graph: of the network, whose inputs are filled with ones.
+        model: its file, in this folder or one around it.
     """
     if not runtime.usage:
         return
@@ -26,10 +27,10 @@ def write_usage(folder: Path, graph: onnx.GraphProto, runtime: Runtime, workload
         for name, array in (resolved(graph, workload).inputs or {}).items()
     )
     text = f"""\
-# Runs {MODEL} in {runtime.name}, for which it was made. It needs that engine and NumPy, nothing else.
+# Runs {model.name} in {runtime.name}, for which it was made. It needs that engine and NumPy, nothing else.
 from pathlib import Path
 import numpy as np
-MODEL = str(Path(__file__).with_name("{MODEL}"))
+MODEL = str(Path(__file__).parent / {os.path.relpath(model, folder)!r})
 INPUTS = {{  # put your own here
 {inputs},
 }}

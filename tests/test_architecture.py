@@ -20,8 +20,8 @@ ALLOWED = {
 EXCEPTIONS = {("models", f"onnx_spdy.runtimes.{name}") for name in ("errors", "atomic", "batch_axes")}
 # Rooms of the pipeline from the top floor down; whatever else is there is used by all of them, and uses none.
 STAGES = (
-    "run", "front", "report", "target", "search", "stitch", "int8", "training", "database", "latency",
-    "aim", "opponent", "alternatives", "validate",
+    "run", "fleet", "front", "report", "target", "search", "stitch", "int8", "training", "database", "latency",
+    "compare", "aim", "opponent", "alternatives", "validate",
 )  # fmt: skip
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ENGINES = {"deepsparse", "openvino", "tensorrt", "onnxruntime"}

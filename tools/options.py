@@ -128,12 +128,18 @@ RuntimeName = Annotated[
         help=RUNTIMES_HELP,
     ),
 ]
-RuntimeOrAuto = Annotated[
-    str,
+RuntimesOrAuto = Annotated[
+    list[str],
     typer.Option(
         "--runtime",
         metavar="R",
-        help=f"{RUNTIMES_HELP}; auto for the fastest here that gains by the pattern",
+        help=f"{RUNTIMES_HELP}; auto for the fastest here that gains by the pattern; several times for a fleet",
+    ),
+]
+OneNetwork = Annotated[
+    bool,
+    typer.Option(
+        "--one-network", help="of a fleet: one that meets the target on every device, instead of one for each"
     ),
 ]
 Against = Annotated[

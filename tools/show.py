@@ -266,6 +266,34 @@ def front(content: Mapping[str, Any], folder: Path) -> None:
     print(f"front: {folder / 'front.html'}, {folder / 'front.svg'}, {folder / 'front.json'}")
 
 
+def fleet(content: Mapping[str, Any], folder: Path) -> None:
+    """The matrix of devices and targets."""
+    print(content["headline"])
+    rows: list[tuple[object, ...]] = []
+    for name, one in content["devices"].items():
+        metric = "-" if one["metric_dense"] is None else f"{one['metric_dense']:.4f}"
+        rows.append((name, "dense", "", "", f"{1e3 * one['dense_seconds']:.3f}", "", "", metric, ""))
+        for point in one["points"]:
+            rows.append((
+                name, f"{point['asked_speedup']:g}x", f"{point['measured_speedup']:.3f}x",
+                f"{point['measured_speedup_lower']:.3f}x", f"{1e3 * point['pruned_seconds']:.3f}",
+                f"{point['times_as_fast_as_best_dense']:.2f}x{' *' if point['beats_best_dense'] else ''}",
+                f"{point['sparsity']:.1%}",
+                "-" if point["metric_pruned"] is None else f"{point['metric_pruned']:.4f}", folder / point["folder"],
+            ))  # fmt: skip
+    metric = next((one["metric_name"] for one in content["devices"].values() if one["metric_name"]), "metric")
+    columns = ("device", "target", "measured", "lower bound", "ms", "x best dense", "sparsity", metric, "report")
+    print_table("One network for all" if content["one_network"] else "A network for each", columns, rows)
+    print("* faster than every dense alternative on that device that loses no more")
+    for name, why in content["unreachable"].items():
+        print(f"{name}: {why}")
+    for one in content["devices"].values():
+        print(environment(one["environment"]))
+    if any(Environment.from_json(one["environment"]).is_formula for one in content["devices"].values()):
+        print("Times of fake come from a formula, not from an engine: they say nothing about real hardware.")
+    print(f"fleet: {folder / 'fleet.html'}, {folder / 'fleet.svg'}, {folder / 'fleet.json'}")
+
+
 def doctor(findings: Sequence[Finding]) -> None:
     """Which runtimes work here."""
     rows = [

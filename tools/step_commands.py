@@ -18,6 +18,8 @@ from onnx_spdy.pipeline.database.layer_database import build_database, open_data
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.deploy import deploy as deploy_network
 from onnx_spdy.pipeline.engine import open_runtime
+from onnx_spdy.pipeline.fleet.matrix import FILE as FLEET
+from onnx_spdy.pipeline.fleet.matrix import Matrix
 from onnx_spdy.pipeline.front import FILE as FRONT
 from onnx_spdy.pipeline.front import Front
 from onnx_spdy.pipeline.int8.pruned import in_int8
@@ -74,6 +76,7 @@ from onnx_spdy.tools.options import (
     training_seconds,
 )
 from onnx_spdy.tools.progress import ProgressBars
+from onnx_spdy.tools.report.fleet import write_fleet_html
 from onnx_spdy.tools.report.front import write_front_html
 from onnx_spdy.tools.report.page import write_report_html
 from onnx_spdy.tools.specs import (
@@ -335,7 +338,13 @@ def validate(
 
 
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path)]) -> None:
-    """Show the report of a run, or the front of one with several targets, and write its page again."""
+    """Show the report of a run, or what one with several targets or devices found, and write its page again."""
+    if (folder / FLEET).exists():
+        matrix = Matrix.load(folder / FLEET)
+        with fields_of(folder / FLEET):
+            write_fleet_html(matrix.content, folder)
+            show.fleet(matrix.content, folder)
+        return
     if (folder / FRONT).exists() and not (folder / "report.json").exists():
         front = Front.load(folder / FRONT)
         with fields_of(folder / FRONT):

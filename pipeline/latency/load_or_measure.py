@@ -20,6 +20,7 @@ def load_or_measure(
     levels: Sequence[Level],
     workload: Workload,
     path: Path,
+    model: Path,
     *,
     seed: int = 0,
     allow_busy: bool = False,
@@ -28,7 +29,8 @@ def load_or_measure(
     """The latency table in a file; see `measure_latency`.
 
     Args:
-        path: of latency.json; the network is beside it, in dense.onnx.
+        path: of latency.json.
+        model: file of the network.
     Raises:
         ArtifactError: the file was measured for another network, other levels or inputs of other shapes, or in another
             environment.
@@ -38,7 +40,7 @@ def load_or_measure(
             dense, runtime, levels, workload, seed=seed, save=path, allow_busy=allow_busy, progress=progress
         )
     table = LatencyTable.load(path)
-    with runtime.open(path.with_name("dense.onnx"), workload) as session:
+    with runtime.open(model, workload) as session:
         here = session.environment
     check_same(
         path,

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, read_json, write_json
+from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, arrays_sha256, read_json, write_json
 from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.solve_within import Limit
 from onnx_spdy.runtimes import Environment, Measurement, Workload, resolved
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
@@ -129,6 +130,27 @@ class LatencyTable:
                 "lower --speedup or raise --batch"
             )
         return budget
+
+    def limits(self, speedup: float) -> Sequence[Limit]:
+        """The same, for the solver.
+
+        Raises:
+            NoSpeedup: see `budget`.
+        """
+        return [Limit(self.costs, self.budget(speedup))]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what profiles are searched with."""
+        return arrays_sha256(
+            {
+                "seconds": self.seconds,
+                "transition": self.transition,
+                "predecessor": self.predecessor,
+                "sparse": self.sparse,
+                "rest_seconds": np.array(self.rest_seconds),
+            }
+        )
 
     def check_workload(self, graph: onnx.GraphProto, workload: Workload, name: str = "the latency table") -> None:
         """Refuse this table for inputs of other shapes: a network of other work takes other times.

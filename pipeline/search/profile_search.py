@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from onnx_spdy.pipeline.artifact import arrays_sha256, check_same
+from onnx_spdy.pipeline.artifact import check_same
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
-from onnx_spdy.pipeline.latency.table import LatencyTable
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.objective import Objective
 from onnx_spdy.pipeline.profile import Profile
@@ -29,6 +30,7 @@ from onnx_spdy.pipeline.search.methods import (
 from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.search.state import SearchState
+from onnx_spdy.pipeline.solve_within import Limit
 from onnx_spdy.pipeline.stitch import Stitcher
 from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks
 
@@ -37,6 +39,25 @@ logger = logging.getLogger(__name__)
 ADJUSTING_SHARE = 8  # times the selection samples: how many may be run to adjust a profile to another speedup
 SAME_LOSS = 0.01  # relative: what the same profile may differ by from one process to the next
 SELECTION_SHARE = 0.75  # of the calibration samples, at most: the others are held out
+
+
+class Times(Protocol):
+    """What a latency table says of profiles, or several of one network do: see `LatencyTable`."""
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def levels(self) -> tuple[Level, ...]: ...
+    @property
+    def model_sha256(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def dense_seconds(self) -> float: ...
+    @property
+    def highest_speedup(self) -> float: ...
+    def limits(self, speedup: float) -> Sequence[Limit]: ...
+    def predict(self, choice: Sequence[int] | np.ndarray) -> float: ...
 
 
 class ProfileSearch:
@@ -60,7 +81,7 @@ class ProfileSearch:
     def __init__(
         self,
         network: Network,
-        table: LatencyTable,
+        table: Times,
         database: LayerDatabase,
         samples: Samples,
         settings: SearchSettings,
@@ -91,15 +112,7 @@ class ProfileSearch:
         logger.info("%s", fitted)
         self._made_from = {
             "model_sha256": network.sha256,
-            "table_sha256": arrays_sha256(
-                {
-                    "seconds": table.seconds,
-                    "transition": table.transition,
-                    "predecessor": table.predecessor,
-                    "sparse": table.sparse,
-                    "rest_seconds": np.array(table.rest_seconds),
-                }
-            ),
+            "table_sha256": table.digest,
             "data_sha256": samples.sha256,
             "database_data_sha256": database.made_from["data_sha256"],
             "pruner": database.made_from["pruner"],
@@ -126,7 +139,7 @@ class ProfileSearch:
         Raises:
             NoSpeedup, InfeasibleTarget: it can't be reached; the message says what can.
         """
-        self._table.budget(speedup)
+        self._table.limits(speedup)
         spent = self._state.resume(self._score, speedup)
         evaluations, samples_run = self._score.evaluations, self._score.samples_run
         self.best_loss = math.inf
@@ -220,9 +233,8 @@ class ProfileSearch:
         network = self._network
         return SearchProblem(
             levels=self._table.levels,
-            costs=self._table.costs,
+            limits=self._table.limits(speedup),
             errors=self._database.errors(self._names),
-            budget_seconds=self._table.budget(speedup),
             loss=self._score,
             magnitudes=lambda index: self.stitcher.sites[index].magnitudes(network.dense),
             rng=np.random.default_rng(self._settings.seed),

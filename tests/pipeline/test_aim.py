@@ -77,7 +77,9 @@ def test_what_was_measured_once_is_taken_again(
 
     def ask(runtime=None, count: int = 96) -> Alternatives:
         taken = samples.take(np.arange(count))
-        return measure_dense(network, taken, runtime, workload_of(taken, 8), tmp_path, watch=Watch())
+        return measure_dense(
+            network, taken, runtime, workload_of(taken, 8), tmp_path / "dense.onnx", tmp_path, watch=Watch()
+        )
 
     first = ask()
     again = ask()
@@ -96,6 +98,8 @@ def test_times_of_a_formula_have_no_other_opponent(model: onnx.ModelProto, sampl
     network = Prepared(model)
     keep_dense(network, tmp_path / "dense.onnx")
     with open_runtime("fake") as runtime:
-        found = measure_dense(network, samples, runtime, workload_of(samples, 8), tmp_path, watch=Watch())
+        found = measure_dense(
+            network, samples, runtime, workload_of(samples, 8), tmp_path / "dense.onnx", tmp_path, watch=Watch()
+        )
         assert [one.name for one in found.measured] == ["fake formula"]
         assert against_best(found, runtime).of_same == 1

@@ -148,7 +148,7 @@ def test_a_table_of_images_of_another_size_is_refused(any_size: onnx.ModelProto,
     def table_for(size: int, samples: int) -> LatencyTable:
         workload = workload_of(Samples({"input": np.zeros((samples, 3, size, size), np.float32)}), 4)
         with open_runtime("fake") as runtime:
-            return load_or_measure(dense, runtime, levels, workload, path)
+            return load_or_measure(dense, runtime, levels, workload, path, tmp_path / "dense.onnx")
 
     measured = table_for(12, 4)
     assert table_for(12, 1).workload == measured.workload

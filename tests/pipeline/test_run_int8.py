@@ -13,8 +13,7 @@ from onnx import TensorProto
 
 from onnx_spdy.models import Prepared, TorchGraph, load_model
 from onnx_spdy.models.int8.form import NoForm
-from onnx_spdy.pipeline import run as run_module
-from onnx_spdy.pipeline import validate
+from onnx_spdy.pipeline import compare, validate
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
@@ -131,8 +130,8 @@ def test_the_whole_way_in_onnx_runtime(
     model: onnx.ModelProto, samples: Samples, tmp_path: Path, finetune: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How fast it is depends on the machine; that it is measured, in int8 and valid does not."""
-    monkeypatch.setattr(run_module, "quantise_all", lambda *_, **__: NOTHING)
-    monkeypatch.setattr(run_module, "elsewhere", lambda *_, **__: [])
+    monkeypatch.setattr(compare, "quantise_all", lambda *_, **__: NOTHING)
+    monkeypatch.setattr(compare, "elsewhere", lambda *_, **__: [])
     monkeypatch.setattr(measure, "PROFILE_SECONDS", 0.02)
     monkeypatch.setattr(measure, "ROUNDS_SECONDS", 0.05)
     monkeypatch.setattr(validate, "BUSY_WAITS_SECONDS", ())

@@ -108,7 +108,7 @@ def test_what_is_written_runs_without_this_project(model: onnx.ModelProto, tmp_p
         except RuntimeUnavailable as exc:
             pytest.skip(str(exc))
         onnx.save(model, tmp_path / "model.onnx")
-        write_usage(tmp_path, model.graph, runtime, Workload(4))
+        write_usage(tmp_path, model.graph, runtime, Workload(4), tmp_path / "model.onnx")
     text = (tmp_path / "load.py").read_text()
     assert "onnx_spdy" not in text.replace("onnxruntime_ep_spdy", "")
     done = subprocess.run([sys.executable, "load.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -118,5 +118,5 @@ def test_what_is_written_runs_without_this_project(model: onnx.ModelProto, tmp_p
 
 def test_an_engine_without_a_python_of_its_own_leaves_no_file(model: onnx.ModelProto, tmp_path: Path) -> None:
     with open_runtime("fake") as runtime:
-        write_usage(tmp_path, model.graph, runtime, Workload(4))
+        write_usage(tmp_path, model.graph, runtime, Workload(4), tmp_path / "model.onnx")
     assert not [*tmp_path.iterdir()]

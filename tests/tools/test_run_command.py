@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onnx_spdy.pipeline.alternatives import DENSE, Alternative, Alternatives, Candidate
-from onnx_spdy.runtimes import Environment, Measurement
+from onnx_spdy.runtimes import Environment, Measurement, open_runtime
 from onnx_spdy.tools import run_command
 from onnx_spdy.tools.cli import main
 from tests.tools.test_cli import NETWORK
@@ -62,3 +62,90 @@ def test_where_no_runtime_gains_by_the_pattern_it_is_one_line(
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert "no runtime that works here has kernels for unstructured" in errors[-1]
+
+
+FLEET = ("run", "user.py:network", "--data", "user.py:data", "--eval", "user.py:data", "--runtime", "near",
+         "--runtime", "far", "--batch", "16", "--search", "dp", "--pruner", "magnitude", "--out", "out")  # fmt: skip
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runtimes of two names: formulas, of which one gains less."""
+    made = {
+        "near": {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9},
+        "far": {"layer_overhead_seconds": 5e-6, "node_seconds": 1e-9},
+    }
+    monkeypatch.setattr(run_command, "open_runtime", lambda name: open_runtime("fake", **made[name]))
+
+
+def fleet(*more: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main((*FLEET, *more))
+    return int(caught.value.code or 0)
+
+
+def test_a_fleet_has_a_matrix_of_devices_and_targets(
+    folder: Path, two_devices: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fleet("--speedup", "1.1,1.05") == 0
+    out = folder / "out"
+    printed = capsys.readouterr().out
+    matrix = json.loads((out / "fleet.json").read_text())
+    assert [*matrix["devices"]] == ["near", "far"]
+    for name, front in matrix["devices"].items():
+        assert [point["folder"] for point in front["points"]] == [f"{name}/1.05x", f"{name}/1.1x"]
+        for point in front["points"]:
+            report = json.loads((out / point["folder"] / "report.json").read_text())
+            assert report["measured_speedup"] == point["measured_speedup"] >= point["asked_speedup"]
+            assert (out / point["folder"] / "model.onnx").exists()
+    assert (out / "database").is_dir()
+    assert not [*out.glob("*/database")]
+    page = (out / "fleet.html").read_text()
+    assert "near/1.05x/report.html" in page
+    assert matrix["headline"] in page
+    assert matrix["headline"] in printed
+    assert "A network for each" in printed
+    with pytest.raises(SystemExit):
+        main(("report", "out"))
+    assert matrix["headline"] in capsys.readouterr().out
+
+
+def test_one_network_for_a_fleet(folder: Path, two_devices: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fleet("--speedup", "1.1", "--one-network") == 0
+    out = folder / "out"
+    matrix = json.loads((out / "fleet.json").read_text())
+    assert matrix["one_network"]
+    assert [point["folder"] for front in matrix["devices"].values() for point in front["points"]] == ["near", "far"]
+    assert "One network for all" in capsys.readouterr().out
+    assert sorted(path.parent.name for path in out.rglob("model.onnx")) == ["out"]
+    assert sorted(path.parent.name for path in out.rglob("report.html")) == ["far", "near", "out"]
+    assert "One network for 2 devices" in (out / "report.html").read_text()
+    assert "One network for 2 devices" not in (out / "near" / "report.html").read_text()
+
+
+def test_what_one_device_can_not_do_the_others_still_do(
+    folder: Path, two_devices: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fleet("--speedup", "2,1.1") == 1
+    out, (printed, errors) = folder / "out", capsys.readouterr()
+    matrix = json.loads((out / "fleet.json").read_text())
+    folders = [point["folder"] for front in matrix["devices"].values() for point in front["points"]]
+    assert folders == ["near/1.1x", "near/2x", "far/1.1x"]
+    assert "the highest reachable is" in matrix["unreachable"]["far"]
+    assert "far: a speedup of 2 can't be reached" in errors.splitlines()[-1]
+    assert "far: a speedup of 2 can't be reached" in printed
+
+
+def test_where_no_device_can_there_is_a_page_all_the_same(folder: Path, two_devices: None) -> None:
+    assert fleet("--speedup", "100") == 1
+    page = (folder / "out" / "fleet.html").read_text()
+    assert "near: a speedup of 100 can" in page
+    assert "far: a speedup of 100 can" in page
+
+
+def test_one_network_needs_several_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(("run", "user.py:network", "--data", "user.py:data", "--runtime", "fake", "--speedup", "2", "--out", "out",
+              "--one-network"))  # fmt: skip
+    assert caught.value.code == 1
+    assert "give --runtime once for each" in capsys.readouterr().err

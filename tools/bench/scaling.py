@@ -86,7 +86,7 @@ def measure(layers: int, search: str, speedup: float, seed: int) -> Row:
         start = time.perf_counter()
         choice = problem.solve(network.errors)
         spent.append(time.perf_counter() - start)
-    lower, _ = error_bounds(network.errors, network.costs, problem.budget_seconds, 20 * BUCKETS)
+    lower, _ = error_bounds(network.errors, network.costs, problem.limits[0].seconds, 20 * BUCKETS)
     error = float(network.errors[np.arange(layers), choice].sum())
     dp_loss = network.loss(choice)
     samples_run, profiles = network.samples_run, network.profiles

@@ -13,6 +13,7 @@ import numpy as np
 from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.search.methods import SearchProblem
+from onnx_spdy.pipeline.solve_within import Limit
 
 LEVELS = levels_for("unstructured")
 STAGES = (32, 64, 128)
@@ -74,9 +75,8 @@ class SyntheticNetwork:
         """The search for a speedup of these layers."""
         return SearchProblem(
             levels=LEVELS,
-            costs=self.costs,
             errors=self.errors,
-            budget_seconds=self.costs.total(np.zeros(self.layers, np.int64)) / speedup,
+            limits=[Limit(self.costs, self.costs.total(np.zeros(self.layers, np.int64)) / speedup)],
             loss=self.loss,
             magnitudes=lambda layer: np.full((8, 8), 1 / self._weights[layer]),
             rng=np.random.default_rng(seed),

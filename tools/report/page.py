@@ -76,10 +76,11 @@ def filled(name: str, filters: Mapping[str, Callable[..., str]], **values: Any) 
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )  # fmt: skip
     environment.filters |= filters
-    template = environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf8"))
+    template = environment.get_template(name)
     try:
         return template.render(values)
     except jinja2.UndefinedError as exc:

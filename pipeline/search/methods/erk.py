@@ -30,6 +30,5 @@ def erk(problem: SearchProblem) -> SearchResult:
         if problem.is_feasible(choice):
             return SearchResult(choice)
     raise InfeasibleTarget(
-        f"no scale of the Erdos-Renyi-kernel densities meets the budget of {problem.budget_seconds:.6g} s; "
-        "lower --speedup or use another --search"
+        "no scale of the Erdos-Renyi-kernel densities meets the budget; lower --speedup or use another --search"
     )

@@ -26,7 +26,4 @@ def global_magnitude(problem: SearchProblem) -> SearchResult:
         choice = np.abs(below[:, None] - sparsities).argmin(axis=1)
         if problem.is_feasible(choice):
             return SearchResult(choice)
-    raise InfeasibleTarget(
-        f"no global magnitude threshold meets the budget of {problem.budget_seconds:.6g} s; "
-        "lower --speedup or use another --search"
-    )
+    raise InfeasibleTarget("no global magnitude threshold meets the budget; lower --speedup or use another --search")

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from onnx_spdy.pipeline.costs import Costs
 from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import InfeasibleTarget
+from onnx_spdy.pipeline.solve_within import Limit, share, solve_within
 
 
 class NetworkLoss(Protocol):
@@ -41,13 +41,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """Choose a level for each layer: least loss of the network within the time budget.
+    """Choose a level for each layer: least loss of the network within the time budgets.
 
     Attributes:
         levels: dense first, then from lowest to highest sparsity.
-        costs: times of layers x levels, by the latency table.
+        limits: times of layers x levels and the budget of each device, by its latency table.
         errors: (layers, levels), relative squared output error of each layer, by the database.
-        budget_seconds: for all these layers together.
         loss: calibration loss of the network stitched to a choice.
         each: the same of several choices on so many samples, in order, as an iterator; None to ask `loss` for each.
         magnitudes: layer index -> absolute values of its dense weights; of a group (units,) their norms.
@@ -62,9 +61,8 @@ class SearchProblem:
     """
 
     levels: tuple[Level, ...]
-    costs: Costs
+    limits: Sequence[Limit]
     errors: np.ndarray
-    budget_seconds: float
     loss: NetworkLoss
     magnitudes: Callable[[int], np.ndarray]
     rng: np.random.Generator
@@ -79,7 +77,7 @@ class SearchProblem:
 
     @cached_property
     def layer_count(self) -> int:
-        return len(self.costs.seconds)
+        return len(self.errors)
 
     def losses(self, choices: Sequence[np.ndarray], samples: int) -> Iterator[float]:
         """The loss of each choice, in order, scored when it is asked for, or before where that is done in parallel."""
@@ -87,16 +85,16 @@ class SearchProblem:
             return self.each(choices, samples)
         return (self.loss(choice, samples) for choice in choices)
 
-    def time_of(self, choice: np.ndarray) -> float:
-        """Seconds of a choice by the table."""
-        return self.costs.total(choice)
+    def share(self, choice: np.ndarray) -> float:
+        """What a choice takes of the budget by the table, on the device where that is most."""
+        return share(self.limits, choice)
 
     def is_feasible(self, choice: np.ndarray) -> bool:
-        return self.time_of(choice) <= self.budget_seconds
+        return self.share(choice) <= 1
 
     def solve(self, errors: np.ndarray) -> np.ndarray:
-        """The choice of least total error within the budget, for these (layers, levels) errors."""
-        return solve(errors, self.costs, self.budget_seconds)
+        """The choice of least total error within the budgets, for these (layers, levels) errors."""
+        return solve_within(errors, self.limits)
 
 
 @dataclass(frozen=True)

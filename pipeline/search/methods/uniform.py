@@ -17,8 +17,8 @@ def uniform(problem: SearchProblem) -> SearchResult:
         choice = np.full(problem.layer_count, index)
         if problem.is_feasible(choice):
             return SearchResult(choice)
-    times = np.array([problem.time_of(np.full(problem.layer_count, index)) for index in range(len(problem.levels))])
+    shares = [problem.share(np.full(problem.layer_count, index)) for index in range(len(problem.levels))]
     raise InfeasibleTarget(
-        f"no uniform sparsity meets the budget of {problem.budget_seconds:.6g} s; the fastest, "
-        f"{problem.levels[times.argmin()]}, takes {times.min():.6g} s; lower --speedup or use another --search"
+        f"no uniform sparsity meets the budget; the fastest, {problem.levels[int(np.argmin(shares))]}, takes "
+        f"{min(shares):.4g} times as long as it may; lower --speedup or use another --search"
     )

@@ -8,6 +8,7 @@ from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.search.methods import DEFAULT_SEARCH, SEARCHES, SearchProblem, Seen, UnknownSearch, search_named
 from onnx_spdy.pipeline.search.methods.loss_model import fit
 from onnx_spdy.pipeline.solve import InfeasibleTarget
+from onnx_spdy.pipeline.solve_within import Limit
 
 LEVELS = levels_for("unstructured")
 LAYERS = 12
@@ -41,9 +42,8 @@ class Scripted:
         density = np.array([1.2, *(1.3 * (1 - level.sparsity) + 0.1 for level in LEVELS[1:])])
         return SearchProblem(
             levels=LEVELS,
-            costs=Costs(dense * density),
             errors=np.square(np.arange(42) / 41) * np.ones((LAYERS, 1)),
-            budget_seconds=budget * float(dense.sum()),
+            limits=[Limit(Costs(dense * density), budget * float(dense.sum()))],
             loss=self.loss,
             magnitudes=lambda layer: np.abs(self.weights[layer]),
             rng=np.random.default_rng(seed),

@@ -1,0 +1,1 @@
+"""A fleet: several devices, each with a table of its own, one database for all."""
