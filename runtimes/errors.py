@@ -50,6 +50,7 @@ class OnnxSpdyError(Exception):
     |- DeployError              the written network is not what the profile says
     |- AlternativesError        no engine runs a network that was to be measured in all of them
     |- AimError                 there is no runtime to aim in, or no opponent to be against
+    |- FleetError               devices that make no fleet, or can't have one network
     |- RangeError               activations that no grid of 8 bits can hold
     |- NothingToQuantise        no layer of the network can compute in int8
     |- QuantisationFailed       an engine's own tools can't quantise the network

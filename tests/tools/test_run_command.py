@@ -73,7 +73,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runtimes of two names: formulas, of which one gains less."""
     made = {
         "near": {"layer_overhead_seconds": 0.0, "node_seconds": 1e-9},
-        "far": {"layer_overhead_seconds": 5e-6, "node_seconds": 1e-9},
+        "far": {"layer_overhead_seconds": 1e-4, "node_seconds": 1e-9},
     }
     monkeypatch.setattr(run_command, "open_runtime", lambda name: open_runtime("fake", **made[name]))
 
