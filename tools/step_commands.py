@@ -339,13 +339,15 @@ def validate(
 
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path)]) -> None:
     """Show the report of a run, or what one with several targets or devices found, and write its page again."""
-    if (folder / FLEET).exists():
+    known = [path for name in (FLEET, FRONT, "report.json") if (path := folder / name).exists()]
+    latest = max(known, key=lambda path: path.stat().st_mtime_ns).name if known else "report.json"
+    if latest == FLEET:
         matrix = Matrix.load(folder / FLEET)
         with fields_of(folder / FLEET):
             write_fleet_html(matrix.content, folder)
             show.fleet(matrix.content, folder)
         return
-    if (folder / FRONT).exists() and not (folder / "report.json").exists():
+    if latest == FRONT:
         front = Front.load(folder / FRONT)
         with fields_of(folder / FRONT):
             write_front_html(front.content, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -69,8 +69,7 @@ def device_names(specs: Sequence[str]) -> list[str]:
 def side_by_side(devices: Sequence[Device], do: Callable[[Device], T]) -> list[T]:
     """What is done on each device, in their order: on different machines at the same time, on one machine in turns.
 
-    Raises:
-        The first error, after the others have ended.
+    An error of one machine is raised when the others have ended, whose work is kept; Ctrl-C doesn't wait for them.
     """
     machines: dict[str, list[int]] = {}
     for place, device in enumerate(devices):
@@ -81,10 +80,13 @@ def side_by_side(devices: Sequence[Device], do: Callable[[Device], T]) -> list[T
     def on_machine(places: list[int]) -> list[T]:
         return [do(devices[place]) for place in places]
 
-    with ThreadPoolExecutor(len(machines)) as threads:
+    threads = ThreadPoolExecutor(len(machines))
+    try:
         done = [threads.submit(on_machine, places) for places in machines.values()]
-    found = {
-        place: one for places, part in zip(machines.values(), done, strict=True)
-        for place, one in zip(places, part.result(), strict=True)
-    }  # fmt: skip
+        wait(done)
+    finally:
+        threads.shutdown(wait=False)  # they are done, or end when their runtimes are closed
+    found: dict[int, T] = {}
+    for places, part in zip(machines.values(), done, strict=True):
+        found |= zip(places, part.result(), strict=True)
     return [found[place] for place in range(len(devices))]
