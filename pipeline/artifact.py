@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -100,6 +101,35 @@ def read_json(path: Path | str, kind: str, version: int) -> dict[str, Any]:
     if document.pop(CHECKSUM) != _checksum(document):
         raise ArtifactError(f"{path} is not as it was written: its checksum differs; delete it to have it made again")
     return document
+
+
+D = TypeVar("D", bound="Document")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a file of JSON holds, without its format and version.
+
+    Attributes:
+        content: the document.
+    """
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    content: Mapping[str, Any]
+
+    def save(self, path: Path | str) -> None:
+        write_json(path, self.KIND, self.VERSION, self.content)
+
+    @classmethod
+    def load(cls: type[D], path: Path | str) -> D:
+        """The one in a file.
+
+        Raises:
+            ArtifactError: missing, damaged or of another version.
+        """
+        return cls(read_json(path, cls.KIND, cls.VERSION))
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""The comparison at the end of a run: the pruned network and the dense one in every engine, with their metrics."""
+"""The comparison at the end of a run: the pruned network and the dense one in every engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_spdy.pipeline.aim import FOLDER
@@ -13,11 +12,9 @@ from onnx_spdy.pipeline.alternatives import (
     Alternatives,
     elsewhere,
     here,
-    judged,
     measure_alternatives,
 )
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.metric import Evaluation
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.quantised.make import NOTHING, Quantised, quantise_all
 from onnx_spdy.runtimes import Runtime, Workload, location
@@ -59,7 +56,7 @@ def with_quantised(
     own = NOTHING
     if files.is_narrow:
         own = quantise_all(files.floating, samples, pruned_folder / FOLDER / PRUNED, progress=progress)
-    return Files(files.dense, files.pruned, files.floating, files.is_narrow, rivals, own)
+    return replace(files, rivals=rivals, own=own)
 
 
 def compare(files: Files, runtime: Runtime, workload: Workload, progress: Progress = ignore) -> Alternatives:
@@ -71,24 +68,3 @@ def compare(files: Files, runtime: Runtime, workload: Workload, progress: Progre
     where = location(runtime)
     found = measure_alternatives(candidates, runtime, workload, where=where, progress=progress)
     return found.without(files.rivals.missing)
-
-
-def with_metrics(
-    found: Alternatives,
-    files: Files,
-    runtime: Runtime,
-    evaluation: Evaluation,
-    score: Callable[[Path, Runtime | None], float],
-    progress: Progress = ignore,
-) -> Alternatives:
-    """What was measured, each with its metric.
-
-    Args:
-        score: (file, runtime or None for ONNX Runtime) -> the metric.
-    """
-    known: Mapping[Path, float] = {
-        files.dense: score(files.dense, None),
-        files.pruned: score(files.pruned, runtime if files.is_int8 else None),
-        **({files.floating: score(files.floating, None)} if files.is_int8 and files.is_narrow else {}),
-    }
-    return judged(found, evaluation, known, runtime, where=location(runtime), progress=progress)

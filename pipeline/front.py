@@ -6,14 +6,12 @@ The table, the database and everything that a search has scored are shared; each
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import Document
 from onnx_spdy.pipeline.report import Report
 
-VERSION = 1
 FILE = "front.json"
 _FROM_REPORT = (
     "target_speedup", "predicted_speedup", "measured_speedup", "measured_speedup_lower", "measured_speedup_upper",
@@ -23,32 +21,15 @@ _FROM_REPORT = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Front:
-    """The points from the slowest to the fastest target.
+class Front(Document):
+    """The points from the slowest to the fastest target, as front.json holds them."""
 
-    Attributes:
-        content: the document; front.json without its format and version.
-    """
-
-    content: Mapping[str, Any]
+    KIND = "front"
 
     @property
     def missed(self) -> str | None:
         """Which targets are out of reach and why, in one line; None when none is."""
         return "; ".join(point["missed"] for point in self.content["points"] if point["missed"]) or None
-
-    def save(self, path: Path | str) -> None:
-        write_json(path, "front", VERSION, self.content)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Front:
-        """The front in a file.
-
-        Raises:
-            ArtifactError: missing, damaged or of another version.
-        """
-        return cls(read_json(path, "front", VERSION))
 
 
 def target_folder(out: Path, speedup: float) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from onnx_spdy.pipeline.aim import Against
 from onnx_spdy.pipeline.alternatives import Alternatives
-from onnx_spdy.pipeline.artifact import fields_of, read_json, write_json
+from onnx_spdy.pipeline.artifact import Document, fields_of
 from onnx_spdy.pipeline.database.layer_database import LayerDatabase
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import Level
@@ -23,27 +22,22 @@ from onnx_spdy.pipeline.target import Outcome
 from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.runtimes import reason_in
 
-VERSION = 1
 # What makes two calls one question, and what makes two attempts one profile.
 QUESTION = ("target_speedup", "runtime", "environment", "search", "seed", "loss_name", "made_from")
+ATTEMPTED = ("aim_speedup", "predicted_speedup", "loss")
+# What the report of several devices says of each.
 ON_DEVICE = (
     "runtime", "target_speedup", "predicted_speedup", "measured_speedup", "measured_speedup_lower",
     "measured_speedup_upper", "dense_seconds", "pruned_seconds", "metric_dense", "metric_pruned", "missed",
     "best_dense_alternative", "times_as_fast_as_best_dense", "times_as_fast_as_best_dense_lower",
     "times_as_fast_as_best_dense_upper", "environment",
 )  # fmt: skip
-ATTEMPTED = ("aim_speedup", "predicted_speedup", "loss")
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a run, as report.json holds it.
+class Report(Document):
+    """The result of a run, as report.json holds it."""
 
-    Attributes:
-        content: the document; `report.json` without its format and version.
-    """
-
-    content: Mapping[str, Any]
+    KIND = "report"
 
     @property
     def missed(self) -> str | None:
@@ -77,9 +71,6 @@ class Report:
         devices = {name: {key: one.content[key] for key in ON_DEVICE} for name, one in reports.items()}
         return Report({**self.content, "devices": devices})
 
-    def save(self, path: Path | str) -> None:
-        write_json(path, "report", VERSION, self.content)
-
     @classmethod
     def load(cls, path: Path | str) -> Report:
         """The report in a file.
@@ -87,7 +78,7 @@ class Report:
         Raises:
             ArtifactError: missing, damaged or of another version.
         """
-        content = read_json(path, "report", VERSION)
+        content = super().load(path).content
         with fields_of(path):
             return cls({**content, "attempts": [dict(one) for one in content["attempts"]]})
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from onnx_spdy.models import Prepared, load_model, save_model
-from onnx_spdy.pipeline.aim import FOLDER, Against
+from onnx_spdy.pipeline.aim import FOLDER
+from onnx_spdy.pipeline.alternatives import judged
 from onnx_spdy.pipeline.artifact import check_same, locked
-from onnx_spdy.pipeline.compare import Files, with_metrics, with_quantised
+from onnx_spdy.pipeline.compare import Files, with_quantised
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database
@@ -43,7 +44,7 @@ from onnx_spdy.pipeline.training.repair import FULL, LONGEST_SECONDS, NO_REPAIR,
 from onnx_spdy.pipeline.training.whole import WholeTraining, train_whole
 from onnx_spdy.pipeline.usage import write_usage
 from onnx_spdy.pipeline.validate import judge
-from onnx_spdy.runtimes import Runtime, Workload
+from onnx_spdy.runtimes import Runtime, Workload, location
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,12 @@ class Target:
         out: folder for model.onnx, profile.json and report.json.
         shared: folder for what other targets need as well: latency.json, search.json, alternatives/; None for `out`.
         network: folder for what other devices need as well: dense.onnx, database/; None for that of `shared`.
-        against: where the speedup came from one against the best dense alternative.
     """
 
     speedup: float
     out: Path
     shared: Path | None = None
     network: Path | None = None
-    against: Against | None = None
 
     @property
     def common(self) -> Path:
@@ -101,7 +100,7 @@ def run(
     Args:
         dense: the prepared network (`onnx_spdy.models.prepare`).
         samples: calibration samples.
-        runtime: the one that will run the network; devices for one network that meets the target on all of them.
+        runtime: the one that will run the network; or devices, for one network that meets the target on all of them.
         workload: batch, threads and inputs of the measurements.
         target: the speedup, and the folder for the results.
         compression: levels and pruner.
@@ -124,7 +123,7 @@ def run(
     check_repair(finetune)
     compression, search, watch = compression or Compression(), search or SearchSettings(), watch or Watch()
     training = training or WholeTraining()
-    devices = runtime if isinstance(runtime, Sequence) else [Device(runtime, against=target.against)]
+    devices = runtime if isinstance(runtime, Sequence) else [Device(runtime)]
     clock, out, common = _Stages(), target.out, target.common
     form = one_form(devices) if any_int8(compression.levels) else None
     compression = replace(compression, form=form) if form else compression
@@ -141,7 +140,7 @@ def run(
                 return judge(path, evaluation, runtime=engine, progress=watch.stage("evaluate"))
 
         if evaluation:  # before the long work: a metric may not fit the data
-            score(dense_path)
+            dense_score = score(dense_path)
         with clock("measure"):
             tables = measure_tables(
                 dense, devices, compression.levels, workload, dense_path, common,
@@ -227,11 +226,13 @@ def run(
             if evaluation:
                 with clock("evaluate"):
                     engine = device.runtime
-                    metrics = Metrics(
-                        evaluation.name, score(dense_path), score(pruned_path, engine if files.is_int8 else None)
-                    )
-                    alternatives = with_metrics(
-                        alternatives, files, engine, evaluation, score, watch.stage(device.stage("judge"))
+                    known = {dense_path: dense_score, pruned_path: score(pruned_path, engine if pruned.int8 else None)}
+                    metrics = Metrics(evaluation.name, known[dense_path], known[pruned_path])
+                    if files.is_int8 and files.is_narrow:
+                        known[files.floating] = score(files.floating)
+                    alternatives = judged(
+                        alternatives, evaluation, known, engine,
+                        where=location(engine), progress=watch.stage(device.stage("judge")),
                     )  # fmt: skip
             reports[device.name] = make_report(
                 network, pruned, table, database, fleet.outcome_on(device, outcome),

@@ -88,7 +88,7 @@ def _solve_products(errors: np.ndarray, costs: Costs, budget: float, buckets: in
     best, steps = fastest, [buckets, *[coarse] * _MOST_STEPS]
     while steps:
         found = _bounded(errors, costs, budget, steps.pop(), choice)
-        if found is not None and _total(errors, found) < _total(errors, best):
+        if found is not None and total_error(errors, found) < total_error(errors, best):
             best = choice = found
         elif len(steps) > 1:  # nothing more is to be gained with coarse ones
             choice, steps = best, steps[:1]
@@ -102,7 +102,8 @@ def _bounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int, arou
     return _solve_apart(errors, bound, budget, buckets, fastest) if bound.total(fastest) <= budget else None
 
 
-def _total(errors: np.ndarray, choice: np.ndarray) -> float:
+def total_error(errors: np.ndarray, choice: np.ndarray) -> float:
+    """The sum of the layers' errors at these level indices."""
     return float(errors[np.arange(len(errors)), choice].sum())
 
 
@@ -137,7 +138,7 @@ def error_bounds(
         (last,) = deque(_rows(np.asarray(errors, np.float64), linear, rounded, buckets), maxlen=1)
         lower = max(lower, float(last[0, -1]))
     choice = solve(errors, costs, budget_seconds, max(1, buckets // 10))
-    return lower, _total(errors, choice)
+    return lower, total_error(errors, choice)
 
 
 def _solve_rounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_spdy.pipeline.costs import Costs, weighted_sum
-from onnx_spdy.pipeline.solve import BUCKETS, InfeasibleTarget, solve
+from onnx_spdy.pipeline.solve import BUCKETS, InfeasibleTarget, solve, total_error
 
 _ROUNDS = 12  # of weights
 _FIRST_STEP, _SHRINKING = 1.5, 0.75  # of their logarithms
@@ -130,7 +130,7 @@ def _tightened(errors: np.ndarray, limits: Sequence[Limit], weights: np.ndarray,
             continue
         if share(limits, choice) <= 1:
             low = middle
-            if _total(errors, choice) < _total(errors, found):
+            if total_error(errors, choice) < total_error(errors, found):
                 found = choice
         else:
             high = middle
@@ -150,7 +150,3 @@ def _given_back(errors: np.ndarray, limits: Sequence[Limit], choice: np.ndarray)
             if share(limits, choice) <= 1:
                 break
             choice[layer] = before
-
-
-def _total(errors: np.ndarray, choice: np.ndarray) -> float:
-    return float(errors[np.arange(len(errors)), choice].sum())

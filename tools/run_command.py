@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,7 @@ from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.pruners import DEFAULT_PRUNER
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.fleet.device import Device, FleetError, device_names
-from onnx_spdy.pipeline.fleet.fleet import measure_tables
+from onnx_spdy.pipeline.fleet.fleet import forms_of, measure_tables
 from onnx_spdy.pipeline.fleet.matrix import FILE as FLEET
 from onnx_spdy.pipeline.fleet.matrix import Matrix, make_matrix
 from onnx_spdy.pipeline.front import Front, meet_all, target_folder
@@ -155,9 +154,9 @@ def run(
                 print(f"--runtime {spec}: {runtime_spec(engine)}, the fastest that gains by {pattern}")
             return Device(engine, name, against_best(rivals, engine) if against == BEST else None)
 
-        def meet(runtimes: Runtime | Sequence[Device], target: Target) -> Report:
+        def meet(devices: Sequence[Device], target: Target) -> Report:
             found = run_pipeline(
-                dense, samples, runtimes, workload, target,
+                dense, samples, devices, workload, target,
                 compression=compression, search=settings, finetune=finetune, training=training, evaluation=judged,
                 allow_busy=allow_busy, watch=watch, tasks=tasks,
             )  # fmt: skip
@@ -189,7 +188,7 @@ def run(
         raise TargetMissed(found.missed)
 
 
-Meet = Callable[[Runtime | Sequence[Device], Target], Report]
+Meet = Callable[[Sequence[Device], Target], Report]
 
 
 def _met(targets: list[float], out: Path, meet: Callable[[float, Path], Report]) -> Front | Report:
@@ -203,18 +202,18 @@ def _met(targets: list[float], out: Path, meet: Callable[[float, Path], Report])
 
 def _on_device(meet: Meet, device: Device, shared: Path, network: Path, speedup: float, folder: Path) -> Report:
     """A network for one device alone."""
-    opponent = replace(device.against, speedup=speedup) if device.against else None
+    opponent = device.at(speedup).against
     if opponent:
         print(opponent)
     asked = opponent.of_same if opponent else speedup
-    return meet(device.runtime, Target(asked, folder, shared, network, opponent))
+    return meet([Device(device.runtime, against=opponent)], Target(asked, folder, shared, network))
 
 
 def _network_each(
     meet: Meet, devices: Sequence[Device], targets: list[float], out: Path, compression: Compression
 ) -> Matrix:
     """A network for each device and target; they share the database, unless int8 has several forms."""
-    is_shared = not any_int8(compression.levels) or len({form_for(one.runtime.name) for one in devices}) == 1
+    is_shared = not any_int8(compression.levels) or len(forms_of(devices)) == 1
     found: dict[str, list[tuple[str, Report]]] = {}
     unreachable: dict[str, str] = {}
     for device in devices:
@@ -237,7 +236,7 @@ def _one_network(
     """One network for all devices at each target."""
 
     def on_all(speedup: float, folder: Path) -> Report:
-        asked = [replace(one, against=one.against and replace(one.against, speedup=speedup)) for one in devices]
+        asked = [one.at(speedup) for one in devices]
         for one in asked:
             if one.against:
                 print(f"{one.name}: {one.against}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from onnx_spdy.models import Prepared, load_model, save_model
 from onnx_spdy.models.int8.form import form_for
-from onnx_spdy.pipeline.artifact import check_same, fields_of, write_json
+from onnx_spdy.pipeline.artifact import Document, check_same, fields_of, write_json
 from onnx_spdy.pipeline.cluster import tasks_on
 from onnx_spdy.pipeline.data import workload_of
 from onnx_spdy.pipeline.database.compression import Compression
@@ -337,26 +338,26 @@ def validate(
     show.validation({**found.to_json(), **metrics})
 
 
+Showing = Callable[[Mapping[str, Any], Path], None]  # of what a file holds and the folder where that is
+# What a run may have left: the document, what makes its page, and what prints it.
+RESULTS: dict[str, tuple[type[Document], Showing, Showing]] = {
+    FLEET: (Matrix, write_fleet_html, show.fleet),
+    FRONT: (Front, write_front_html, show.front),
+    "report.json": (
+        Report, lambda content, folder: write_report_html(content, folder / "report.html"), show.report
+    ),
+}  # fmt: skip
+
+
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path)]) -> None:
     """Show the report of a run, or what one with several targets or devices found, and write its page again."""
-    known = [path for name in (FLEET, FRONT, "report.json") if (path := folder / name).exists()]
-    latest = max(known, key=lambda path: path.stat().st_mtime_ns).name if known else "report.json"
-    if latest == FLEET:
-        matrix = Matrix.load(folder / FLEET)
-        with fields_of(folder / FLEET):
-            write_fleet_html(matrix.content, folder)
-            show.fleet(matrix.content, folder)
-        return
-    if latest == FRONT:
-        front = Front.load(folder / FRONT)
-        with fields_of(folder / FRONT):
-            write_front_html(front.content, folder)
-            show.front(front.content, folder)
-        return
-    found = Report.load(folder / "report.json")
-    with fields_of(folder / "report.json"):
-        write_report_html(found.content, folder / "report.html")
-        show.report(found.content, folder)
+    known = [path for name in RESULTS if (path := folder / name).exists()]
+    file = max(known, key=lambda path: path.stat().st_mtime_ns, default=folder / "report.json")
+    kind, write_page, show_it = RESULTS[file.name]
+    found = kind.load(file)
+    with fields_of(file):
+        write_page(found.content, folder)
+        show_it(found.content, folder)
 
 
 def prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,9 +34,13 @@ class Device:
     name: str = ""
     against: Against | None = None
 
+    def at(self, speedup: float) -> Device:
+        """The same, for a target."""
+        return replace(self, against=self.against and replace(self.against, speedup=speedup))
+
     def folder(self, of: Path) -> Path:
         """Where in a folder what belongs to the device is."""
-        return of / self.name if self.name else of
+        return of / self.name
 
     def stage(self, name: str) -> str:
         """What a stage is called here."""

@@ -22,20 +22,25 @@ from onnx_spdy.pipeline.validate import Validation, validate
 from onnx_spdy.runtimes import Workload, runtime_spec
 
 
+def forms_of(devices: Sequence[Device]) -> set[Form]:
+    """In which devices want a network in int8."""
+    return {form_for(device.runtime.name) for device in devices}
+
+
 def one_form(devices: Sequence[Device]) -> Form:
     """The form of int8 that all devices run.
 
     Raises:
         FleetError: there is none.
-        UnknownForm: one of them runs no int8 at all.
+        NoForm: one of them runs no int8 at all.
     """
-    forms = [form_for(device.runtime.name) for device in devices]
-    if any(form != forms[0] for form in forms):
+    form, *others = forms_of(devices)
+    if others:
         raise FleetError(
             f"{', '.join(runtime_spec(device.runtime) for device in devices)} want int8 in different forms; leave out "
             "--one-network"
         )
-    return forms[0]
+    return form
 
 
 def measure_tables(

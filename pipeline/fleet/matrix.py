@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from onnx_spdy.pipeline.artifact import read_json, write_json
+from onnx_spdy.pipeline.artifact import Document
 from onnx_spdy.pipeline.front import Front, make_front
 from onnx_spdy.pipeline.report import Report
 
-VERSION = 1
 FILE = "fleet.json"
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Every device at every target.
+class Matrix(Document):
+    """Every device at every target, as fleet.json holds them.
 
-    Attributes:
-        content: the document; fleet.json without its format and version. `devices` has of each device's name what
-            front.json has, `unreachable` why there is nothing of one.
+    `devices` has of each device's name what front.json has, `unreachable` why a target couldn't be reached on one.
     """
 
-    content: Mapping[str, Any]
+    KIND = "fleet"
 
     @property
     def missed(self) -> str | None:
@@ -32,18 +26,6 @@ class Matrix:
         found = [f"{name}: {why}" for name, front in self.content["devices"].items() if (why := Front(front).missed)]
         found += [f"{name}: {why}" for name, why in self.content["unreachable"].items()]
         return "; ".join(found) or None
-
-    def save(self, path: Path | str) -> None:
-        write_json(path, "fleet", VERSION, self.content)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Matrix:
-        """The matrix in a file.
-
-        Raises:
-            ArtifactError: missing, damaged or of another version.
-        """
-        return cls(read_json(path, "fleet", VERSION))
 
 
 def make_matrix(

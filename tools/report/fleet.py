@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx_spdy.pipeline.artifact import replacing
 from onnx_spdy.runtimes import Environment
-from onnx_spdy.tools.report.page import COLOURS, colour, filled, plain_axes, svg_plot
+from onnx_spdy.tools.report.front import speedups_of
+from onnx_spdy.tools.report.page import COLOURS, colour, filled, plain_axes, svg_plot, write_pages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +20,7 @@ MARKERS = "osD^vP"
 
 def write_fleet_html(fleet: Mapping[str, Any], out: Path) -> None:
     """Write fleet.html and fleet.svg into a folder, atomically."""
-    for name, text in (("fleet.html", render(fleet)), ("fleet.svg", plot(fleet, alone=True))):
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf8")
+    write_pages(out, {"fleet.html": render(fleet), "fleet.svg": plot(fleet, alone=True)})
 
 
 def render(fleet: Mapping[str, Any]) -> str:
@@ -52,21 +50,16 @@ def plot(fleet: Mapping[str, Any], *, alone: bool = False) -> str:
         axes = figure.subplots()
         for number, (name, front) in enumerate(fronts.items()):
             points = front["points"]
-            speedups = [point["measured_speedup"] for point in points]
-            spread = [
-                [point["measured_speedup"] - point["measured_speedup_lower"] for point in points],
-                [point["measured_speedup_upper"] - point["measured_speedup"] for point in points],
-            ]
+            speedups, spread = speedups_of(points)
             ink = colour(LINES[number % len(LINES)])
             axes.errorbar(
                 speedups, [point[key] for point in points], xerr=spread, ms=4, lw=1, color=ink, label=name,
                 fmt=f"{MARKERS[number // len(LINES) % len(MARKERS)]}-",
             )  # fmt: skip
-        first = next(iter(fronts.values()), None)
-        if first:
-            axes.set(ylabel=first["metric_name"] if has_metric else f"{first['loss_name']} loss")
         axes.set(xlabel="measured speedup on the device")
         if fronts:
+            first = next(iter(fronts.values()))
+            axes.set(ylabel=first["metric_name"] if has_metric else f"{first['loss_name']} loss")
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, borderaxespad=0.1)
         plain_axes(axes)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx_spdy.pipeline.artifact import replacing
 from onnx_spdy.runtimes import Environment
-from onnx_spdy.tools.report.page import COLOURS, colour, filled, plain_axes, svg_plot
+from onnx_spdy.tools.report.page import COLOURS, colour, filled, plain_axes, svg_plot, write_pages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +18,7 @@ LABEL = "Measured speedup with its 95 % interval against calibration loss and me
 
 def write_front_html(front: Mapping[str, Any], out: Path) -> None:
     """Write front.html and front.svg into a folder, atomically."""
-    for name, text in (("front.html", render(front)), ("front.svg", plot(front, alone=True))):
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf8")
+    write_pages(out, {"front.html": render(front), "front.svg": plot(front, alone=True)})
 
 
 def render(front: Mapping[str, Any]) -> str:
@@ -39,14 +36,18 @@ def render(front: Mapping[str, Any]) -> str:
     )
 
 
+def speedups_of(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Of each point the measured speedup, and how far its bounds are below and above."""
+    speedups = [point["measured_speedup"] for point in points]
+    below = [point["measured_speedup"] - point["measured_speedup_lower"] for point in points]
+    above = [point["measured_speedup_upper"] - point["measured_speedup"] for point in points]
+    return speedups, [below, above]
+
+
 def plot(front: Mapping[str, Any], *, alone: bool = False) -> str:
     """Speedup against loss, and against the metric where there is one, as an <svg> element or file."""
     points = front["points"]
-    speedups = [point["measured_speedup"] for point in points]
-    spread = [
-        [point["measured_speedup"] - point["measured_speedup_lower"] for point in points],
-        [point["measured_speedup_upper"] - point["measured_speedup"] for point in points],
-    ]
+    speedups, spread = speedups_of(points)
     has_metric = front["metric_dense"] is not None
 
     def curve(axes: Axes, values: list[float], name: str, label: str) -> None:

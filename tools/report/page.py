@@ -62,9 +62,18 @@ class Part:
 
 def write_report_html(report: Mapping[str, Any], path: Path) -> None:
     """Write `render(report)` to a file, atomically."""
-    page = render(report)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf8")
+    write_pages(path.parent, {path.name: render(report)})
+
+
+def write_pages(out: Path, pages: Mapping[str, str]) -> None:
+    """Write files into a folder, each atomically.
+
+    Args:
+        pages: name -> text.
+    """
+    for name, text in pages.items():
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf8")
 
 
 def filled(name: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
