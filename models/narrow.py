@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from onnx_spdy.models.cut_branches import cut_branches
 from onnx_spdy.models.graph import (
     ModelError,
     captured_names,
@@ -18,7 +19,7 @@ from onnx_spdy.models.graph import (
     one_line,
     outline_of,
 )
-from onnx_spdy.models.groups import Group, GroupError, find_groups
+from onnx_spdy.models.groups import Branch, Group, GroupError, find_groups
 from onnx_spdy.models.prepared import Prepared
 
 Keep = Mapping[str, Sequence[int]]
@@ -31,20 +32,27 @@ def narrowed(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
     The nodes are the same, with the same names: stored tensors of these groups are narrower, and numbers that hold a
     width (in the shape of a Reshape, the sizes of a Split, `group` of a convolution, ...) are smaller. Where nodes
     share a tensor with such a number, the one that needs another number gets its own. Shapes of inner values that
-    became wrong are left out; everything else is as it was.
+    became wrong are left out; everything else is as it was. Of a branch without any unit the nodes are gone too.
 
     Args:
-        keep: name of a group -> its units that stay. Groups that aren't named stay whole.
+        keep: name of a group -> its units that stay; none only of a branch. Groups that aren't named stay whole.
     Raises:
         GroupError: no such group, one that can't shrink, or none of its units or one that it doesn't have is kept.
         ModelError: the result is no valid model; that is a bug.
     """
-    written, removed = _copy_and_removed(model, keep)
+    gone = {name for name, units in keep.items() if not len(units)}
+    # One unit of a branch stays until the branch goes as a whole.
+    written, removed = _copy_and_removed(model, {name: [0] if name in gone else units for name, units in keep.items()})
+    branches = [one.branch for one, _ in removed if one.name in gone]
+    if None in branches:
+        _copy_and_removed(model, keep)  # which tells of which one none is kept
     tensors = _stored(written)
     for (name, axis), indices in _indices(removed).items():
         _replace(tensors[name], np.delete(numpy_helper.to_array(tensors[name]), indices, axis))
+    _drop(tensors, branches)
     _write_sizes(written, removed, tensors)
     _drop_shapes(written, {value for group, _ in removed for value in group.values})
+    cut_branches(written, [branch for branch in branches if branch is not None])
     check_model(written, "the narrower model")
     _check_shapes(written, model if isinstance(model, onnx.ModelProto) else model.proto)
     return written
@@ -79,7 +87,14 @@ def masked(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
         values = numpy_helper.to_array(tensors[name]).copy()
         np.moveaxis(values, axis, 0)[indices] = 0
         _replace(tensors[name], values)
+    _drop(tensors, [one.branch for one, _ in removed if not len(keep[one.name])])
     return written
+
+
+def _drop(tensors: dict[str, TensorProto], branches: Iterable[Branch | None]) -> None:
+    """What branches that are gone don't add."""
+    for name in (name for branch in branches if branch is not None for name in branch.dropped):
+        _replace(tensors[name], np.zeros_like(numpy_helper.to_array(tensors[name])))
 
 
 def _copy_and_removed(

@@ -44,9 +44,15 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
     Raises:
         ModelError: a changed weight belongs to no parameter, or to one that is used in another place of the graph,
             where it wasn't pruned (tied weights, or one convolution with several BatchNormalizations); or a parameter
-            is only a part of a weight (a parametrisation); or the pruned graph is narrower. The module is left as it
-            was.
+            is only a part of a weight (a parametrisation); or the pruned graph is narrower, or lacks residual branches.
+            The module is left as it was.
     """
+    kept = {name for node in pruned.graph.node for name in node.output}
+    if gone := [node.name for node in dense.graph.node if kept.isdisjoint(node.output)]:
+        raise ModelError(
+            f"node '{gone[0]}' is gone in the narrow network, and the module would compute it still; run or train the "
+            "narrow network itself: TorchGraph(load_model(FILE)) is a module too"
+        )
     old, new = _arrays(dense), _arrays(pruned)
     changed = changed_initializers(dense, pruned)
     for name in changed:

@@ -92,6 +92,8 @@ class StatisticsCorrection:
         """Change the layer's values in `weights`, and its outputs as if it had run with them."""
         dense_mean, dense_deviation = self._dense[layer.name]
         mean, deviation = self._statistics(outputs, layer)
+        if _is_nothing(mean, deviation):
+            return outputs
         scale = _scale(deviation, dense_deviation)
         weight = self._network.values(layer.weight, weights)
         weights[layer.weight] = weight * (scale if layer.transposed else along(scale, weight, 0))
@@ -169,6 +171,8 @@ class BatchCorrection:
             self._moments(batch, layer, output),
             self._dense[batch, layer.name],
         )
+        if _is_nothing(mean, variance):
+            return None
         scale = _scale(variance.sqrt(), dense_variance.sqrt())
         if layer.bias is None:  # nothing can shift its outputs
             mean = dense_mean = torch.zeros_like(mean)
@@ -193,6 +197,11 @@ def _scale(deviation: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     has_signal = deviation > 1e-6 * dense.clamp_min(1e-12)
     scale = torch.where(has_signal, dense / deviation.clamp_min(1e-12), 1.0)
     return scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+
+
+def _is_nothing(mean: torch.Tensor, spread: torch.Tensor) -> bool:
+    """Whether a layer gives zeros only: of a branch that is gone, and stays so."""
+    return not bool(mean.any()) and not bool(spread.any())
 
 
 def _affordable(network: Network, samples: Samples) -> int:

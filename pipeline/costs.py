@@ -22,6 +22,26 @@ class InvalidCosts(OnnxSpdyError, ValueError):
 
 
 @dataclass(frozen=True)
+class Product:
+    """Seconds that several layers take together: the product of a factor of each.
+
+    A convolution between two groups of units takes time for each pair of what they keep; what is in a branch that may
+    go takes time as long as the branch is there.
+
+    Attributes:
+        layers: different ones, at least two.
+        factors: (these layers, levels), >= 0.
+    """
+
+    layers: tuple[int, ...]
+    factors: np.ndarray
+
+    def scaled(self, scale: float) -> Product:
+        """So many times the seconds."""
+        return Product(self.layers, np.concatenate([scale * self.factors[:1], self.factors[1:]]))
+
+
+@dataclass(frozen=True)
 class Costs:
     """Times of layers x levels, and what one layer's level costs another. (A group of units counts as a layer here.)
 
@@ -32,9 +52,7 @@ class Costs:
         predecessor: (layers,) index of the layer that each one reads from, an earlier one, or NO_PREDECESSOR.
             Default: none.
         dense: (layers, levels) bool, which levels run dense. Default: level 0.
-        kept: (layers, levels), > 0, what a level keeps of a layer's width. Default: all of it.
-        pairs: (pairs, 2) different layers, whose widths multiply. Default: none.
-        pair_seconds: (pairs,), >= 0, seconds of the product, where both are whole.
+        products: what several layers take together.
 
     >>> costs = Costs(np.array([[3.0, 1.0], [3.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 0.5]]), np.array([-1, 0]))
     >>> costs.total([0, 1]), costs.total([1, 1])
@@ -45,9 +63,7 @@ class Costs:
     transition: np.ndarray = None  # type: ignore[assignment]  # these are set below
     predecessor: np.ndarray = None  # type: ignore[assignment]
     dense: np.ndarray = None  # type: ignore[assignment]
-    kept: np.ndarray = None  # type: ignore[assignment]
-    pairs: np.ndarray = None  # type: ignore[assignment]
-    pair_seconds: np.ndarray = None  # type: ignore[assignment]
+    products: tuple[Product, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise InvalidCosts where shapes differ, or a number is NaN, infinite or a negative time."""
@@ -71,80 +87,114 @@ class Costs:
         if ((predecessor < NO_PREDECESSOR) | (predecessor >= np.arange(len(predecessor)))).any():
             raise InvalidCosts(f"predecessor {predecessor.tolist()} must name an earlier layer, or {NO_PREDECESSOR}")
         checked = {"seconds": seconds, "transition": transition, "predecessor": predecessor, "dense": dense}
-        for name, value in (checked | self._products(seconds.shape)).items():
+        for name, value in (checked | {"products": tuple(self._checked(one) for one in self.products)}).items():
             object.__setattr__(self, name, value)
 
-    def _products(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """What is given of products, checked."""
-        kept = np.ones(shape) if self.kept is None else np.asarray(self.kept, np.float64)
-        pairs = np.asarray([] if self.pairs is None else self.pairs, np.int64).reshape(-1, 2)
-        pair_seconds = np.asarray([] if self.pair_seconds is None else self.pair_seconds, np.float64)
-        if kept.shape != shape or pair_seconds.shape != pairs.shape[:1]:
+    def _checked(self, product: Product) -> Product:
+        layers, levels = np.shape(self.seconds)
+        factors = np.asarray(product.factors, np.float64)
+        if len(product.layers) < 2 or factors.shape != (len(product.layers), levels):
             raise InvalidCosts(
-                f"kept {kept.shape} must fit seconds {shape}, and each of {len(pairs)} pairs has seconds"
+                f"a product's factors {factors.shape} must be (its layers, {levels} levels), two or more"
             )
-        if not (np.isfinite(kept).all() and (kept > 0).all()):
-            raise InvalidCosts("what is kept must be finite and more than nothing; measure the table again")
-        if not (np.isfinite(pair_seconds).all() and (pair_seconds >= 0).all()):
-            raise InvalidCosts("seconds of pairs must be finite and not negative; measure the table again")
-        if (pairs < 0).any() or (pairs >= shape[0]).any() or (pairs[:, 0] == pairs[:, 1]).any():
-            raise InvalidCosts(f"pairs {pairs.tolist()} must name two different ones of {shape[0]} layers")
-        return {"kept": kept, "pairs": pairs, "pair_seconds": pair_seconds}
+        if len({*product.layers}) < len(product.layers) or not {*product.layers} <= {*range(layers)}:
+            raise InvalidCosts(f"a product of layers {[*product.layers]} must name different ones of {layers}")
+        if not (np.isfinite(factors).all() and (factors >= 0).all()):
+            raise InvalidCosts("a product's factors must be finite and not negative; measure the table again")
+        return Product(tuple(map(int, product.layers)), factors)
+
+    @cached_property
+    def _several(self) -> list[_Several]:
+        """The products, those of equally many layers together."""
+        counts = sorted({len(one.layers) for one in self.products})
+        alike = ([one for one in self.products if len(one.layers) == count] for count in counts)
+        return [
+            _Several(np.array([one.layers for one in some]), np.array([one.factors for one in some])) for some in alike
+        ]
 
     def of_layers(self, choice: np.ndarray | Sequence[int]) -> np.ndarray:
-        """(layers,) seconds of each layer at these level indices, (layers,); a product's are half those of each."""
+        """(layers,) seconds of each layer at these level indices, (layers,); a product's are shared out equally."""
         chosen = np.asarray(choice)
         rows = np.arange(len(self.seconds))
         after_dense = (self.predecessor != NO_PREDECESSOR) & self.dense[rows, chosen][self.predecessor]
         found = self.seconds[rows, chosen] + after_dense * self.transition[rows, chosen]
-        products = self.pair_seconds * self.kept[rows, chosen][self.pairs].prod(axis=1)
-        np.add.at(found, self.pairs, products[:, None] / 2)
+        for one in self._several:
+            np.add.at(found, one.layers, one.at(chosen).prod(axis=1)[:, None] / one.count)
         return found
 
     def total(self, choice: np.ndarray | Sequence[int]) -> float:
         """Seconds of all layers together at these level indices, (layers,)."""
         return float(self.of_layers(choice).sum())
 
+    def alone(self, layer: int) -> np.ndarray:
+        """(levels,) seconds of a layer, when what it shares with others counts as if those were dense."""
+        seconds = self.seconds[layer].copy()
+        for one in self.products:
+            if layer in one.layers:
+                place = one.layers.index(layer)
+                seconds += one.factors[place] * np.delete(one.factors[:, 0], place).prod()
+        return seconds
+
     def fastest(self, errors: np.ndarray | None = None) -> np.ndarray:
         """(layers,) the levels that take least time together; of equally fast ones those with less of `errors`.
 
         With products it is found step by step, each no slower than the one before: exactly, where the fastest level of
-        a layer is its narrowest one too.
+        a layer has its least factors too.
         """
         errors = np.zeros_like(self.seconds) if errors is None else errors
-        choice = self.kept.argmin(axis=1)
+        if not self.products:
+            return self._fastest(errors)
+        choice = np.array([self.alone(layer).argmin() for layer in range(len(self.seconds))])
         found = self.apart_at(choice)._fastest(errors)
-        while len(self.pairs) and self.total(found) < self.total(choice):
+        while self.total(found) < self.total(choice):
             choice, found = found, self.apart_at(found)._fastest(errors)
         return found
 
     def apart_at(self, choice: np.ndarray | Sequence[int]) -> Costs:
         """Costs without products that never take less time than these, and equally much at these level indices.
 
-        Of two widths x and y, and x0 and y0 at the choice: x y <= (x^2 y0 / x0 + y^2 x0 / y0) / 2, for the mean of two
-        numbers is no less than their geometric mean.
+        Of factors x, y, ... of m layers, and x0, y0, ... at the choice: x y ... <= x0 y0 ... ((x / x0)^m + (y / y0)^m +
+        ...) / m, for the mean of numbers is no less than their geometric mean. Where x0 = 0: at most x with the others'
+        largest.
         """
-        if not len(self.pairs):
+        if not self.products:
             return self
-        at_choice = self.kept[np.arange(len(self.kept)), np.asarray(choice)][self.pairs]  # (pairs, 2)
-        ratios = at_choice[:, ::-1] / at_choice
         seconds = self.seconds.copy()
-        np.add.at(
-            seconds, self.pairs, (self.pair_seconds[:, None] * ratios / 2)[:, :, None] * self.kept[self.pairs] ** 2
-        )
+        for one in self._several:
+            at = one.at(choice)  # (products, m)
+            zero = at == 0
+            product, ratios = at.prod(axis=1), one.factors / np.where(zero, 1, at)[:, :, None]
+            bound = np.where(zero.any(axis=1)[:, None, None], 0, product[:, None, None] * ratios**one.count / one.count)
+            for number in np.flatnonzero(zero.any(axis=1)):
+                place = zero[number].argmax()
+                others = np.delete(one.factors[number], place, axis=0).max(axis=1).prod()
+                bound[number, place] = one.factors[number, place] * others
+            np.add.at(seconds, one.layers, bound)
         return Costs(seconds, self.transition, self.predecessor, self.dense)
 
     def linear_at(self, choice: np.ndarray | Sequence[int]) -> tuple[Costs, float]:
         """Costs without products that take equally much at these level indices and nearly so around them, and seconds
         to add to those.
 
-        Of two widths x and y, and x0 and y0 at the choice: x y is about x y0 + x0 y - x0 y0.
+        Of two factors x and y, and x0 and y0 at the choice: x y is about x y0 + x0 y - x0 y0.
         """
-        at_choice = self.kept[np.arange(len(self.kept)), np.asarray(choice)][self.pairs]
-        seconds = self.seconds.copy()
-        slopes = self.pair_seconds[:, None] * at_choice[:, ::-1]
-        np.add.at(seconds, self.pairs, slopes[:, :, None] * self.kept[self.pairs])
-        constant = -float((self.pair_seconds * at_choice.prod(axis=1)).sum())
+        return self._linear([one.at(choice) for one in self._several])
+
+    def linear_below(self) -> list[tuple[Costs, float]]:
+        """The same at the least factors, and at the largest: nowhere do they take more than these costs."""
+        if not self.products:
+            return [(self, 0.0)]
+        return [
+            self._linear([one.factors.min(axis=2) for one in self._several]),
+            self._linear([one.factors.max(axis=2) for one in self._several]),
+        ]
+
+    def _linear(self, around: Sequence[np.ndarray]) -> tuple[Costs, float]:
+        seconds, constant = self.seconds.copy(), 0.0
+        for one, at in zip(self._several, around, strict=True):
+            slopes = np.stack([np.delete(at, place, axis=1).prod(axis=1) for place in range(one.count)], axis=1)
+            np.add.at(seconds, one.layers, slopes[:, :, None] * one.factors)
+            constant -= (one.count - 1) * float(at.prod(axis=1).sum())
         return Costs(seconds, self.transition, self.predecessor, self.dense), constant
 
     def _fastest(self, errors: np.ndarray) -> np.ndarray:
@@ -191,24 +241,48 @@ def weighted_sum(several: Sequence[Costs], weights: Sequence[float]) -> Costs:
     they don't, never less: what a change of kernels takes counts as if there always were one.
 
     Args:
-        several: of the same shape, with the same widths.
+        several: of the same shape.
         weights: as many, >= 0.
     Raises:
-        InvalidCosts: shapes or widths differ.
+        InvalidCosts: shapes differ.
     """
     first = several[0]
-    if any(one.seconds.shape != first.seconds.shape or (one.kept != first.kept).any() for one in several):
-        raise InvalidCosts("times of several devices must be of the same layers, levels and widths")
+    if any(one.seconds.shape != first.seconds.shape for one in several):
+        raise InvalidCosts("times of several devices must be of the same layers and levels")
     alike = all((one.dense == first.dense).all() and (one.predecessor == first.predecessor).all() for one in several)
     scales = np.asarray(weights)[:, None, None]
     seconds = (scales * [one.seconds for one in several]).sum(axis=0)
     changes = np.array([one.transition for one in several])
     transition = (scales * (changes if alike else np.maximum(changes, 0))).sum(axis=0)
-    pairs = np.concatenate([one.pairs for one in several])
-    pair_seconds = np.concatenate([weight * one.pair_seconds for weight, one in zip(weights, several, strict=True)])
+    products = tuple(
+        product.scaled(weight) for weight, one in zip(weights, several, strict=True) for product in one.products
+    )
     if alike:
-        return Costs(seconds, transition, first.predecessor, first.dense, first.kept, pairs, pair_seconds)
-    return Costs(seconds + transition, kept=first.kept, pairs=pairs, pair_seconds=pair_seconds)
+        return Costs(seconds, transition, first.predecessor, first.dense, products)
+    return Costs(seconds + transition, products=products)
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Products of equally many layers.
+
+    Attributes:
+        layers: (products, layers of each).
+        factors: (products, layers of each, levels).
+    """
+
+    layers: np.ndarray
+    factors: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many layers each has."""
+        return self.layers.shape[1]
+
+    def at(self, choice: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(products, layers of each) the factors at level indices, (layers,)."""
+        chosen = np.asarray(choice)[self.layers]
+        return np.take_along_axis(self.factors, chosen[:, :, None], axis=2)[:, :, 0]
 
 
 @dataclass(frozen=True)

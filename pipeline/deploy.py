@@ -13,8 +13,8 @@ from onnx_spdy.models import (
     changed_initializers,
     differences,
     find_layers,
+    narrowed,
     node_names,
-    removed_indices,
     save_model,
     to_canonical,
 )
@@ -117,17 +117,14 @@ def check_narrow(dense: Prepared, pruned: PrunedNetwork, written: onnx.ModelProt
     """
     if found := differences(pruned.base.proto, written):
         raise DeployError(f"the narrow graph differs from the one that was cut out: {found[0]}")
-    if _nodes(dense.proto.graph) != _nodes(written.graph):
-        raise DeployError("the narrow graph has other nodes than the dense one")
-    expected = {tensor.name: list(tensor.dims) for tensor in dense.proto.graph.initializer}
-    changeable = {layer.weight for layer in pruned.layers}
-    changeable |= {layer.bias for layer in touched(dense, pruned.widths) if layer.bias is not None}
-    if pruned.trained_whole:
+    plain = narrowed(dense, pruned.widths)
+    if _nodes(plain.graph) != _nodes(written.graph):
+        raise DeployError("the narrow graph has other nodes than the dense one has at these widths")
+    expected = {tensor.name: list(tensor.dims) for tensor in plain.graph.initializer}
+    changeable = {*changed_initializers(dense.proto, plain)}
+    changeable |= {name for layer in touched(dense, pruned.widths) for name in (layer.weight, layer.bias) if name}
+    if pruned.trained_whole or len(plain.graph.node) < len(dense.proto.graph.node):  # all make up for a branch
         changeable |= _of_layers(dense)
-    for (name, axis), indices in removed_indices(dense, pruned.widths).items():
-        changeable.add(name)
-        if name in expected:  # a Constant's tensor isn't among them
-            expected[name][axis] -= len(indices)
     weights = {tensor.name: tensor for tensor in written.graph.initializer if tensor.data_type in FLOATS}
     for name, tensor in weights.items():
         if list(tensor.dims) != expected.get(name):

@@ -5,6 +5,7 @@ unstructured@0.8700      87 % of the weights are zero, anywhere
 block4@0.9000            zeros come in runs of 4 consecutive input channels
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
 channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
+channels@1.0000          all of them, and the residual branch that they are in; of what is no branch as few as may stay
 int8                     nothing is removed, and the layer, or the network of these widths, computes in int8
 channels@0.2500+int8     both
 """
@@ -20,7 +21,7 @@ from onnx_spdy.runtimes.errors import OnnxSpdyError
 LOWEST_SPARSITY = 0.40
 HIGHEST_SPARSITY = 0.99
 SPARSE_LEVELS = 41
-WIDTH_LEVELS = 39
+WIDTH_LEVELS = 40
 CHANNELS = "channels"
 INT8 = "int8"
 NARROW_INT8 = f"{CHANNELS}+{INT8}"
@@ -41,7 +42,7 @@ class Level:
 
     Attributes:
         pattern: "dense", "int8", "unstructured", "block4", "N:M", "channels" or "channels+int8".
-        sparsity: fraction of zeros, or of units that are removed, in [0, 1), to 4 decimals.
+        sparsity: fraction of zeros, in [0, 1), or of units that are removed, in [0, 1], to 4 decimals.
     """
 
     pattern: str
@@ -55,7 +56,7 @@ class Level:
                 raise LevelError(f"level {self.pattern!r} keeps {kept} of {group}; N:M needs 0 < N < M")
         elif self.pattern not in (*WHOLE, *GRADED):
             raise LevelError(f"unknown pattern {self.pattern!r}; known: dense, {', '.join(GRADED)}, N:M such as 2:4")
-        elif (self.sparsity == 0) != (self.pattern in WHOLE) or not 0 <= self.sparsity < 1:
+        elif (self.sparsity == 0) != (self.pattern in WHOLE) or not self._fits:
             raise LevelError(f"sparsity {self.sparsity} does not fit pattern {self.pattern!r}; use 0 < sparsity < 1")
         if self.sparsity != round(self.sparsity, 4):
             raise LevelError(f"sparsity {self.sparsity} has more than 4 decimals; round it first")
@@ -83,6 +84,10 @@ class Level:
             raise LevelError(f"{text!r} is not a level ({exc}); write dense, unstructured@0.8700 or 2:4") from exc
 
     @property
+    def _fits(self) -> bool:
+        return 0 <= self.sparsity < 1 or (self.is_width and self.sparsity == 1)
+
+    @property
     def group(self) -> tuple[int, int]:
         """(N, M) of an N:M pattern: at most N non-zeros in every M consecutive input channels."""
         kept, _, group = self.pattern.partition(":")
@@ -106,6 +111,11 @@ class Level:
     def is_whole(self) -> bool:
         """Whether nothing is removed."""
         return self.pattern in WHOLE
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is left, where that can be."""
+        return self.sparsity == 1
 
     def zeros(self, count: int) -> int:
         """How many of `count` weights this level sets to zero (unstructured; patterns may differ at ragged edges)."""
@@ -136,10 +146,10 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
 
     Unstructured and block patterns get 41 sparsities from 0.40 to 0.99; each step removes the same
     fraction (9.7 %) of the weights that remain. An N:M pattern is one level, and so is one with its sparsity, such as
-    `unstructured@0.5`. Widths get 39, a fortieth apart; how many
-    units that leaves of a group depends on what engines reward, see `Site.kept`. Patterns that are joined by commas,
-    such as `unstructured,2:4`, make one list; of levels that are equally sparse those of the pattern that was
-    named first come first. `int8` is the choice of each layer's precision.
+    `unstructured@0.5`. Widths get 40, a fortieth apart, the last of nothing; how many units that leaves of a group
+    depends on what engines reward, see `Site.kept`. Patterns that are joined by commas, such as `unstructured,2:4`,
+    make one list; of levels that are equally sparse those of the pattern that was named first come first. `int8` is the
+    choice of each layer's precision.
 
     Source: Frantar & Alistarh, SPDY (ICML 2022), section 4 (sparsity grid).
     """
@@ -168,7 +178,7 @@ def _levels_of(pattern: str) -> list[Level]:
             raise LevelError(f"pattern {pattern!r}: one width alone leaves groups nothing to choose; name the kind")
         return [level]
     if pattern in WIDTHS:
-        return [Level(pattern, round(number / (WIDTH_LEVELS + 1), 4)) for number in range(1, WIDTH_LEVELS + 1)]
+        return [Level(pattern, round(number / WIDTH_LEVELS, 4)) for number in range(1, WIDTH_LEVELS + 1)]
     shrink = (1 - HIGHEST_SPARSITY) / (1 - LOWEST_SPARSITY)
     kept = [(1 - LOWEST_SPARSITY) * shrink ** (i / (SPARSE_LEVELS - 1)) for i in range(SPARSE_LEVELS)]
     return [Level(pattern, round(1 - k, 4)) for k in kept]

@@ -55,9 +55,11 @@ class Site:
     def kept(self, level: Level) -> int:
         """How many units of the group stay at a level: so many that the fraction that goes is at least the level's.
 
-        A multiple of `step`, and never less than one step.
+        A multiple of `step`, and never less than one step; but none at the last level, where a branch can go.
         """
         assert self.group is not None
+        if level.is_nothing and self.group.branch is not None:
+            return 0
         if level.is_whole:
             return self.group.units
         most = self.group.units * (10_000 - round(10_000 * level.sparsity)) // 10_000

@@ -66,7 +66,7 @@ def solve(errors: np.ndarray, costs: Costs, budget_seconds: float, buckets: int 
         raise InfeasibleTarget(
             f"the budget is {budget_seconds:.6g} s, but the fastest profile takes {costs.total(fastest):.6g} s"
         )
-    if not len(costs.pairs):
+    if not costs.products:
         return _solve_apart(errors, costs, budget_seconds, buckets, fastest)
     return _solve_products(errors, costs, budget_seconds, buckets, fastest)
 
@@ -131,9 +131,7 @@ def error_bounds(
         buckets: the more, the closer the bounds are together, and the longer it takes.
     """
     lower = -np.inf
-    # What is linear at a corner of all widths is nowhere more than their products.
-    for corner in (costs.kept.argmin(axis=1), costs.kept.argmax(axis=1))[: 1 + bool(len(costs.pairs))]:
-        linear, constant = costs.linear_at(corner)
+    for linear, constant in costs.linear_below():
         rounded = _rounded(linear, budget_seconds - constant, buckets, np.floor)
         (last,) = deque(_rows(np.asarray(errors, np.float64), linear, rounded, buckets), maxlen=1)
         lower = max(lower, float(last[0, -1]))

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_spdy.models import Layer, Prepared, narrowed, removed_indices
+from onnx_spdy.models import Layer, Prepared, narrowed, node_names, removed_indices
 from onnx_spdy.models.agreement import Reference
 from onnx_spdy.models.graph import FLOATS
+from onnx_spdy.models.stored import values_of
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.network import PrunedNetwork
 
@@ -37,8 +38,37 @@ def cut_out(pruned: PrunedNetwork, widths: Widths, samples: Samples | None = Non
     return replace(pruned, base=narrow, weights={}, widths=dict(widths))
 
 
+def trained_and_compared(whole: Prepared, pruned: PrunedNetwork) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    """The layers that repair trains in a narrow network, and those whose outputs it compares with the dense ones.
+
+    Trained are those that lost something, and compared those that took in units which are missing. Where a branch is
+    gone all that is left makes up for it, so all layers are both; but outputs with the branch's bias aren't compared.
+    """
+    plain = narrowed(whole, pruned.widths)
+    there = {*node_names(plain.graph)}
+    if len(there) == len(whole.proto.graph.node):
+        return touched(whole, pruned.widths), pruned.layers
+    left = tuple(layer for layer in whole.layers if layer.name in there and layer.shape)
+    before, after = ({tensor.name: tensor for tensor in one.graph.initializer} for one in (whole.proto, plain))
+    kept = kept_outputs(whole, pruned.widths)
+
+    def gives_the_same(layer: Layer) -> bool:
+        if layer.op == "MatMul":  # whose bias another node adds
+            return True
+        if layer.bias is None:
+            return len(_node(plain, layer.name).input) == len(_node(whole.proto, layer.name).input)
+        values = values_of(before[layer.bias])[kept.get(layer.weight, slice(None))]
+        return np.array_equal(values, values_of(after[layer.bias]))
+
+    return left, tuple(layer for layer in left if gives_the_same(layer))
+
+
+def _node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return dict(zip(node_names(model.graph), model.graph.node, strict=True))[name]
+
+
 def touched(whole: Prepared, widths: Widths) -> tuple[Layer, ...]:
-    """The layers of the network before that lost inputs, outputs or channels, in graph order."""
+    """The layers of the network before that lost inputs, outputs or channels, in graph order; some may be gone."""
     stored = {axis.initializer for group in whole.groups if group.name in widths for axis in group.axes}
     return tuple(layer for layer in whole.layers if layer.weight in stored)
 
@@ -61,9 +91,10 @@ def kept_outputs(whole: Prepared, widths: Widths) -> dict[str, np.ndarray]:
 
 
 def is_narrower(model: onnx.ModelProto, whole: onnx.ModelProto) -> bool:
-    """Whether a model is another one with fewer units: the same nodes, inputs and outputs, and smaller weights."""
-    graphs = (model.graph, whole.graph)
-    if len({tuple((node.op_type, *node.output) for node in graph.node) for graph in graphs}) > 1:
+    """Whether a model is another one with fewer units: with no other nodes, inputs or outputs, and smaller weights."""
+    nodes, known = ([(node.op_type, *node.output) for node in one.graph.node] for one in (model, whole))
+    left = iter(known)
+    if not all(node in left for node in nodes):  # in the same order
         return False
     if any([*map(str, getattr(model.graph, name))] != [*map(str, getattr(whole.graph, name))] for name in ENDS):
         return False
@@ -74,4 +105,4 @@ def is_narrower(model: onnx.ModelProto, whole: onnx.ModelProto) -> bool:
         if tensor.name in sizes and tensor.data_type in FLOATS
     ]
     fits = all(len(a) == len(b) and all(x <= y for x, y in zip(a, b, strict=True)) for a, b in pairs)
-    return fits and any(a != b for a, b in pairs)
+    return fits and (len(nodes) < len(known) or any(a != b for a, b in pairs))

@@ -63,7 +63,11 @@ def layers(network: Prepared) -> None:
 
 def groups(found: Sequence[Group]) -> None:
     """What can only be removed together: channels, feed-forward units, attention heads, coupled widths."""
-    rows = [(one.name, one.kind, one.units, _named(one.producers), one.skip or "can shrink") for one in found]
+    able = {True: "can shrink, and go with its residual branch", False: "can shrink"}
+    rows = [
+        (one.name, one.kind, one.units, _named(one.producers), one.skip or able[one.branch is not None])
+        for one in found
+    ]
     print_table("Groups", ("group", "kind", "units", "layers that make them", "why"), rows)
     print(f"{sum(one.prunable for one in found)} groups of units that can be removed")
 

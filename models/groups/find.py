@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from onnx_spdy.models.groups.branches import branch_of
 from onnx_spdy.models.groups.classes import Classes, active_axis
 from onnx_spdy.models.groups.group import FFN, HEADS, INNER, RESIDUAL, Axis, Group, Size
 from onnx_spdy.models.groups.labels import Labelled
@@ -46,7 +47,9 @@ def find_groups(model: Prepared | onnx.ModelProto) -> list[Group]:
     proto = model if isinstance(model, onnx.ModelProto) else model.proto
     trace = traced(proto)
     classes = Classes(trace.atoms, [factor for _, factor in trace.factors], trace.inclusions)
-    return _named([_group(trace, classes, cell) for cell in _cells(trace, classes)] + _not_followed(trace, proto))
+    found = [_group(trace, classes, cell) for cell in _cells(trace, classes)]
+    found = [replace(group, branch=branch_of(trace, group)) if group.prunable else group for group in found]
+    return _named(found + _not_followed(trace, proto))
 
 
 def traced(model: onnx.ModelProto) -> Trace:

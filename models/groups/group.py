@@ -59,6 +59,26 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What leaves the graph when no unit of a group is kept; see `branch_of`.
+
+    Attributes:
+        ends: names of the consumers' nodes, in whose place their biases stand then.
+        sums: names of the additions that are left with one operand and a constant.
+        gone: names of the tensors that aren't made then, in graph order.
+        left: of those that `sums` make, alone or in one kernel with what follows.
+        dropped: stored tensors that are zero then, too: the consumers' biases, where nothing before the sum could add
+            them instead. An addition that is left there would cost more than it is worth.
+    """
+
+    ends: tuple[str, ...]
+    sums: tuple[str, ...]
+    gone: tuple[str, ...]
+    left: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Group:
     """Axes of stored tensors that must shrink together, and what depends on them.
 
@@ -77,6 +97,7 @@ class Group:
         consumers: names of the layers that take them in.
         values: names of the values inside the network that get narrower.
         skip: why it can't shrink, in words; None if it can.
+        branch: what goes when none of its units is kept; None where one has to stay.
     """
 
     name: str
@@ -88,6 +109,7 @@ class Group:
     consumers: tuple[str, ...]
     values: tuple[str, ...]
     skip: str | None
+    branch: Branch | None = None
 
     @property
     def prunable(self) -> bool:
@@ -97,12 +119,12 @@ class Group:
         """The units besides those that are kept, ascending.
 
         Raises:
-            GroupError: the group can't shrink; none is kept, or one that it doesn't have.
+            GroupError: the group can't shrink; none is kept of one that is no branch, or one that it doesn't have.
         """
         kept = set(keep)
         if self.skip is not None:
             raise GroupError(f"group '{self.name}' can't shrink: {self.skip}")
-        if not kept:
+        if not kept and self.branch is None:
             raise GroupError(f"none of the {self.units} units of group '{self.name}' is kept: keep at least one")
         if wrong := sorted(kept - set(range(self.units))):
             raise GroupError(f"group '{self.name}' has units 0 to {self.units - 1}, not {wrong[0]}")

@@ -94,7 +94,7 @@ class LayerDatabase:
             if level.is_whole:
                 return rounded_at(file, site)
             if site.group is not None:
-                return weights_at(file, site, site.kept(level))
+                return weights_at(file, site, site.kept(level), network.dense)
             (layer,) = site.layers
             values, bits = file.get_tensor(f"{level}.values"), file.get_tensor(f"{level}.mask")
             return {layer.weight: from_canonical(layer, unpacked(values, bits, layer.shape))}

@@ -6,7 +6,7 @@ consumer's columns that it leaves, (out, columns) in the order of `weight.flatte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def build_group(
     """
     assert site.group is not None and compression.pruner.prune_units is not None  # see `Compression`
     kept = [site.kept(level) for level in compression.levels]
-    widths = sorted({count for count in kept if count < site.group.units}, reverse=True)
+    widths = sorted({count for count in kept if 0 < count < site.group.units}, reverse=True)
     consumers, scales = [], []
     for layer in site.layers:
         try:
@@ -61,6 +61,10 @@ def build_group(
                 tensors[f"{width}.{number}"] = weight.flatten(1)[:, left(one.columns, units, weight)].contiguous()
     except UnusableHessian as exc:
         raise UnusableHessian(f"group {site.name!r} can't shrink: {exc}") from exc
+    if 0 in kept:  # nothing is left to choose then
+        tensors["0.units"] = torch.zeros(0, dtype=torch.int32)
+        tensors |= {f"0.{number}": one.weight.new_zeros(len(one.weight), 0) for number, one in enumerate(consumers)}
+        errors[0] = float(sum(scale > 0 for scale in scales))
     write_tensors(path, tensors)
     return {
         "file": path.name, "sha256": file_sha256(path), "initializers": [layer.weight for layer in site.layers],
@@ -73,14 +77,21 @@ def units_at(file: Any, width: int) -> tuple[int, ...]:
     return tuple(file.get_tensor(f"{width}.units").tolist())
 
 
-def weights_at(file: Any, site: Site, width: int) -> Weights:
-    """The consumers' weights at a width, as the ONNX file stores them, from a group's file."""
+def weights_at(file: Any, site: Site, width: int, dense: Callable[[str], torch.Tensor]) -> Weights:
+    """The consumers' weights at a width, as the ONNX file stores them, from a group's file.
+
+    Args:
+        dense: initializer -> its values in the dense network.
+    """
     units, found = file.get_tensor(f"{width}.units"), {}
     for number, layer in enumerate(site.layers):
         values = file.get_tensor(f"{width}.{number}")
         weight = torch.zeros(layer.shape, dtype=values.dtype)
         weight.flatten(1)[:, left(columns_of(site, layer), units, weight)] = values
         found[layer.weight] = from_canonical(layer, weight)
+    if width == 0:
+        assert site.group is not None and site.group.branch is not None
+        found |= {name: torch.zeros_like(dense(name)) for name in site.group.branch.dropped}
     return found
 
 

@@ -12,12 +12,12 @@ such cells.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from onnx_spdy.pipeline.costs import Costs
+from onnx_spdy.pipeline.costs import Costs, Product
 
 ROW_NOISE = 0.1  # relative standard deviation of a row
 DENSE_NOISE = 0.002  # of the dense network's time, which is the unit
@@ -76,9 +76,7 @@ class Fit:
         spread: (sites, levels), relative standard deviation of `seconds`.
         rest: seconds of each tensor that belongs to no site.
         rest_seconds: outside the sites.
-        kept: (sites, levels) fraction of its units that a site keeps.
-        pairs: (pairs, 2) sites whose widths multiply in some row.
-        pair_seconds: (pairs,) seconds of that product, both whole.
+        products: what several sites take together.
         dense_seconds: of the dense network, where that is none of these: where all of them are in int8.
     """
 
@@ -89,17 +87,13 @@ class Fit:
     spread: np.ndarray
     rest: Mapping[str, float]
     rest_seconds: float
-    kept: np.ndarray
-    pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    pair_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    products: tuple[Product, ...] = ()
     dense_seconds: float | None = None
 
     @cached_property
     def costs(self) -> Costs:
         """The times of the sites, for the solver."""
-        return Costs(
-            self.seconds, self.transition, self.predecessor, ~self.sparse, self.kept, self.pairs, self.pair_seconds
-        )
+        return Costs(self.seconds, self.transition, self.predecessor, ~self.sparse, self.products)
 
     def relative(self, choice: np.ndarray) -> float:
         """Seconds of the network with these level indices, (sites,) / those of the dense one."""

@@ -3,17 +3,21 @@
 A row of one group is a smooth curve over the fraction of its units that is kept. A layer between two groups multiplies
 what is kept of one by what is kept of the other, so its row has that product besides a curve for each. A row of more
 groups has the product of each pair between which one of its weights lies. Rows of the same groups are one equation.
+
+What is in a residual branch takes all that only while the branch is there: a group of which nothing is kept opens the
+gate of its branch's rows. Of the addition at a branch's end something may be left even then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
-from onnx_spdy.pipeline.costs import NO_PREDECESSOR
+from onnx_spdy.models.groups import Branch
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Product
 from onnx_spdy.pipeline.latency.equations import (
     LEAST_SHARE,
     Equations,
@@ -31,6 +35,10 @@ from onnx_spdy.pipeline.site import Site
 PRODUCT = 3.0  # of a row's typical time: how much the product of two widths may be
 
 Sites = frozenset[int]
+Key = tuple[
+    Sites, Sites
+]  # of rows that are one equation: the sites that they depend on, and those in whose branch they are
+NOWHERE: Key = (frozenset(), frozenset())
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Places:
         readers: tensor -> those that the nodes make which read it.
         sites: tensor -> indices of the sites whose units the node that makes it reads or makes.
         products: tensor -> pairs of them between which a weight of that node lies, lower index first.
+        branches: site -> what goes when nothing of it is kept, of those of which that is so.
     """
 
     names: tuple[str, ...]
     readers: Mapping[str, tuple[str, ...]]
     sites: Mapping[str, Sites]
     products: Mapping[str, frozenset[tuple[int, int]]]
+    branches: Mapping[int, Branch] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: onnx.GraphProto, sites: Sequence[Site]) -> Places:
@@ -77,7 +87,15 @@ class Places:
                 readers.setdefault(name, []).extend(outputs)
             for name in outputs:
                 found[name], products[name] = own, pairs
-        return cls(tuple(names), {name: tuple(those) for name, those in readers.items()}, found, products)
+        branches = {number: site.group.branch for number, site in enumerate(sites) if site.group and site.group.branch}
+        read = {name: tuple(those) for name, those in readers.items()}
+        return cls(tuple(names), read, found, products, branches)
+
+    def key(self, block: Iterable[str]) -> Key:
+        """Which rows the rows of some tensors are one equation with."""
+        names = {*block}
+        gates = frozenset(site for site, branch in self.branches.items() if not names.isdisjoint(branch.gone))
+        return frozenset().union(*(self.sites[name] for name in names)), gates
 
 
 def fit_widths(
@@ -88,7 +106,7 @@ def fit_widths(
     Args:
         trials: each site at several widths, and the dense network too.
         places: of the sites.
-        kept: (sites, levels) fraction of its units that each site keeps, falling from 1.
+        kept: (sites, levels) fraction of its units that each site keeps, falling from 1; 0 only of a branch.
         dense_seconds: of the whole dense network: the unit of `Trial.relative`.
         first_is_dense: whether that is what the first level of all sites makes.
     """
@@ -96,11 +114,17 @@ def fit_widths(
     return fit if first_is_dense else replace(fit, dense_seconds=dense_seconds)
 
 
-def blocks(trials: Sequence[Trial], places: Places) -> list[dict[tuple[str, ...], float]]:
+def blocks(
+    trials: Sequence[Trial], places: Places, gone: Sequence[Iterable[int]] | None = None
+) -> list[dict[tuple[str, ...], float]]:
     """For each trial the tensors that run together -> seconds.
 
     What an engine joins in one row depends on the widths. So what is in one row in any trial counts as joined in all of
-    them. A tensor that no row names runs in the row of what reads it.
+    them; but for what is left of branches that are gone, since that runs with whatever comes before it. A tensor that
+    no row names runs in the row of what reads it.
+
+    Args:
+        gone: for each trial the sites whose branch isn't there; None for none.
     """
     root = {name: name for name in places.names}
 
@@ -110,24 +134,42 @@ def blocks(trials: Sequence[Trial], places: Places) -> list[dict[tuple[str, ...]
             name = root[name]
         return name
 
-    for trial in trials:
-        row_of = {name: row.outputs[0] for row in trial.rows for name in row.outputs}
+    rows: list[list[tuple[str, float]]] = []  # of each trial: a tensor of the row, and its seconds
+    for number, trial in enumerate(trials):
+        missing = [places.branches[site] for site in (gone[number] if gone else ())]
+        left, away = ({name for one in missing for name in names(one)} for names in (_left, _gone))
+        own: list[tuple[str, float]] = []
+        row_of: dict[str, str] = {}
+        for row in trial.rows:
+            lasting = [name for name in row.outputs if name not in left]
+            own.append(((lasting or row.outputs)[0], row.seconds))
+            row_of |= {name: lasting[0] for name in lasting}
+        rows.append(own)
         for name in reversed(places.names):
-            if name not in row_of and (rows := [row_of[one] for one in places.readers.get(name, ()) if one in row_of]):
-                row_of[name] = rows[0]
+            unnamed = name not in row_of and name not in left and name not in away
+            if unnamed and (found := [row_of[one] for one in places.readers.get(name, ()) if one in row_of]):
+                row_of[name] = found[0]
         for name, other in row_of.items():
             root[find(name)] = find(other)
     members: dict[str, list[str]] = {}
     for name in places.names:
         members.setdefault(find(name), []).append(name)
-    found = []
-    for trial in trials:
+    result = []
+    for own in rows:
         seconds: dict[tuple[str, ...], float] = {}
-        for row in trial.rows:
-            block = tuple(members[find(row.outputs[0])])
-            seconds[block] = seconds.get(block, 0.0) + row.seconds
-        found.append(seconds)
-    return found
+        for name, value in own:
+            block = tuple(members[find(name)])
+            seconds[block] = seconds.get(block, 0.0) + value
+        result.append(seconds)
+    return result
+
+
+def _left(branch: Branch) -> tuple[str, ...]:
+    return branch.left
+
+
+def _gone(branch: Branch) -> tuple[str, ...]:
+    return branch.gone
 
 
 @dataclass(frozen=True)
@@ -135,53 +177,51 @@ class _Part:
     """The rows of some groups together, and where their unknowns begin.
 
     Attributes:
-        sites: of the groups.
-        products: pairs of them.
-        typical: seconds, the median of all trials.
+        gates: sites in whose branch they are.
+        products: pairs of sites.
+        typical: seconds, the median of the trials that have them.
         constant: place of what they take whatever the widths; None where the curve of the one site has it.
         curves: site -> places of its curve's values at the knots. Where there is a constant the dense one is none.
         factors: pair -> place of its product's seconds.
+        left: place of what they take when a branch is gone; None where nothing of them is left.
     """
 
-    sites: tuple[int, ...]
+    gates: tuple[int, ...]
     products: tuple[tuple[int, int], ...]
     typical: float
     constant: int | None
     curves: Mapping[int, range]
     factors: Mapping[tuple[int, int], int]
+    left: int | None
 
 
 class _System:
-    """The equations. Unknowns: of each part its constant, curves and products; and the seconds of no tensor."""
+    """The equations. Unknowns: of each part its constant, curves, products and what is left; what no tensor takes."""
 
     def __init__(
         self, trials: Sequence[Trial], places: Places, kept: np.ndarray, dense_seconds: float, first_is_dense: bool
     ) -> None:
-        self._kept = kept
+        self._kept, self._there = kept, (kept > 0).astype(float)
         self._least = resolution(dense_seconds)
-        widths = [np.unique(row)[::-1] for row in kept]
+        widths = [np.unique(row[row > 0])[::-1] for row in kept]
         self._knots = [those[knots_of(len(those))] for those in widths]
         self._curves = [interpolation(row, knots) for row, knots in zip(kept, self._knots, strict=True)]
-        measured = blocks(trials, places)
-        self._of_block = {
-            block: tuple(sorted(set().union(*(places.sites[name] for name in block))))
-            for seconds in measured
-            for block in seconds
-        }
+        gone = [[site for site, level in enumerate(trial.choice) if kept[site, level] == 0] for trial in trials]
+        measured = blocks(trials, places, gone)
+        self._key_of = {block: places.key(block) for seconds in measured for block in seconds}
         self._rest = {
             block: float(np.median([seconds.get(block, 0.0) for seconds in measured]))
-            for block, sites in self._of_block.items()
-            if not sites
+            for block, key in self._key_of.items()
+            if key == NOWHERE
         }
         together = [self._summed(seconds) for seconds in measured]
-        products = self._products(places)
-        self._parts, self._size = dict[tuple[int, ...], _Part](), 1  # the first unknown belongs to no tensor
-        for sites in sorted(products, key=lambda one: (len(one), one)):
-            typical = float(np.median([seconds.get(sites, 0.0) for seconds in together]))
-            self._add_part(sites, products[sites], max(typical, self._least))
+        self._parts, self._size = dict[Key, _Part](), 1  # the first unknown belongs to no tensor
+        for key, names in sorted(self._members().items(), key=lambda one: _order(one[0])):
+            typical = float(np.median([seconds[key] for seconds in together if key in seconds]))
+            self._add_part(key, names, places, max(typical, self._least))
         self._equations = Equations(
             rows=[
-                np.array([*(self._equation(trial.choice, [sites]) for sites in seconds), np.eye(1, self._size)[0]])
+                np.array([*(self._equation(trial.choice, [key]) for key in seconds), np.eye(1, self._size)[0]])
                 for trial, seconds in zip(trials, together, strict=True)
             ],
             row_seconds=[
@@ -195,20 +235,22 @@ class _System:
             dense_seconds=dense_seconds,
         )
 
-    def _summed(self, seconds: Mapping[tuple[str, ...], float]) -> dict[tuple[int, ...], float]:
-        summed: dict[tuple[int, ...], float] = {}
+    def _summed(self, seconds: Mapping[tuple[str, ...], float]) -> dict[Key, float]:
+        summed: dict[Key, float] = {}
         for block, value in seconds.items():
-            sites = self._of_block[block]
-            summed[sites] = summed.get(sites, 0.0) + value
+            key = self._key_of[block]
+            summed[key] = summed.get(key, 0.0) + value
         return summed
 
-    def _products(self, places: Places) -> dict[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        found: dict[tuple[int, ...], set[tuple[int, int]]] = {}
-        for block, sites in self._of_block.items():
-            found.setdefault(sites, set()).update(*(places.products[name] for name in block))
-        return {sites: tuple(sorted(pairs)) for sites, pairs in found.items()}
+    def _members(self) -> dict[Key, set[str]]:
+        """The tensors of the rows that are one equation."""
+        found: dict[Key, set[str]] = {}
+        for block, key in self._key_of.items():
+            found.setdefault(key, set()).update(block)
+        return found
 
-    def _add_part(self, sites: tuple[int, ...], products: tuple[tuple[int, int], ...], typical: float) -> None:
+    def _add_part(self, key: Key, names: set[str], places: Places, typical: float) -> None:
+        sites, gates = (tuple(sorted(some)) for some in key)
         place = self._size
         constant = None if len(sites) == 1 else place
         place += constant is not None
@@ -217,14 +259,22 @@ class _System:
             count = len(self._knots[site]) - (constant is not None)
             curves[site] = range(place, place + count)
             place += count
+        products = tuple(sorted(set().union(*(places.products[name] for name in names))))
         factors = {pair: place + number for number, pair in enumerate(products)}
-        self._parts[sites] = _Part(sites, products, typical, constant, curves, factors)
-        self._size = place + len(products)
+        place += len(products)
+        left = place if any(not names.isdisjoint(places.branches[gate].left) for gate in gates) else None
+        place += left is not None
+        self._parts[key] = _Part(gates, products, typical, constant, curves, factors, left)
+        self._size = place
 
-    def _equation(self, choice: Sequence[int], parts: Iterable[tuple[int, ...]]) -> np.ndarray:
+    def _equation(self, choice: Sequence[int], parts: Iterable[Key]) -> np.ndarray:
         equation = np.zeros(self._size)
-        for sites in parts:
-            part = self._parts[sites]
+        for key in parts:
+            part = self._parts[key]
+            if any(self._kept[gate, choice[gate]] == 0 for gate in part.gates):
+                if part.left is not None:
+                    equation[part.left] += 1
+                continue
             if part.constant is not None:
                 equation[part.constant] += 1
             for site, curve in part.curves.items():
@@ -253,59 +303,65 @@ class _System:
                         if knot + shift >= 0:
                             equation[curve.start + knot + shift] = value / part.typical
                     yield equation
-            for place in part.factors.values():
+            for place in [*part.factors.values(), *([] if part.left is None else [part.left])]:
                 equation = np.zeros(self._size)
                 equation[place] = 1 / (PRODUCT * part.typical)
                 yield equation
 
     def fit(self) -> Fit:
         """The solution of all equations."""
-        solution, covariance = self._without_negative_products()
-        sites, levels = self._kept.shape
-        seconds, spread = np.zeros((2, sites, levels))
-        constant = float(solution[0])
-        for site in range(sites):
-            gradients, places = [], list[int]()
-            beside = np.zeros(levels)  # what rows of several groups add, which may be negative
-            for part in self._parts.values():
-                if site in part.curves:
-                    curve = part.curves[site]
-                    gradients.append(self._curve(part, site))
-                    places += curve
-                    if part.constant is not None:
-                        beside += self._curve(part, site) @ solution[curve.start : curve.stop]
-            gradient = np.concatenate(gradients, axis=1) if gradients else np.zeros((levels, 0))
-            seconds[site] = gradient @ solution[places] - beside.min()
-            constant += float(beside.min())
-            variance = ((gradient @ covariance[np.ix_(places, places)]) * gradient).sum(axis=1)
-            spread[site] = np.sqrt(np.maximum(variance, 0.0))
-        constant += sum(float(solution[part.constant]) for part in self._parts.values() if part.constant is not None)
-        factors: dict[tuple[int, int], float] = {}
+        solution, covariance = self._without_negative()
+        terms = _Terms(self._kept)
+        terms.add({}, float(solution[0]))
         for part in self._parts.values():
-            for pair, place in part.factors.items():
-                factors[pair] = factors.get(pair, 0.0) + max(0.0, float(solution[place]))
-        pairs = sorted(pair for pair, value in factors.items() if value > 0)
-        seconds = self._cleaned(np.maximum(seconds, np.maximum(LEAST_SHARE * seconds[:, :1], 1e-3 * self._least)))
-        rest_part = self._parts.get(())
+            gates = {gate: self._there[gate] for gate in part.gates}
+            left = 0.0 if part.left is None else max(0.0, float(solution[part.left]))
+            always = -left if part.constant is None else float(solution[part.constant]) - left
+            for site, curve in part.curves.items():
+                seconds = self._curve(part, site) @ solution[curve.start : curve.stop]
+                # What rows of several groups add may be negative.
+                least = 0.0 if part.constant is None else float(seconds[self._kept[site] > 0].min())
+                terms.add({**gates, site: self._there[site] * (seconds - least)})
+                always += least
+            terms.add(gates, always)
+            terms.add({}, left)
+            for (one, other), place in part.factors.items():
+                both = {one: self._kept[one], other: self._kept[other]}
+                terms.add({**gates, **both}, max(0.0, float(solution[place])))
+        least = np.maximum(LEAST_SHARE * self._there * terms.seconds[:, :1], 1e-3 * self._least)
+        seconds = self._cleaned(np.maximum(terms.seconds, least))
+        rest_part = self._parts.get(NOWHERE)
         outside = max(0.0, float(solution[rest_part.constant or 0])) if rest_part else 0.0
         shares = max(sum(self._rest.values()), self._least)
         return Fit(
             seconds=seconds,
             transition=np.zeros_like(seconds),
-            predecessor=np.full(sites, NO_PREDECESSOR),
-            sparse=np.zeros((sites, levels), bool),
-            spread=spread / seconds,
+            predecessor=np.full(len(seconds), NO_PREDECESSOR),
+            sparse=np.zeros(seconds.shape, bool),
+            spread=self._spread(covariance) / seconds,
             rest={block[-1]: outside * value / shares for block, value in self._rest.items()},
-            rest_seconds=max(0.0, constant),
-            kept=self._kept,
-            pairs=np.array(pairs, np.int64).reshape(-1, 2),
-            pair_seconds=np.array([factors[pair] for pair in pairs], np.float64),
+            rest_seconds=max(0.0, terms.constant),
+            products=tuple(terms.products),
         )
 
-    def _without_negative_products(self) -> tuple[np.ndarray, np.ndarray]:
-        """The solution when products that would save time are left out: that is noise, or a curve's part."""
+    def _spread(self, covariance: np.ndarray) -> np.ndarray:
+        """(sites, levels) standard deviation of what a site takes."""
+        spread = np.zeros(self._kept.shape)
+        for site in range(len(spread)):
+            parts = [part for part in self._parts.values() if site in part.curves]
+            places = [place for part in parts for place in part.curves[site]]
+            curves = [self._curve(part, site) for part in parts]
+            gradient = np.concatenate([np.zeros((len(self._kept[site]), 0)), *curves], axis=1)
+            gradient = gradient * self._there[site][:, None]
+            variance = ((gradient @ covariance[np.ix_(places, places)]) * gradient).sum(axis=1)
+            spread[site] = np.sqrt(np.maximum(variance, 0.0))
+        return spread
+
+    def _without_negative(self) -> tuple[np.ndarray, np.ndarray]:
+        """The solution without products, and without what is left of branches, where they would save time: noise."""
         equations = self._equations
         places = [place for part in self._parts.values() for place in part.factors.values()]
+        places += [part.left for part in self._parts.values() if part.left is not None]
         while True:
             solution, covariance = equations.solve()
             if not (negative := [place for place in places if solution[place] < 0]):
@@ -324,3 +380,33 @@ class _System:
             _, first, back = np.unique(-kept, return_index=True, return_inverse=True)
             cleaned[site] = non_increasing(seconds[site, first])[back]
         return cleaned
+
+
+class _Terms:
+    """Seconds as a constant, those of each site, and products of several.
+
+    Attributes:
+        constant: seconds whatever the choice.
+        seconds: (sites, levels).
+        products: of two sites or more.
+    """
+
+    def __init__(self, kept: np.ndarray) -> None:
+        self.constant, self.seconds = 0.0, np.zeros(kept.shape)
+        self.products: list[Product] = []
+
+    def add(self, factors: Mapping[int, np.ndarray], scale: float = 1.0) -> None:
+        """Add so many times the product of a factor (levels,) of each of these sites."""
+        if not factors:
+            self.constant += scale
+        elif len(factors) == 1:
+            ((site, factor),) = factors.items()
+            self.seconds[site] += scale * factor
+        elif scale > 0 and all((factor > 0).any() for factor in factors.values()):
+            sites = tuple(sorted(factors))
+            product = Product(sites, np.maximum(0.0, [factors[site] for site in sites]))
+            self.products.append(product.scaled(scale))
+
+
+def _order(key: Key) -> tuple[int, list[int], list[int]]:
+    return len(key[0]), sorted(key[0]), sorted(key[1])

@@ -161,7 +161,6 @@ class _System:
             spread=np.divide(spread, seconds, out=np.zeros_like(spread), where=seconds > 0),
             rest=rest,
             rest_seconds=float(max(0.0, solution[self._unnamed])) + sum(rest.values()),
-            kept=np.ones((layers, levels)),
         )
 
     def _row_equations(self, choice: Sequence[int], rows: Sequence[LayersRow]) -> np.ndarray:

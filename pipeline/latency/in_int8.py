@@ -44,13 +44,13 @@ class InInt8:
         self._placement = find_placement(network.proto, form)
 
     def written(self, model: onnx.ModelProto, layers: Collection[str] | None = None) -> onnx.ModelProto:
-        """A network with the nodes of the dense one in int8.
+        """A network with nodes of the dense one in int8.
 
         Args:
             layers: names of the nodes with weights that compute in int8; None for all that can.
         """
-        placement = self._placement  # narrower networks have the same nodes
-        if layers is not None:
+        placement = self._placement  # narrower networks have the same nodes, as long as no branch is gone
+        if layers is not None or len(model.graph.node) < len(self._network.proto.graph.node):
             placement = find_placement(model, self._form, layers)
         grids = {name: _fitting(self._grid(name), name, placement, model) for name in placement.points}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}

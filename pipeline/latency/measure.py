@@ -57,6 +57,7 @@ DENSE_ROUNDS = 12
 CHOSEN_NETWORKS = 8  # of those that a search would choose
 MORE_NETWORKS = 8  # at most, while the model doesn't predict them
 PREDICTED_WELL = 0.02  # median error that is good enough
+MOST_CHOSEN_SPEEDUP = 5.0  # of the sites: nobody asks for networks of which nothing is left
 GROUP, CHOSEN_GROUP = 8, 4  # networks that are measured in turns, so that a phase of the machine is shared
 GROUP_BYTES = 2 << 30  # of their weights in memory at once
 PROFILE_SECONDS, ROUNDS_SECONDS = 0.4, 1.2  # of each network, so that small ones are run more often
@@ -340,8 +341,9 @@ class _Work:
         prior = np.square(np.arange(len(self._levels)) / (len(self._levels) - 1))
         choices = []
         # Evenly in the speedup of the layers, so that targets of 1.5x and 3x are equally likely.
+        highest = min(MOST_CHOSEN_SPEEDUP, slowest / fastest)
         for place in (rng.permutation(networks) + rng.random(networks)) / networks:
-            budget = slowest / (1 + place * max(0.0, slowest / fastest - 1))
+            budget = slowest / (1 + place * max(0.0, highest - 1))
             try:
                 choices.append(solve(rng.random((len(self._kind.names), 1)) * prior, costs, max(budget, fastest)))
             except InfeasibleTarget:  # by rounding only
@@ -366,9 +368,7 @@ class _Work:
             spread=fit.spread,
             sparse=fit.sparse,
             kernels=self._kind.kernels,
-            kept=fit.kept,
-            pairs=fit.pairs,
-            pair_seconds=fit.pair_seconds,
+            products=fit.products,
             rest_seconds=fit.rest_seconds,
             rest=(*rest, ("what belongs to no tensor", "", unnamed)),
             dense=self._dense(),

@@ -17,15 +17,14 @@ import numpy as np
 import onnx
 
 from onnx_spdy.pipeline.artifact import WRONG_FIELD, ArtifactError, arrays_sha256, read_json, write_json
-from onnx_spdy.pipeline.costs import Costs
+from onnx_spdy.pipeline.costs import Costs, Product
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.solve_within import Limit
 from onnx_spdy.runtimes import Environment, Measurement, Workload, resolved
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
-VERSION = 5
-ARRAYS = {"seconds": float, "transition": float, "predecessor": int, "spread": float, "sparse": bool, "kept": float,
-          "pairs": int, "pair_seconds": float}  # fmt: skip
+VERSION = 6
+ARRAYS = {"seconds": float, "transition": float, "predecessor": int, "spread": float, "sparse": bool}
 
 
 class NoSpeedup(OnnxSpdyError, ValueError):
@@ -60,9 +59,7 @@ class LatencyTable:
         sparse: (layers, levels) bool, whether the engine used a sparse kernel. For widths nowhere.
         kernels: (layers, levels), the engine's name of the kernel. For widths the one that takes longest in the dense
             network, of those that work on the group's units.
-        kept: (layers, levels), fraction of a group's units that a level keeps; 1 for zeros.
-        pairs: (pairs, 2) indices of groups whose widths multiply.
-        pair_seconds: (pairs,) seconds of that product where both are whole; not in `seconds`.
+        products: seconds of several groups together, as of layers between two widths; not in `seconds`.
         rest_seconds: what no pruning can remove: everything outside these layers.
         rest: (kernel, outputs, seconds) of what runs outside these layers.
         dense: the whole dense network, end to end.
@@ -82,9 +79,7 @@ class LatencyTable:
     spread: np.ndarray
     sparse: np.ndarray
     kernels: tuple[tuple[str, ...], ...]
-    kept: np.ndarray
-    pairs: np.ndarray
-    pair_seconds: np.ndarray
+    products: tuple[Product, ...]
     rest_seconds: float
     rest: tuple[tuple[str, str, float], ...]
     dense: Measurement
@@ -98,9 +93,7 @@ class LatencyTable:
     @cached_property
     def costs(self) -> Costs:
         """The times of the layers, for the solver."""
-        return Costs(
-            self.seconds, self.transition, self.predecessor, ~self.sparse, self.kept, self.pairs, self.pair_seconds
-        )
+        return Costs(self.seconds, self.transition, self.predecessor, ~self.sparse, self.products)
 
     def predict(self, choice: Sequence[int] | np.ndarray) -> float:
         """Seconds of the whole network with these level indices, (layers,)."""
@@ -150,6 +143,7 @@ class LatencyTable:
                 "sparse": self.sparse,
                 "rest_seconds": np.array(self.rest_seconds),
             }
+            | {f"product {number} of {one.layers}": one.factors for number, one in enumerate(self.products)}
         )
 
     def check_workload(self, graph: onnx.GraphProto, workload: Workload, name: str = "the latency table") -> None:
@@ -172,7 +166,7 @@ class LatencyTable:
         Args:
             layer: its index.
         """
-        seconds = self.seconds[layer] + self.kept[layer] * self.pair_seconds[(self.pairs == layer).any(axis=1)].sum()
+        seconds = self.costs.alone(layer)
         after_dense = seconds + self.transition[layer]
         faster = (seconds < seconds[0]) & (after_dense < after_dense[0])
         slower = np.flatnonzero(~faster)  # the dense level is one of them
@@ -185,6 +179,7 @@ class LatencyTable:
             **fields,
             **{name: fields[name].tolist() for name in ARRAYS},
             "levels": [*map(str, self.levels)],
+            "products": [{"layers": one.layers, "factors": one.factors.tolist()} for one in self.products],
             "dense": self.dense.to_json(),
             "prediction": self.prediction and vars(self.prediction),
             "environment": self.environment.to_json(),
@@ -211,11 +206,11 @@ class LatencyTable:
     def _of(cls, content: dict[str, Any]) -> LatencyTable:
         """The table that `save` wrote."""
         content |= {name: np.array(content[name], kind) for name, kind in ARRAYS.items()}
-        content["pairs"] = content["pairs"].reshape(-1, 2)  # JSON doesn't tell the shape of none
         content |= {
             "layers": tuple(content["layers"]),
             "levels": tuple(Level.parse(text) for text in content["levels"]),
             "kernels": tuple(tuple(row) for row in content["kernels"]),
+            "products": tuple(Product(tuple(one["layers"]), np.array(one["factors"])) for one in content["products"]),
             "rest": tuple((kernel, outputs, seconds) for kernel, outputs, seconds in content["rest"]),
             "dense": Measurement.from_json(content["dense"]),
             "prediction": content["prediction"] and Prediction(**content["prediction"]),

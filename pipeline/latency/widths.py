@@ -17,6 +17,8 @@ from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.site import find_sites
 from onnx_spdy.runtimes import LayerTime
 
+GONE = 0.15  # share of the networks without a branch, of each of them
+
 
 class Widths:
     """Each group keeps some of its units; see `Kind`. Which of them makes no difference in time."""
@@ -49,7 +51,12 @@ class Widths:
 
     def plan(self, rng: np.random.Generator) -> np.ndarray:
         """(networks, sites) level indices of the networks to measure."""
-        return plan_networks(np.ones_like(self._kept, bool), self._levels, rng)
+        plan = plan_networks(np.ones_like(self._kept, bool), self._levels, rng)
+        mixed = np.flatnonzero(plan.any(axis=1))
+        for site in np.flatnonzero((self._kept == 0).any(axis=1)):
+            gone = rng.permutation(mixed)[: round(GONE * len(mixed))]
+            plan[gone, site] = len(self._levels) - 1
+        return plan
 
     def network(self, choice: Sequence[int], seed: int, dense: Path, own: Path) -> tuple[Path, dict[str, float]]:
         """A narrower file, one in int8, or the dense one."""

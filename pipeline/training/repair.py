@@ -29,7 +29,7 @@ from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.gradual import KeptZeros
 from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Trainer, Training
-from onnx_spdy.pipeline.widths import kept_outputs, touched
+from onnx_spdy.pipeline.widths import kept_outputs, trained_and_compared
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 NO_REPAIR = "none"
@@ -88,8 +88,9 @@ def repair(
 ) -> tuple[PrunedNetwork, Training | None]:
     """Repair a pruned network; zeros and widths stay, so its speed stays what it is.
 
-    Where units were cut out, the narrow network is trained, which takes less, and every layer that lost something; what
-    is compared are the outputs of the layers that took the units in, as far as they have them still.
+    Where units were cut out, the narrow network is trained, which takes less, and every layer that lost something, or
+    all of them where a branch is gone; what is compared are the outputs of the layers that took the units in, as far as
+    they have them still.
 
     Args:
         network: the dense network.
@@ -102,12 +103,13 @@ def repair(
         The repaired network, and the mean relative squared error on held-out samples before and after; where nothing
         is pruned the same network, and None.
     """
-    layers = pruned.layers
-    if not layers:
+    if not pruned.layers:
         return pruned, None
     epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
     student = Network(pruned.base) if pruned.widths else network
-    trained = touched(network.prepared, pruned.widths) if pruned.widths else layers
+    trained = compared = pruned.layers
+    if pruned.widths:
+        trained, compared = trained_and_compared(network.prepared, pruned)
     found = (name for layer in trained for name in (layer.weight, layer.bias) if name in student.trainable_names)
     names = [name for name in dict.fromkeys(found) if name is not None]
     saved = None
@@ -121,12 +123,12 @@ def repair(
         settings = {"epochs": epochs, "rate": rate, "batch": batch, "seed": seed}
         saved = Checkpoint(checkpoint, made_from | settings)
         saved.replace_other()
-    dense = DenseOutputs(network, samples, layers, kept_outputs(network.prepared, pruned.widths))
+    dense = DenseOutputs(network, samples, compared, kept_outputs(network.prepared, pruned.widths))
     with student.trainable(names, pruned.weights) as parameters:
         masks = FixedMasks({layer.weight: parameters[layer.weight] for layer in trained if layer.weight in parameters})
         training, weights = Trainer(
             student, parameters, samples, dense, _criterion(network, samples, dense), masks,
-            layers=layers, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
+            layers=compared, epochs=epochs, rate=rate, batch=batch, seed=seed, retreat=True,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip
     if training.interrupted:  # the stages after it would run on

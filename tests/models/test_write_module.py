@@ -139,3 +139,20 @@ def test_a_narrower_network_does_not_fit_the_module_which_stays():
     with pytest.raises(ModelError, match="in the narrow network"):
         write_module(module, dense, narrowed(dense, {group.name: range(group.units // 2)}))
     assert all(torch.equal(values, before[name]) for name, values in module.state_dict().items())
+
+
+def test_a_network_without_a_branch_does_not_fit_the_module_either():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.outer(self.inner(x).relu()))
+
+    dense = prepare(export_module(Block().eval(), (torch.randn(2, 3, 8, 8),))).proto
+    (group,) = (one for one in Prepared(dense).groups if one.branch is not None)
+    with pytest.raises(ModelError, match="is gone in the narrow network"):
+        write_module(Block(), dense, narrowed(dense, {group.name: ()}))

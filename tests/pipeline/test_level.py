@@ -76,8 +76,9 @@ def test_widths_in_int8_are_those_in_floating_point_and_the_whole_network_is_in_
     assert [level.sparsity for level in levels] == [level.sparsity for level in levels_for("channels")]
     assert [str(levels[0]), str(levels[10])] == ["int8", "channels@0.2500+int8"]
     assert all(level.is_int8 for level in levels)
-    assert [level.is_whole for level in levels] == [True] + [False] * 39
-    assert [level.is_width for level in levels] == [False] + [True] * 39
+    assert [level.is_whole for level in levels] == [True] + [False] * 40
+    assert [level.is_width for level in levels] == [False] + [True] * 40
+    assert str(levels[-1]) == "channels@1.0000+int8"
     assert not any(level.is_int8 for level in levels_for("channels"))
 
 

@@ -1,10 +1,14 @@
 import itertools
+import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Costs, Product
 from onnx_spdy.pipeline.solve import InfeasibleTarget, error_bounds, solve
+
+Make = Callable[[np.random.Generator, int, int], tuple[np.ndarray, Costs]]
 
 
 def random_instance(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -176,22 +180,44 @@ def random_products(rng: np.random.Generator, layers: int, levels: int) -> tuple
     seconds = rng.random((layers, 1)) * kept + 0.02
     pairs = [*((layer, layer + 1) for layer in range(layers - 1)), (0, layers - 1)]
     errors = rng.random((layers, 1)) * (1 - kept) ** 2
-    return errors, Costs(seconds, kept=kept, pairs=np.array(pairs), pair_seconds=4 * rng.random(len(pairs)))
+    products = [Product(pair, np.stack([4 * rng.random() * kept[pair[0]], kept[pair[1]]])) for pair in pairs]
+    return errors, Costs(seconds, products=tuple(products))
+
+
+def with_gates(rng: np.random.Generator, layers: int, levels: int) -> tuple[np.ndarray, Costs]:
+    """The same, where some layers may go altogether, and what two or three others take with them."""
+    errors, costs = random_products(rng, layers, levels)
+    seconds, products = costs.seconds.copy(), []
+    going = rng.random(layers) < 0.5
+    seconds[going, -1] = 0
+    for one in costs.products:
+        factors = one.factors.copy()
+        factors[going[[*one.layers]], -1] = 0
+        products.append(Product(one.layers, factors))
+    if layers > 2:
+        there = np.ones((3, levels))
+        there[:, -1] = 0
+        products.append(Product((0, 1, 2), there * rng.random((3, 1))))
+    return errors, Costs(seconds, products=tuple(products))
 
 
 def products_total(costs: Costs, choice: tuple[int, ...]) -> float:
-    """The definition, pair by pair."""
+    """The definition, product by product."""
     spent = sum(float(costs.seconds[layer, level]) for layer, level in enumerate(choice))
-    for (one, other), seconds in zip(costs.pairs, costs.pair_seconds, strict=True):
-        spent += seconds * costs.kept[one, choice[one]] * costs.kept[other, choice[other]]
+    for product in costs.products:
+        spent += math.prod(
+            float(one[choice[layer]]) for layer, one in zip(product.layers, product.factors, strict=True)
+        )
     return spent
 
 
-def test_products_are_counted_as_defined_and_what_stands_for_them_bounds_them() -> None:
+@pytest.mark.parametrize("make", [random_products, with_gates])
+def test_products_are_counted_as_defined_and_what_stands_for_them_bounds_them(make: Make) -> None:
     rng = np.random.default_rng(8)
     for _ in range(50):
         layers, levels = int(rng.integers(2, 6)), int(rng.integers(1, 5))
-        _, costs = random_products(rng, layers, levels)
+        _, costs = make(rng, layers, levels)
+        below = costs.linear_below()
         here = rng.integers(0, levels, layers)
         above, (linear, constant) = costs.apart_at(here), costs.linear_at(here)
         assert above.total(here) == pytest.approx(costs.total(here))
@@ -200,15 +226,17 @@ def test_products_are_counted_as_defined_and_what_stands_for_them_bounds_them() 
         for choice in every[:: max(1, len(every) // 20)]:
             assert costs.total(choice) == pytest.approx(products_total(costs, choice))
             assert above.total(choice) >= costs.total(choice) * (1 - 1e-12)
+            assert all(one.total(choice) + more <= costs.total(choice) + 1e-12 for one, more in below)
         assert costs.total(costs.fastest()) == pytest.approx(min(products_total(costs, one) for one in every))
 
 
-def test_nearly_equals_brute_force_where_widths_multiply() -> None:
+@pytest.mark.parametrize("make", [random_products, with_gates])
+def test_nearly_equals_brute_force_where_widths_multiply(make: Make) -> None:
     rng = np.random.default_rng(9)
     above = []
     for _ in range(100):
         layers, levels = int(rng.integers(2, 6)), int(rng.integers(2, 7))
-        errors, costs = random_products(rng, layers, levels)
+        errors, costs = make(rng, layers, levels)
         fastest, dense = costs.total(costs.fastest()), costs.total(np.zeros(layers, int))
         budget = fastest + (dense - fastest) * rng.random()
         every = (np.array(one) for one in itertools.product(range(levels), repeat=layers))
@@ -226,7 +254,7 @@ def test_a_chain_of_products_is_solved_as_well_as_with_the_width_before_as_state
     rng = np.random.default_rng(10)
     for _ in range(5):
         errors, costs = random_products(rng, 10, 12)
-        costs = Costs(costs.seconds, kept=costs.kept, pairs=costs.pairs[:-1], pair_seconds=costs.pair_seconds[:-1])
+        costs = Costs(costs.seconds, products=costs.products[:-1])
         budget = costs.total(np.zeros(10, int)) / rng.uniform(1.2, 2.5)
         choice = solve(errors, costs, budget)
         assert costs.total(choice) <= budget
@@ -246,8 +274,8 @@ def chain_optimum(errors: np.ndarray, costs: Costs, budget: float, buckets: int)
     for layer in range(1, layers):
         following = np.full_like(best, np.inf)
         for level, before in itertools.product(range(levels), repeat=2):
-            product = costs.pair_seconds[layer - 1] * costs.kept[layer - 1, before] * costs.kept[layer, level]
-            spent = buckets_of(costs.seconds[layer, level] + product)
+            one, other = costs.products[layer - 1].factors
+            spent = buckets_of(costs.seconds[layer, level] + one[before] * other[level])
             reached = best[before, : max(0, buckets + 1 - spent)] + errors[layer, level]
             row = following[level, buckets + 1 - len(reached) :]
             np.minimum(row, reached, out=row)
@@ -269,16 +297,16 @@ def test_the_budget_of_products_is_never_exceeded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "pairs", "seconds", "match"),
+    ("layers", "factors", "match"),
     [
-        (np.ones((2, 3)), [[0, 1]], [1.0], "must fit"),
-        (np.ones((2, 2)), [[0, 1]], [1.0, 2.0], "each of 1 pairs"),
-        (np.zeros((2, 2)), [[0, 1]], [1.0], "more than nothing"),
-        (np.ones((2, 2)), [[0, 1]], [-1.0], "not be negative|not negative"),
-        (np.ones((2, 2)), [[0, 2]], [1.0], "two different ones of 2"),
-        (np.ones((2, 2)), [[1, 1]], [1.0], "two different ones of 2"),
+        ((0, 1), np.ones((2, 3)), "2 levels"),
+        ((0,), np.ones((1, 2)), "two or more"),
+        ((0, 1), -np.ones((2, 2)), "not negative"),
+        ((0, 1), np.full((2, 2), np.nan), "finite"),
+        ((0, 2), np.ones((2, 2)), "different ones of 2"),
+        ((1, 1), np.ones((2, 2)), "different ones of 2"),
     ],
 )
-def test_refuses_products_that_make_no_sense(kept: np.ndarray, pairs: list, seconds: list, match: str) -> None:
+def test_refuses_products_that_make_no_sense(layers: tuple[int, ...], factors: np.ndarray, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        Costs(np.ones((2, 2)), kept=kept, pairs=np.array(pairs), pair_seconds=np.array(seconds))
+        Costs(np.ones((2, 2)), products=(Product(layers, factors),))

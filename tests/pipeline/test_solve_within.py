@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from onnx_spdy.pipeline.costs import Costs, InvalidCosts, weighted_sum
+from onnx_spdy.pipeline.costs import Costs, InvalidCosts, Product, weighted_sum
 from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 from onnx_spdy.pipeline.solve_within import Limit, fastest, share, solve_within
 
@@ -82,10 +82,8 @@ def test_sums_of_costs_are_sums_of_their_totals() -> None:
     rng = np.random.default_rng(11)
 
     def costs(dense: np.ndarray) -> Costs:
-        return Costs(
-            rng.random((4, 3)), rng.random((4, 3)), np.array([-1, 0, 1, 1]), dense,
-            np.array([[1.0, 0.5, 0.25]] * 4), np.array([[0, 1], [1, 3]]), rng.random(2),
-        )  # fmt: skip
+        products = tuple(Product(layers, rng.random((len(layers), 3))) for layers in ((0, 1), (0, 1, 3)))
+        return Costs(rng.random((4, 3)), rng.random((4, 3)), np.array([-1, 0, 1, 1]), dense, products)
 
     alike, other = np.array([[True, False, False]] * 4), np.array([[True, True, False]] * 4)
     one, two, three = costs(alike), costs(alike), costs(other)

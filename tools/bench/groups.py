@@ -29,8 +29,10 @@ class Row:
 
     Attributes:
         groups, units: that can shrink.
+        branches: of these groups, those that go with a residual branch.
         fixed: groups that can't.
-        removable: share of the network's multiply-accumulates that go when each of these groups has one unit left.
+        removable: share of the network's multiply-accumulates that go when each of these groups has one unit left, or
+            none.
         reasons: why the others can't, each once.
     """
 
@@ -38,6 +40,7 @@ class Row:
     kind: str
     groups: int
     units: int
+    branches: int
     fixed: int
     removable: float
     reasons: tuple[str, ...]
@@ -69,16 +72,23 @@ def rows_of(name: str, network: Prepared) -> list[Row]:
 
 def _row(name: str, kind: str, groups: Sequence[Group], network: Prepared, dense: int) -> Row:
     open_ones = [group for group in groups if group.prunable]
-    least = sum(multiply_accumulates(narrowed(network, {group.name: [0] for group in open_ones})).values())
+    fewest = {group.name: [0] if group.branch is None else [] for group in open_ones}
+    least = sum(multiply_accumulates(narrowed(network, fewest)).values())
     return Row(
-        name, kind, len(open_ones), sum(group.units for group in open_ones), len(groups) - len(open_ones),
+        name, kind, len(open_ones), sum(group.units for group in open_ones),
+        sum(group.branch is not None for group in open_ones), len(groups) - len(open_ones),
         1 - least / dense if dense else 0.0, tuple(dict.fromkeys(group.skip for group in groups if group.skip)),
     )  # fmt: skip
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
+    names = ("network", "kind", "groups", "units", "branches", "can't shrink", "removable work, at most")
     print_table(
-        "Groups", ("network", "kind", "groups", "units", "can't shrink", "removable work, at most"),
-        [(row.network, row.kind, row.groups, row.units, row.fixed, f"{row.removable:.1%}") for row in rows],
-    )  # fmt: skip
+        "Groups",
+        names,
+        [
+            (row.network, row.kind, row.groups, row.units, row.branches, row.fixed, f"{row.removable:.1%}")
+            for row in rows
+        ],
+    )

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.search.methods.loss_model import Posterior, fit
 from onnx_spdy.pipeline.search.methods.problem import SearchProblem, SearchResult, Seen
 
@@ -57,7 +58,7 @@ def thompson(problem: SearchProblem) -> SearchResult:
     quadratic = np.tile(np.square(np.arange(levels) / (levels - 1)), (problem.layer_count, 1))
     seeds = [additive, probed, quadratic, *problem.learned]
     race.run({_key(problem.solve(errors)): errors for errors in seeds})
-    pivot, idle = probed_levels(levels)[-1], 0
+    pivot, idle = probed_levels(problem.levels)[0], 0
     while not race.is_over() and (idle < PATIENCE or problem.sample_limit is not None):
         before = race.best_loss
         candidates = _proposals(problem, race, additive, fit(additive, race.scored(), pivot))
@@ -73,8 +74,7 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
 
     Levels between the probes go along with the database's error; with one probe in proportion to it.
     """
-    levels = len(problem.levels)
-    probes = probed_levels(levels)
+    probes = probed_levels(problem.levels)
     samples = problem.stages[0]
     additive = problem.errors.copy()
     alone = np.eye(problem.layer_count, dtype=np.int64)
@@ -93,9 +93,13 @@ def probed_errors(problem: SearchProblem, race: _Race) -> np.ndarray:
     return np.maximum(additive, LEAST_FACTOR * np.median(factors[factors > 0]) * problem.errors)
 
 
-def probed_levels(levels: int) -> list[int]:
-    """Indices of the levels at which each layer is scored alone."""
-    return sorted({max(1, round(fraction * (levels - 1))) for fraction in PROBES})
+def probed_levels(levels: Sequence[Level]) -> list[int]:
+    """Indices of the levels at which each layer is scored alone.
+
+    What a residual branch costs as a whole no width of it tells, nor does its error, which is that of all of it.
+    """
+    middle = {max(1, round(fraction * (len(levels) - 1))) for fraction in PROBES}
+    return sorted(middle | ({len(levels) - 1} if levels[-1].is_nothing else set()))
 
 
 def _scaled(errors: np.ndarray, probes: Sequence[int], scores: Sequence[float]) -> np.ndarray:
@@ -110,14 +114,23 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
     """Profiles that weren't scored yet.
 
     The likeliest one first; then in turns the solution of the best profile's own errors with some layers changed by as
-    much as the posterior is unsure of, and that of the likeliest errors changed in the same way.
+    much as the posterior is unsure of, that of the likeliest errors changed in the same way, and twice the best profile
+    with one layer at another level, which the solver makes up for: errors may be wrong by more than anyone believes.
     """
     found: dict[tuple[int, ...], np.ndarray] = {}
     known = posterior.likeliest()
     likeliest = additive * np.exp(known)
     for number in range(CANDIDATES):
-        base = race.best.errors if number % 2 and race.best.errors is not None else likeliest
+        best = likeliest if race.best.errors is None else race.best.errors
+        base = best if number % 2 else likeliest
         for draw in range(DRAWS if number else 1):
+            if number % 4 > 1:
+                errors = _moved(problem, best, race.best.choice)
+                choice = _key(problem.solve(errors))
+                if choice not in race.scores and choice not in found:
+                    found[choice] = errors
+                    break
+                continue
             change = posterior.draw(problem.rng, WIDER**draw * float(problem.rng.choice(WIDTHS))) - known
             redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
             redrawn[problem.rng.integers(problem.layer_count)] = True
@@ -128,6 +141,19 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
                 found[choice] = errors
                 break
     return found
+
+
+def _moved(problem: SearchProblem, errors: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """Errors for which a layer leaves its level in a choice for another one, if that is possible at all."""
+    layer = int(problem.rng.integers(problem.layer_count))
+    others = np.flatnonzero(problem.errors[layer] != problem.errors[layer, choice[layer]])
+    if not len(others):
+        return errors
+    level = problem.rng.choice(others)
+    moved = errors.copy()
+    least = float(errors[np.arange(len(errors)), choice].sum())  # so much is lost now
+    moved[layer] = np.where(problem.errors[layer] == problem.errors[layer, level], errors[layer], errors[layer] + least)
+    return moved
 
 
 class _Race:

@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from onnx_spdy.models import Prepared, narrowed
+from onnx_spdy.models.groups import Branch
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency.equations import Row, Trial
 from onnx_spdy.pipeline.latency.fit_widths import Places, blocks, fit_widths
@@ -16,6 +17,7 @@ from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.site import Site, find_sites
 from onnx_spdy.runtimes import EngineCrashed, LayerTime, Runtime, Workload, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime
+from tests.models.narrowing import two_blocks
 
 LEVELS = levels_for("channels")
 NAMES = ("a", "b", "c", "pool")
@@ -56,7 +58,7 @@ def test_known_times_are_found_again(noise: float, joined: bool, most: float) ->
     rng = np.random.default_rng(0)
     dense = sum(seconds_of(1, 1).values())
     fit = fit_widths(trials_of(rng, noise, joined), CHAIN, KEPT, dense)
-    assert fit.pairs.tolist() == [[0, 1]]
+    assert [one.layers for one in fit.products] == [(0, 1)]
     for first in range(10):
         for second in range(10):
             truth = sum(seconds_of(KEPT[0, first], KEPT[1, second]).values()) / dense
@@ -89,7 +91,7 @@ def test_fewer_units_are_never_slower_and_equally_many_take_the_same() -> None:
     assert (np.diff(fit.seconds, axis=1) <= 0).all()
     assert (np.diff(fit.seconds, axis=1)[kept[:, 1:] == kept[:, :-1]] == 0).all()
     assert (fit.seconds > 0).all()
-    assert (fit.pair_seconds >= 0).all()
+    assert all((one.factors >= 0).all() for one in fit.products)
     assert (fit.spread >= 0).all()
 
 
@@ -107,7 +109,7 @@ def test_mixed_networks_are_predicted(model: onnx.ModelProto, tmp_path: Path) ->
     sites = find_sites(network, LEVELS)
     table = measure_latency(network, runtime, LEVELS, Workload(8))
     assert table.layers == tuple(site.name for site in sites) == ("conv_a", "conv_b", "gemm_c")
-    assert table.pairs.tolist() == [[0, 1], [1, 2]]
+    assert [one.layers for one in table.products] == [(0, 1), (1, 2)]
     assert not table.sparse.any()
     assert set(table.kernels[0]) == {"fake_dense"}
     rng = np.random.default_rng(1)
@@ -117,6 +119,33 @@ def test_mixed_networks_are_predicted(model: onnx.ModelProto, tmp_path: Path) ->
         assert table.predict(choice) / table.dense_seconds == pytest.approx(measured, rel=1e-3)
     assert table.prediction is not None
     assert table.prediction.largest < 1e-3
+
+
+def test_networks_without_some_branches_are_predicted(tmp_path: Path) -> None:
+    network, runtime = Prepared(two_blocks()), FakeRuntime(seconds_per_mac=1e-9)
+    sites = find_sites(network, LEVELS)
+    assert [site.kept(LEVELS[-1]) for site in sites] == [4, 0, 4, 0]
+    table = measure_latency(network, runtime, LEVELS, Workload(8))
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        choice = np.where(rng.random(4) < 0.4, len(LEVELS) - 1, rng.integers(0, len(LEVELS), 4))
+        measured = relative(network, sites, runtime, choice, tmp_path)
+        assert table.predict(choice) / table.dense_seconds == pytest.approx(measured, rel=5e-3)
+    assert (table.costs.fastest() == len(LEVELS) - 1).all()
+
+
+def test_what_is_left_of_a_branch_belongs_to_what_was_before_it() -> None:
+    """A sum that ran with the last layer of the branch runs with whatever comes before it, or alone."""
+    branch = Branch(ends=("b",), sums=("c",), gone=("a", "b"), left=("c",))
+    places = Places(("x", "a", "b", "c"), {"x": ("a", "c"), "a": ("b",), "b": ("c",)}, {}, {}, {0: branch})
+    whole = Trial((0,), (Row(("x",), 1.0), Row(("a",), 2.0), Row(("b", "c"), 4.0)), 0.0, 1.0, 0.01)
+    joined = Trial((1,), (Row(("x", "c"), 1.5),), 0.0, 1.0, 0.01)
+    alone = Trial((1,), (Row(("x",), 1.0), Row(("c",), 0.25)), 0.0, 1.0, 0.01)
+    assert blocks([whole, joined, alone], places, [[], [0], [0]]) == [
+        {("x",): 1.0, ("a",): 2.0, ("b", "c"): 4.0},
+        {("x",): 1.5},
+        {("x",): 1.0, ("b", "c"): 0.25},
+    ]
 
 
 def test_a_level_pays_from_the_first_that_removes_a_unit(model: onnx.ModelProto) -> None:

@@ -32,7 +32,7 @@ from onnx_spdy.pipeline.stitch import CORRECTED, JUDGED_SAMPLES, CorrectedStitch
 from onnx_spdy.runtimes import Workload, open_runtime
 
 LEVELS = levels_for("unstructured")
-PROBED = probed_levels(len(LEVELS))[0]
+PROBED = probed_levels(LEVELS)[0]
 Finder = Callable[..., ProfileSearch]
 
 
@@ -193,7 +193,7 @@ def test_adjusting_a_profile_runs_few_samples_and_finds_no_less_than_the_known_e
     profile, score = search.find(2.0), search._score
     before = search.samples_run
     faster = search.adjusted(profile, 2.3)
-    assert search.samples_run - before <= (ADJUSTING_SHARE + 1) * score.objective.stages[-1]
+    assert search.samples_run - before <= (ADJUSTING_SHARE + 2) * score.objective.stages[-1]
     assert faster.loss <= score(solve(np.array(profile.errors), table.costs, table.budget(2.3)))
 
 
