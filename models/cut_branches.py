@@ -46,18 +46,18 @@ class _Cutting:
         }
 
     def cut(self, branch: Branch) -> None:
-        if not {*branch.ends} <= self._nodes.keys():
-            return  # inside of another one
         constants = self._constants(branch)
         gone = set(branch.gone)
         for name in [name for name, node in self._nodes.items() if gone.issuperset(filter(None, node.output))]:
             del self._nodes[name]
         for name in branch.sums:
-            self._without(name, constants)
+            if name in self._nodes:  # else it was inside of another branch
+                self._without(name, constants)
 
     def _constants(self, branch: Branch) -> dict[str, np.ndarray]:
         """Tensor -> its value, of those that go into the sums."""
-        found = {self._nodes[name].output[0]: self._alone(self._nodes[name]) for name in branch.ends}
+        ends = (self._nodes[name] for name in branch.ends if name in self._nodes)
+        found = {node.output[0]: self._alone(node) for node in ends}
         for node in self._nodes.values():
             name = node.output[0]
             if name in branch.gone and name not in found and any(one in found for one in node.input):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from onnx_spdy.pipeline.artifact import CHECKSUM, ArtifactError, arrays_sha256, check_same, write_tensors
 
-VERSION = 3
+VERSION = 4
 
 
 class Checkpoint:

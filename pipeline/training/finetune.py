@@ -32,6 +32,7 @@ from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import DenseOutputs
 from onnx_spdy.pipeline.training.fake_int8 import FakeInt8
 from onnx_spdy.pipeline.training.gradual import UPDATES, GradualPruning
+from onnx_spdy.pipeline.training.mirrored import with_mirrored
 from onnx_spdy.pipeline.training.repair import FixedMasks
 from onnx_spdy.pipeline.training.trainer import BATCH, Criterion, Pruning, Trainer, Training
 from onnx_spdy.pipeline.widths import is_narrower
@@ -165,7 +166,8 @@ def finetune(
         if restart:
             saved.replace_other()
         saved.check()
-    outputs = DenseOutputs(network, samples)
+    mirrored = with_mirrored(samples)
+    outputs = DenseOutputs(network, samples if mirrored is None else mirrored)
     loss = _fitted_loss(network, samples, outputs)
     labels = loss.name == KL and _has_labels(network, samples, outputs)
     correction = None if levels is None else _correction(network, samples)
@@ -179,7 +181,7 @@ def finetune(
             masks = GradualMasks(network, parameters, levels, correction)
         training, weights = Trainer(
             student, parameters, samples, outputs, _criterion(loss, labels), masks,
-            epochs=epochs, rate=rate, batch=batch, seed=seed,
+            epochs=epochs, rate=rate, batch=batch, seed=seed, mirrored=mirrored,
             time_limit_seconds=time_limit_seconds, checkpoint=saved, progress=progress,
         ).run()  # fmt: skip
     trained = write_weights(
@@ -241,7 +243,7 @@ def _criterion(distilled: FittedLoss, labels: bool) -> Criterion:
         outputs: Mapping[str, torch.Tensor], dense: Mapping[str, torch.Tensor], target: torch.Tensor | None
     ) -> torch.Tensor:
         loss = distillation_loss(outputs, dense, loss=distilled)
-        return loss + cross_entropy(outputs, dense, target) if labels else loss
+        return loss + cross_entropy(outputs, dense, target) if labels and target is not None else loss
 
     return criterion
 

@@ -23,6 +23,7 @@ from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.training.checkpoint import Checkpoint
 from onnx_spdy.pipeline.training.dense_outputs import Capture, DenseOutputs
+from onnx_spdy.pipeline.training.mirrored import WithMirrored
 from onnx_spdy.runtimes.errors import OnnxSpdyError
 
 Outputs = Mapping[str, torch.Tensor]
@@ -34,6 +35,8 @@ WARM_UP = 0.05  # of all steps
 SMALLEST_BIAS = 1e-3
 RETREAT = 0.3  # of the rate is left after an epoch that made nothing better
 CHECKS = 10  # of the held-out samples, at least, within a time limit
+PATIENCE = 3  # epochs that make nothing better, until the rate is too high for what is left to learn
+MIRRORED_FROM = 4  # passes over the samples, after which every other epoch is of mirrored images
 SMALLEST_RATE = 1e-3  # of the rate that was given: where that doesn't help either, training ends
 
 
@@ -82,6 +85,7 @@ class _State:
     before: float = math.inf
     best: float = math.inf
     best_epoch: int = 0
+    retreated: int = 0  # after which epoch the last time
     stopped: str = ""
     best_values: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -117,7 +121,8 @@ class Trainer:
         seed: of the split and the order of samples.
         retreat: after an epoch that made nothing better on the held-out samples go back to the best state and on from
             there at `RETREAT` of the rate; so the rate fits the network, whatever it began with. Without it only after
-            an epoch that left the network worse than it began.
+            `PATIENCE` of them, or one that left the network worse than it began.
+        mirrored: the samples and their mirror images, which are then trained on too; `dense` must have the same.
         time_limit_seconds: learning rate and pruning then follow the clock where it is ahead of the steps.
         checkpoint: written after each epoch; the training goes on from it where there is one.
         progress: called with (steps done, steps, note).
@@ -138,6 +143,7 @@ class Trainer:
         batch: int = BATCH,
         seed: int = 0,
         retreat: bool = False,
+        mirrored: WithMirrored | None = None,
         time_limit_seconds: float | None = None,
         checkpoint: Checkpoint | None = None,
         progress: Progress = ignore,
@@ -147,7 +153,7 @@ class Trainer:
         self.parameters = parameters
         self.layers, self.epochs, self.batch, self.seed = layers, epochs, batch, seed
         self.begins_pruned = pruning.finished
-        self.retreat = retreat
+        self.retreat, self.mirrored = retreat, mirrored
         self.limit, self.checkpoint = time_limit_seconds, checkpoint
         self.progress = progress
         self.train_index, self.held_index = split(samples, seed)
@@ -206,12 +212,16 @@ class Trainer:
         """Whether the rate is too high for the network, by the loss after an epoch that made nothing better."""
         if not (self.pruning.finished and math.isfinite(loss)):
             return False
-        return self.retreat or (self.begins_pruned and loss > self.state.before)
+        idle = self.state.epoch - max(self.state.best_epoch, self.state.retreated)
+        return self.retreat or idle >= PATIENCE or (self.begins_pruned and loss > self.state.before)
 
     def _epoch(self, capture: Capture, start: float) -> None:
         """A pass over the samples, or a part of one where that takes too much of the time."""
         began = time.monotonic()
         order = np.random.default_rng([self.seed, 1, self.state.epoch]).permutation(self.train_index)
+        passes = self.state.step * self.batch / len(order)  # where time is short an epoch is less than one
+        if self.mirrored is not None and passes >= MIRRORED_FROM and self.state.epoch % 2:
+            order = order + len(self.samples)
         for begin in range(0, len(order), self.batch):
             fraction = self._fraction(time.monotonic() - start)
             self._step(capture, order[begin : begin + self.batch], fraction)
@@ -240,7 +250,7 @@ class Trainer:
         size = self.network.batch_size(len(index))
         for begin in range(0, len(index), size):
             part = index[begin : begin + size]
-            batch = self.samples.take(part)
+            batch = (self.mirrored or self.samples).take(part)
             yield part, capture(batch), self.dense(part), numbers(batch.target)
 
     def _held_out_loss(self, capture: Capture) -> float:
@@ -278,6 +288,7 @@ class Trainer:
 
     def _retreat(self) -> None:
         self.state.slower *= RETREAT
+        self.state.retreated = self.state.epoch
         self._finish()
         for moments in self.optimizer.state.values():
             moments["exp_avg"].zero_()  # it points to where it got worse
@@ -301,7 +312,7 @@ class Trainer:
     def _load(self) -> None:
         assert self.checkpoint is not None
         tensors, header = self.checkpoint.read()
-        for key in ("epoch", "step", "elapsed_seconds", "slower", "before", "best_epoch", "stopped"):
+        for key in ("epoch", "step", "elapsed_seconds", "slower", "before", "best_epoch", "retreated", "stopped"):
             setattr(self.state, key, header[key])
         self.state.best = math.inf if header["best"] is None else header["best"]
         self.state.best_values = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}

@@ -1,11 +1,12 @@
 """The default: a model of the loss proposes, the solver makes it feasible, a race over growing sample sets decides.
 
-Each layer alone is compressed to a middle level and scored on few samples; with the layer errors of the database
-that gives additive errors. Their solution and those of other error models are the first candidates.
-Every score teaches a model of the loss what each layer really costs among the others (`loss_model.py`). New
+Each layer alone is compressed to a middle level, or left out with its branch, and scored on few samples; with the
+layer errors of the database that gives additive errors. Their solution and those of other error models are the first
+candidates. Every score teaches a model of the loss what each layer really costs among the others (`loss_model.py`). New
 candidates are solutions for errors as that model thinks they might be, drawn from its posterior: where it is sure
-they are alike, where it isn't they differ (Thompson sampling with the solver as oracle). Candidates are scored on few
-samples, the better ones on more, and only what still beats the best profile there on all.
+they are alike, where it isn't they differ (Thompson sampling with the solver as oracle). Others are the best profile
+with one layer at another level, for which the solver makes room: that finds what no model expects. Candidates are
+scored on few samples, the better ones on more, and only what still beats the best profile there on all.
 
 Sources: Thompson (1933) for the sampling; staged selection after Sieberling et al., EvoPress (ICML 2025); losses of
 single layers after Frantar & Alistarh, OBC (NeurIPS 2022).
