@@ -4,8 +4,8 @@ A row of one group is a smooth curve over the fraction of its units that is kept
 what is kept of one by what is kept of the other, so its row has that product besides a curve for each. A row of more
 groups has the product of each pair between which one of its weights lies. Rows of the same groups are one equation.
 
-What is in a residual branch takes all that only while the branch is there: a group of which nothing is kept opens the
-gate of its branch's rows. Of the addition at a branch's end something may be left even then.
+What is in a residual branch takes all that only while the branch is there: a group of which nothing is kept is a gate
+that closes. Of the addition at a branch's end something may be left even then.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from onnx_spdy.pipeline.site import Site
 PRODUCT = 3.0  # of a row's typical time: how much the product of two widths may be
 
 Sites = frozenset[int]
-Key = tuple[
-    Sites, Sites
-]  # of rows that are one equation: the sites that they depend on, and those in whose branch they are
+# Of rows that are one equation: the sites that they depend on, and those in whose branch they are.
+Key = tuple[Sites, Sites]
 NOWHERE: Key = (frozenset(), frozenset())
 
 
@@ -137,7 +136,8 @@ def blocks(
     rows: list[list[tuple[str, float]]] = []  # of each trial: a tensor of the row, and its seconds
     for number, trial in enumerate(trials):
         missing = [places.branches[site] for site in (gone[number] if gone else ())]
-        left, away = ({name for one in missing for name in names(one)} for names in (_left, _gone))
+        left = {name for branch in missing for name in branch.left}
+        away = {name for branch in missing for name in branch.gone}
         own: list[tuple[str, float]] = []
         row_of: dict[str, str] = {}
         for row in trial.rows:
@@ -162,14 +162,6 @@ def blocks(
             seconds[block] = seconds.get(block, 0.0) + value
         result.append(seconds)
     return result
-
-
-def _left(branch: Branch) -> tuple[str, ...]:
-    return branch.left
-
-
-def _gone(branch: Branch) -> tuple[str, ...]:
-    return branch.gone
 
 
 @dataclass(frozen=True)
