@@ -310,18 +310,18 @@ class _System:
             left = 0.0 if part.left is None else max(0.0, float(solution[part.left]))
             always = -left if part.constant is None else float(solution[part.constant]) - left
             for site, curve in part.curves.items():
-                seconds = self._curve(part, site) @ solution[curve.start : curve.stop]
+                values = self._curve(part, site) @ solution[curve.start : curve.stop]
                 # What rows of several groups add may be negative.
-                least = 0.0 if part.constant is None else float(seconds[self._kept[site] > 0].min())
-                terms.add({**gates, site: self._there[site] * (seconds - least)})
+                least = 0.0 if part.constant is None else float(values[self._kept[site] > 0].min())
+                terms.add({**gates, site: self._there[site] * (values - least)})
                 always += least
             terms.add(gates, always)
             terms.add({}, left)
             for (one, other), place in part.factors.items():
                 both = {one: self._kept[one], other: self._kept[other]}
                 terms.add({**gates, **both}, max(0.0, float(solution[place])))
-        least = np.maximum(LEAST_SHARE * self._there * terms.seconds[:, :1], 1e-3 * self._least)
-        seconds = self._cleaned(np.maximum(terms.seconds, least))
+        floor = np.maximum(LEAST_SHARE * self._there * terms.seconds[:, :1], 1e-3 * self._least)
+        seconds = self._cleaned(np.maximum(terms.seconds, floor))
         rest_part = self._parts.get(NOWHERE)
         outside = max(0.0, float(solution[rest_part.constant or 0])) if rest_part else 0.0
         shares = max(sum(self._rest.values()), self._least)
