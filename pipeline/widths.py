@@ -42,7 +42,8 @@ def trained_and_compared(whole: Prepared, pruned: PrunedNetwork) -> tuple[tuple[
     """The layers that repair trains in a narrow network, and those whose outputs it compares with the dense ones.
 
     Trained are those that lost something, and compared those that took in units which are missing. Where a branch is
-    gone all that is left makes up for it, so all layers are both; but outputs with the branch's bias aren't compared.
+    gone all that is left makes up for it: all layers are trained, and compared those that take in units of any group;
+    but for outputs with the branch's bias.
     """
     plain = narrowed(whole, pruned.widths)
     there = {*node_names(plain.graph)}
@@ -60,7 +61,8 @@ def trained_and_compared(whole: Prepared, pruned: PrunedNetwork) -> tuple[tuple[
         values = values_of(before[layer.bias])[kept.get(layer.weight, slice(None))]
         return np.array_equal(values, values_of(after[layer.bias]))
 
-    return left, tuple(layer for layer in left if gives_the_same(layer))
+    consumers = {name for group in whole.groups if group.prunable for name in group.consumers}
+    return left, tuple(layer for layer in left if layer.name in consumers and gives_the_same(layer))
 
 
 def _node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:

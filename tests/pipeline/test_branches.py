@@ -89,7 +89,7 @@ def test_branches_are_cut_out_and_written(
     assert not is_narrower(network.model, written)
     trained, compared = trained_and_compared(network.prepared, found)
     assert [layer.name for layer in trained] == ["stem", "down", "head"]
-    assert [layer.name for layer in compared] == ["stem", "head"]  # what the second branch added is in `down`'s bias
+    assert [layer.name for layer in compared] == ["head"]  # what the second branch added is in `down`'s bias
 
 
 def test_the_correction_gives_a_branch_its_mean_where_something_can_add_it(
@@ -111,7 +111,7 @@ def test_what_is_left_is_repaired_and_trained(
     found = pruned(network, database, data, one=NOTHING, three=HALF)
     trained, compared = trained_and_compared(network.prepared, found)
     assert [layer.name for layer in trained] == ["stem", "down", "three", "four", "head"]
-    assert compared == trained
+    assert [layer.name for layer in compared] == ["down", "three", "four", "head"]
     repaired, training = repair(network, found, data, epochs=6)
     assert training and training.loss_after < training.loss_before
     written = deploy(network.prepared, repaired, tmp_path / "model.onnx")
