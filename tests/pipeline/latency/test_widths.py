@@ -130,7 +130,7 @@ def test_networks_without_some_branches_are_predicted(tmp_path: Path) -> None:
     for _ in range(20):
         choice = np.where(rng.random(4) < 0.4, len(LEVELS) - 1, rng.integers(0, len(LEVELS), 4))
         measured = relative(network, sites, runtime, choice, tmp_path)
-        assert table.predict(choice) / table.dense_seconds == pytest.approx(measured, rel=5e-3)
+        assert table.predict(choice) / table.dense_seconds == pytest.approx(measured, rel=5e-3, abs=3e-4)
     assert (table.costs.fastest() == len(LEVELS) - 1).all()
 
 
