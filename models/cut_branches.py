@@ -10,7 +10,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnx_spdy.models.graph import captured_names, inner_graphs, node_names
+from onnx_spdy.models.graph import captured_names, inner_graphs, names_read, node_names
 from onnx_spdy.models.groups import Branch
 
 CHANNELS_SECOND = ("Conv", "ConvTranspose")
@@ -169,9 +169,7 @@ class _Cutting:
         self._graph.ClearField("node")
         self._graph.MergeFrom(nodes)
         made = {name for node in self._graph.node for name in node.output}
-        inner = (name for node in self._graph.node for graph in inner_graphs(node) for name in captured_names(graph))
-        read = {name for node in self._graph.node for name in node.input} | set(inner) | self._leaving
-        _keep_only(self._graph.initializer, read)
+        _keep_only(self._graph.initializer, {*names_read(self._graph)})
         _keep_only(self._graph.value_info, made)
 
 

@@ -173,6 +173,15 @@ def captured_names(graph: onnx.GraphProto) -> list[str]:
     return list(dict.fromkeys(name for name in read if name and name not in own))
 
 
+def names_read(graph: onnx.GraphProto) -> Iterator[str]:
+    """What the nodes of a graph and the graphs inside them read, and its outputs; once for each time."""
+    for node in graph.node:
+        yield from node.input
+        for inner in inner_graphs(node):
+            yield from captured_names(inner)
+    yield from (value.name for value in graph.output)
+
+
 def node_names(graph: onnx.GraphProto) -> list[str]:
     """A unique name for each node: its own, or one made from its operator and first output.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -12,9 +12,8 @@ from onnx import TensorProto, numpy_helper
 from onnx_spdy.models.cut_branches import cut_branches
 from onnx_spdy.models.graph import (
     ModelError,
-    captured_names,
     check_model,
-    inner_graphs,
+    names_read,
     node_names,
     one_line,
     outline_of,
@@ -40,19 +39,17 @@ def narrowed(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
         GroupError: no such group, one that can't shrink, or none of its units or one that it doesn't have is kept.
         ModelError: the result is no valid model; that is a bug.
     """
-    gone = {name for name, units in keep.items() if not len(units)}
+    written, removed = _copy_and_removed(model, keep)
+    branches = _gone(removed)
     # One unit of a branch stays until the branch goes as a whole.
-    written, removed = _copy_and_removed(model, {name: [0] if name in gone else units for name, units in keep.items()})
-    branches = [one.branch for one, _ in removed if one.name in gone]
-    if None in branches:
-        _copy_and_removed(model, keep)  # which tells of which one none is kept
+    removed = [(group, units[len(units) == group.units :]) for group, units in removed]
     tensors = _stored(written)
     for (name, axis), indices in _indices(removed).items():
         _replace(tensors[name], np.delete(numpy_helper.to_array(tensors[name]), indices, axis))
     _drop(tensors, branches)
     _write_sizes(written, removed, tensors)
     _drop_shapes(written, {value for group, _ in removed for value in group.values})
-    cut_branches(written, [branch for branch in branches if branch is not None])
+    cut_branches(written, branches)
     check_model(written, "the narrower model")
     _check_shapes(written, model if isinstance(model, onnx.ModelProto) else model.proto)
     return written
@@ -87,13 +84,18 @@ def masked(model: Prepared | onnx.ModelProto, keep: Keep) -> onnx.ModelProto:
         values = numpy_helper.to_array(tensors[name]).copy()
         np.moveaxis(values, axis, 0)[indices] = 0
         _replace(tensors[name], values)
-    _drop(tensors, [one.branch for one, _ in removed if not len(keep[one.name])])
+    _drop(tensors, _gone(removed))
     return written
 
 
-def _drop(tensors: dict[str, TensorProto], branches: Iterable[Branch | None]) -> None:
+def _gone(removed: Sequence[tuple[Group, tuple[int, ...]]]) -> list[Branch]:
+    """The branches of which no unit is kept."""
+    return [group.branch for group, units in removed if group.branch is not None and len(units) == group.units]
+
+
+def _drop(tensors: dict[str, TensorProto], branches: Iterable[Branch]) -> None:
     """What branches that are gone don't add."""
-    for name in (name for branch in branches if branch is not None for name in branch.dropped):
+    for name in (name for branch in branches for name in branch.dropped):
         _replace(tensors[name], np.zeros_like(numpy_helper.to_array(tensors[name])))
 
 
@@ -192,7 +194,7 @@ def _write_input(
     values = numpy_helper.to_array(tensors[source]).copy()
     for element, amount in amounts.items():
         values[element] -= amount
-    if sum(reader == source for reader in _reads(model.graph)) == 1:
+    if sum(reader == source for reader in names_read(model.graph)) == 1:
         _replace(tensors[source], values)
         return
     own = f"{source}/{name}"
@@ -201,14 +203,6 @@ def _write_input(
     tensors[own] = model.graph.initializer.add()
     tensors[own].CopyFrom(numpy_helper.from_array(values, own))
     node.input[place] = own
-
-
-def _reads(graph: onnx.GraphProto) -> Iterator[str]:
-    for node in graph.node:
-        yield from node.input
-        for inner in inner_graphs(node):
-            yield from captured_names(inner)
-    yield from (value.name for value in graph.output)
 
 
 def _drop_shapes(model: onnx.ModelProto, narrower: set[str]) -> None:

@@ -16,6 +16,7 @@ from onnx_spdy.models.parametrised import parametrisation_of
 from onnx_spdy.models.write_back import changed_initializers
 
 TOLERANCE = 1e-4  # of a folded weight's largest value: folding rounds each product once
+INSTEAD = "run or train the narrow network itself: TorchGraph(load_model(FILE)) is a module too"
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -50,8 +51,7 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
     kept = {name for node in pruned.graph.node for name in node.output}
     if gone := [node.name for node in dense.graph.node if kept.isdisjoint(node.output)]:
         raise ModelError(
-            f"node '{gone[0]}' is gone in the narrow network, and the module would compute it still; run or train the "
-            "narrow network itself: TorchGraph(load_model(FILE)) is a module too"
+            f"node '{gone[0]}' is gone in the narrow network, and the module would compute it still; {INSTEAD}"
         )
     old, new = _arrays(dense), _arrays(pruned)
     changed = changed_initializers(dense, pruned)
@@ -59,8 +59,7 @@ def write_module(module: nn.Module, dense: onnx.ModelProto, pruned: onnx.ModelPr
         if old[name].shape != new[name].shape:
             raise ModelError(
                 f"'{name}' is {tuple(new[name].shape)} in the narrow network and {tuple(old[name].shape)} in the "
-                "module, which can't hold it; run or train the narrow network itself: TorchGraph(load_model(FILE)) is "
-                "a module too"
+                f"module, which can't hold it; {INSTEAD}"
             )
     parameters = dict(module.named_parameters())
     homes = {name: home for name in old if (home := _home(name, old[name], parameters)) is not None}

@@ -46,27 +46,26 @@ def trained_and_compared(whole: Prepared, pruned: PrunedNetwork) -> tuple[tuple[
     but for outputs with the branch's bias.
     """
     plain = narrowed(whole, pruned.widths)
-    there = {*node_names(plain.graph)}
-    if len(there) == len(whole.proto.graph.node):
+    if len(plain.graph.node) == len(whole.proto.graph.node):
         return touched(whole, pruned.widths), pruned.layers
-    left = tuple(layer for layer in whole.layers if layer.name in there and layer.shape)
     before, after = ({tensor.name: tensor for tensor in one.graph.initializer} for one in (whole.proto, plain))
+    inputs, inputs_left = (
+        {name: len(node.input) for name, node in zip(node_names(one), one.node, strict=True)}
+        for one in (whole.proto.graph, plain.graph)
+    )
+    left = tuple(layer for layer in whole.layers if layer.name in inputs_left and layer.shape)
     kept = kept_outputs(whole, pruned.widths)
 
     def gives_the_same(layer: Layer) -> bool:
         if layer.op == "MatMul":  # whose bias another node adds
             return True
         if layer.bias is None:
-            return len(_node(plain, layer.name).input) == len(_node(whole.proto, layer.name).input)
+            return inputs_left[layer.name] == inputs[layer.name]
         values = values_of(before[layer.bias])[kept.get(layer.weight, slice(None))]
         return np.array_equal(values, values_of(after[layer.bias]))
 
     consumers = {name for group in whole.groups if group.prunable for name in group.consumers}
     return left, tuple(layer for layer in left if layer.name in consumers and gives_the_same(layer))
-
-
-def _node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return dict(zip(node_names(model.graph), model.graph.node, strict=True))[name]
 
 
 def touched(whole: Prepared, widths: Widths) -> tuple[Layer, ...]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from onnx_spdy.models import Prepared, narrowed, save_model
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
-from onnx_spdy.pipeline.latency.fit_widths import Places, fit_widths
+from onnx_spdy.pipeline.latency.fit_widths import fit_widths
 from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Profile
+from onnx_spdy.pipeline.latency.places import Places
 from onnx_spdy.pipeline.latency.sampling import plan_networks
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.site import find_sites

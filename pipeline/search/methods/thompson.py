@@ -121,22 +121,17 @@ def _proposals(problem: SearchProblem, race: _Race, additive: np.ndarray, poster
     found: dict[tuple[int, ...], np.ndarray] = {}
     known = posterior.likeliest()
     likeliest = additive * np.exp(known)
+    best = likeliest if race.best.errors is None else race.best.errors
     for number in range(CANDIDATES):
-        best = likeliest if race.best.errors is None else race.best.errors
-        base = best if number % 2 else likeliest
         for draw in range(DRAWS if number else 1):
             if number % 4 > 1:
                 errors = _moved(problem, best, race.best.choice)
-                choice = _key(problem.solve(errors))
-                if choice not in race.scores and choice not in found:
-                    found[choice] = errors
-                    break
-                continue
-            change = posterior.draw(problem.rng, WIDER**draw * float(problem.rng.choice(WIDTHS))) - known
-            redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
-            redrawn[problem.rng.integers(problem.layer_count)] = True
-            errors = base * np.exp(change * (redrawn * (number > 0))[:, None])
-            errors /= errors.max() or 1.0  # all are zero where the weights are so small that their squares are
+            else:
+                change = posterior.draw(problem.rng, WIDER**draw * float(problem.rng.choice(WIDTHS))) - known
+                redrawn = problem.rng.random(problem.layer_count) < problem.rng.choice(REDRAWN)
+                redrawn[problem.rng.integers(problem.layer_count)] = True
+                errors = (best if number % 2 else likeliest) * np.exp(change * (redrawn * (number > 0))[:, None])
+                errors /= errors.max() or 1.0  # all are zero where the weights are so small that their squares are
             choice = _key(problem.solve(errors))
             if choice not in race.scores and choice not in found:
                 found[choice] = errors

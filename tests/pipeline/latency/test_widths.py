@@ -10,8 +10,9 @@ from onnx_spdy.models import Prepared, narrowed
 from onnx_spdy.models.groups import Branch
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.latency.equations import Row, Trial
-from onnx_spdy.pipeline.latency.fit_widths import Places, blocks, fit_widths
+from onnx_spdy.pipeline.latency.fit_widths import fit_widths
 from onnx_spdy.pipeline.latency.measure import measure_latency
+from onnx_spdy.pipeline.latency.places import Places, blocks
 from onnx_spdy.pipeline.latency.table import LatencyTable
 from onnx_spdy.pipeline.level import levels_for
 from onnx_spdy.pipeline.site import Site, find_sites

@@ -62,8 +62,7 @@ def test_images_are_mirrored_in_every_other_epoch_after_the_first(
     dense = Prepared(two_blocks())
     weights = {"w1": np.zeros((16, 16, 3, 3), np.float32)}
     finetune(dense, write_weights(dense.proto, weights), images, epochs=6, batch=42, seed=1)
-    steps = [mirrored for number, mirrored in enumerate(seen) if mirrored]
-    assert len(steps) >= 2  # of epochs 3 and 5, and the dense network's outputs for them
+    assert sum(seen) >= 2  # of epochs 3 and 5, and the dense network's outputs for them
     assert not seen[0]
 
 
