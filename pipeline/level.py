@@ -3,6 +3,7 @@
 dense                    nothing is removed
 unstructured@0.8700      87 % of the weights are zero, anywhere
 block4@0.9000            zeros come in runs of 4 consecutive input channels
+blockout4@0.9000         zeros are shared by 4 consecutive output channels; 2 and 8 likewise
 2:4, 4:8, 1:4            at most N non-zeros in every M consecutive input channels
 channels@0.2500          a quarter of a group's units (channels, feed-forward units, heads) is removed; see `Site.kept`
 channels@1.0000          all of them, and the residual branch that they are in; of what is no branch as few as may stay
@@ -27,7 +28,10 @@ INT8 = "int8"
 NARROW_INT8 = f"{CHANNELS}+{INT8}"
 WIDTHS = (CHANNELS, NARROW_INT8)  # patterns of groups of units
 WHOLE = ("dense", INT8)  # patterns in which nothing is removed
-GRADED = ("unstructured", "block4", *WIDTHS)  # patterns with a sparsity of their choice
+BLOCKS = {  # pattern -> consecutive (output channels, input channels) that are zero together
+    "unstructured": (1, 1), "block4": (1, 4), "blockout2": (2, 1), "blockout4": (4, 1), "blockout8": (8, 1),
+}  # fmt: skip
+GRADED = (*BLOCKS, *WIDTHS)  # patterns with a sparsity of their choice
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -41,7 +45,7 @@ class Level:
     """One compression level of a layer. Ordered by sparsity within a list; `str` and `parse` are exact inverses.
 
     Attributes:
-        pattern: "dense", "int8", "unstructured", "block4", "N:M", "channels" or "channels+int8".
+        pattern: "dense", "int8", one of `BLOCKS`, "N:M", "channels" or "channels+int8".
         sparsity: fraction of zeros, in [0, 1), or of units that are removed, in [0, 1], to 4 decimals.
     """
 
@@ -88,6 +92,11 @@ class Level:
         return 0 <= self.sparsity < 1 or (self.is_width and self.sparsity == 1)
 
     @property
+    def block(self) -> tuple[int, int]:
+        """Consecutive (output channels, input channels) that are zero together; N:M has single weights."""
+        return BLOCKS.get(self.pattern, (1, 1))
+
+    @property
     def group(self) -> tuple[int, int]:
         """(N, M) of an N:M pattern: at most N non-zeros in every M consecutive input channels."""
         kept, _, group = self.pattern.partition(":")
@@ -118,7 +127,7 @@ class Level:
         return self.sparsity == 1
 
     def zeros(self, count: int) -> int:
-        """How many of `count` weights this level sets to zero (unstructured; patterns may differ at ragged edges)."""
+        """How many of `count` weights or blocks this level sets to zero."""
         return round(self.sparsity * count)
 
 

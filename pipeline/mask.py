@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import BLOCKS, Level
 
 
 def select_mask(scores: torch.Tensor, level: Level, zeros: int | None = None) -> torch.Tensor:
@@ -14,23 +14,22 @@ def select_mask(scores: torch.Tensor, level: Level, zeros: int | None = None) ->
 
     Args:
         scores: (out, in, *kernel), higher matters more, finite.
-        level: unstructured zeros exactly `level.zeros(scores.numel())` weights; block4 zeros whole runs of 4
-            input channels (the last run is shorter where in % 4 != 0); N:M keeps N in every M input channels
-            for each output channel and kernel position.
-        zeros: how many weights (unstructured) or runs (block4) go, where that isn't what the level says of the whole.
+        level: unstructured zeros exactly `level.zeros(scores.numel())` weights; blocks go as a whole (the last one
+            of an axis is smaller where its length isn't a multiple); N:M keeps N in every M input channels for each
+            output channel and kernel position.
+        zeros: how many weights (unstructured) or blocks go, where that isn't what the level says of the whole.
     Returns:
         (out, in, *kernel) bool, True = keep.
     """
     if level.pattern == "dense":
         return torch.ones_like(scores, dtype=torch.bool)
-    if level.pattern == "unstructured":
-        zeros = level.zeros(scores.numel()) if zeros is None else zeros
-        return _keep_largest(scores.reshape(-1), scores.numel() - zeros).view(scores.shape)
-    if level.pattern == "block4":
-        grouped = _grouped(scores, 4, padding=0.0).sum(-1)  # (out, *kernel, groups)
-        zeros = level.zeros(grouped.numel()) if zeros is None else zeros
-        keep = _keep_largest(grouped.reshape(-1), grouped.numel() - zeros)
-        return _ungrouped(keep.view(grouped.shape).unsqueeze(-1).expand(*grouped.shape, 4), scores)
+    if not level.is_n_of_m:
+        blocks = _blocked(scores, level, padding=0.0).sum((1, 3))  # (blocks of outputs, of inputs, *kernel)
+        zeros = level.zeros(blocks.numel()) if zeros is None else zeros
+        keep = _keep_largest(blocks.reshape(-1), blocks.numel() - zeros).view(blocks.shape)
+        outputs, inputs = level.block
+        whole = keep.repeat_interleave(outputs, 0).repeat_interleave(inputs, 1)
+        return whole[: scores.shape[0], : scores.shape[1]].contiguous()
     kept, size = level.group
     grouped = _grouped(scores, size, padding=-torch.inf)
     keep = torch.zeros_like(grouped, dtype=torch.bool)
@@ -41,13 +40,11 @@ def select_mask(scores: torch.Tensor, level: Level, zeros: int | None = None) ->
 def level_violation(weight: np.ndarray | torch.Tensor, level: Level) -> str | None:
     """What is wrong with weights (out, in, *kernel) that claim a level; None when nothing is."""
     zero = torch.as_tensor(np.asarray(weight) == 0)
-    if level.pattern == "unstructured":
-        found, promised = int(zero.sum()), level.zeros(zero.numel())
-        return f"{found} of {zero.numel()} weights are zero, it promises {promised}" if found < promised else None
-    if level.pattern == "block4":
-        empty = _grouped(zero, 4, padding=True).all(-1)
+    if level.pattern in BLOCKS:
+        empty = _blocked(zero, level, padding=True).all(1).all(2)
         found, promised = int(empty.sum()), level.zeros(empty.numel())
-        return f"{found} blocks are zero, it promises {promised}" if found < promised else None
+        what = "weights" if level.block == (1, 1) else "blocks"
+        return f"{found} of {empty.numel()} {what} are zero, it promises {promised}" if found < promised else None
     if level.is_n_of_m:
         kept, size = level.group
         most = int((~_grouped(zero, size, padding=True)).sum(-1).max())
@@ -64,6 +61,14 @@ def _keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
         ties = torch.nonzero(scores == threshold).flatten()
         keep[ties[: count - int(keep.sum())]] = True
     return keep
+
+
+def _blocked(scores: torch.Tensor, level: Level, padding: float | bool) -> torch.Tensor:
+    """(out, in, *kernel) -> (blocks of outputs, their outputs, blocks of inputs, their inputs, *kernel)."""
+    (outputs, inputs), (out, channels, *kernel) = level.block, scores.shape
+    around = [(0, 0)] * len(kernel) + [(0, -channels % inputs), (0, -out % outputs)]
+    padded = functional.pad(scores, [one for pair in around for one in pair], value=padding)
+    return padded.reshape(-(-out // outputs), outputs, -(-channels // inputs), inputs, *kernel)
 
 
 def _grouped(scores: torch.Tensor, size: int, padding: float | bool) -> torch.Tensor:

@@ -159,8 +159,8 @@ Pattern = Annotated[
     typer.Option(
         "--pattern",
         help=(
-            "zeros: unstructured, block4, N:M (several joined by commas); widths: channels, or channels+int8 in int8; "
-            "int8: each layer's precision"
+            "zeros: unstructured, blockout2, blockout4, blockout8, block4, N:M (several joined by commas); widths: "
+            "channels, or channels+int8 in int8; int8: each layer's precision"
         ),
     ),
 ]

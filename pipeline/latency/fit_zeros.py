@@ -1,8 +1,8 @@
 """The equations for levels of zeros: what a layer takes at its level, and what it takes more because of the one before.
 
-The unknowns are each layer's seconds in the dense kernel and at some of its levels in the sparse one, what it takes
-more because the one before it runs dense (an engine then converts layouts between kernels), and what everything else
-takes.
+The unknowns are each layer's seconds in the dense kernel and at some of its levels in the sparse one (each pattern is
+a curve of its own), what it takes more because the one before it runs dense (an engine then converts layouts between
+kernels), and what everything else takes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from onnx_spdy.pipeline.latency.equations import (
     resolution,
     smoothness,
 )
+from onnx_spdy.pipeline.latency.sampling import columns_of
+from onnx_spdy.pipeline.level import Level
 
 KERNEL = 3.0  # of a layer's typical time: how far a sparse kernel may be from the dense one
 TRANSITION = 2.0  # and what another kind of kernel before it may add
@@ -52,7 +54,7 @@ def fit_zeros(
     row_of: Mapping[str, int],
     predecessor: np.ndarray,
     rest_predecessors: Mapping[str, int],
-    sparsities: Sequence[float],
+    levels: Sequence[Level],
     sparse: np.ndarray,
     dense_seconds: float,
 ) -> Fit:
@@ -63,12 +65,12 @@ def fit_zeros(
         row_of: tensor -> index of the layer that makes it.
         predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
         rest_predecessors: the same for the other tensors.
-        sparsities: (levels,) dense first, rising.
+        levels: dense first, those of each pattern rising.
         sparse: (layers, levels) bool, whether the engine runs a layer at a level in a sparse kernel. Levels that
             run in the dense one take the same time.
         dense_seconds: of the whole dense network: the unit of `Trial.relative`.
     """
-    return _System(trials, row_of, predecessor, rest_predecessors, sparsities, sparse, dense_seconds).fit()
+    return _System(trials, row_of, predecessor, rest_predecessors, levels, sparse, dense_seconds).fit()
 
 
 def together(rows: Sequence[Row], row_of: Mapping[str, int]) -> tuple[LayersRow, ...]:
@@ -97,15 +99,16 @@ class _System:
         row_of: Mapping[str, int],
         predecessor: np.ndarray,
         rest_predecessors: Mapping[str, int],
-        sparsities: Sequence[float],
+        levels: Sequence[Level],
         sparse: np.ndarray,
         dense_seconds: float,
     ) -> None:
         self._predecessor = predecessor
         self._sparse = np.asarray(sparse)
-        density = 1 - np.asarray(sparsities)[1:]
-        self._knots = density[knots_of(len(density))]
-        self._curves = _curves(density, self._knots, self._sparse)  # (layers, levels, unknowns of a curve)
+        self._patterns = [*columns_of(levels).values()]
+        density = np.array([1 - level.sparsity for level in levels])
+        self._knots = [density[columns][knots_of(len(columns))] for columns in self._patterns]
+        self._curves = _curves(density, self._patterns, self._knots, self._sparse)  # (layers, levels, unknowns)
         self._per_layer = self._curves.shape[2] + 2
         self._rows = [together(trial.rows, row_of) for trial in trials]
         # Tensors that are always in a row with layers belong to these.
@@ -151,7 +154,7 @@ class _System:
             if source != NO_PREDECESSOR:  # it depends on that layer alone, so it is counted there
                 seconds[source, ~self._sparse[source]] += solution[place + 1]
         least = np.maximum(LEAST_SHARE * seconds[:, :1], 1e-3 * self._resolution)
-        seconds = monotone(np.maximum(seconds, least), self._sparse)
+        seconds = monotone(np.maximum(seconds, least), self._sparse, self._patterns)
         transition = np.maximum(transition, -seconds)
         return Fit(
             seconds=seconds,
@@ -215,7 +218,6 @@ class _System:
 
     def _beliefs(self, typical_layers: np.ndarray, typical_rest: np.ndarray) -> np.ndarray:
         """What is believed before any measurement, as equations with a right side of 0."""
-        points = self._per_layer - 3  # knots
         equations = []
         for layer, typical in enumerate(np.maximum(typical_layers, self._resolution)):
             start = layer * self._per_layer
@@ -228,11 +230,14 @@ class _System:
                     equation[start + place] = value / (deviation * typical)
                 equations.append(equation)
 
-            believe({0: 1, 1: -1}, KERNEL)
-            for coefficients in smoothness(self._knots):
-                believe({1 + knot: value for knot, value in coefficients.items()}, 1.0)
-            believe({points + 1: 1}, TRANSITION)
-            believe({points + 2: 1}, TRANSITION)
+            first = 1
+            for knots in self._knots:
+                believe({0: 1, first: -1}, KERNEL)
+                for coefficients in smoothness(knots):
+                    believe({first + knot: value for knot, value in coefficients.items()}, 1.0)
+                first += len(knots)
+            believe({first: 1}, TRANSITION)
+            believe({first + 1: 1}, TRANSITION)
         for number, typical in enumerate(np.maximum(typical_rest, self._resolution)):
             equation = np.zeros(self._size)
             equation[self._place(number) + 1] = 1 / (TRANSITION * typical)
@@ -240,35 +245,44 @@ class _System:
         return np.array(equations)
 
 
-def _curves(density: np.ndarray, knots: np.ndarray, sparse: np.ndarray) -> np.ndarray:
+def _curves(
+    density: np.ndarray, patterns: Sequence[Sequence[int]], knots: Sequence[np.ndarray], sparse: np.ndarray
+) -> np.ndarray:
     """(layers, levels, 1 + knots): what the dense kernel's seconds and those at the knots contribute to each level.
 
     Args:
-        density: (levels - 1,) of all levels but the dense one, falling.
-        knots: (knots,) those of them between which seconds are linear in the density.
+        density: (levels,).
+        patterns: the levels of each.
+        knots: of each pattern (knots,) those of its densities between which seconds are linear in the density.
         sparse: (layers, levels) bool.
     """
-    curve = np.zeros((1 + len(density), 1 + len(knots)))
-    curve[1:, 1:] = interpolation(density, knots)
-    return np.where(sparse[:, :, None], curve, np.eye(1, 1 + len(knots)))
+    curve = np.zeros((len(density), 1 + sum(map(len, knots))))
+    first = 1
+    for columns, own in zip(patterns, knots, strict=True):
+        curve[columns, first : first + len(own)] = interpolation(density[columns], own)
+        first += len(own)
+    return np.where(sparse[:, :, None], curve, np.eye(1, first))
 
 
-def monotone(seconds: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-    """Clean a table by what must hold: with the same kind of kernel, more zeros are not slower.
+def monotone(seconds: np.ndarray, sparse: np.ndarray, patterns: Sequence[Sequence[int]]) -> np.ndarray:
+    """Clean a table by what must hold: with the same kind of kernel, more zeros of a pattern are not slower.
 
     Each run of neighbouring levels that uses sparse kernels is replaced by the nearest non-increasing
     sequence in least squares (pool adjacent violators); a run with dense kernels by its median. So
     a cell that was measured too fast by luck is pulled back by its neighbours instead of being chosen for it.
 
     Args:
-        seconds: (layers, levels) as measured, from lowest to highest sparsity.
+        seconds: (layers, levels) as measured.
         sparse: (layers, levels) bool, whether the kernel was a sparse one.
+        patterns: the levels of each, from lowest to highest sparsity.
     Returns:
         (layers, levels).
     """
     cleaned = seconds.copy()
-    for row, kinds in zip(cleaned, sparse, strict=True):
+    for row, columns in itertools.product(range(len(seconds)), patterns):
+        values, kinds = seconds[row, columns], sparse[row, columns]
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), len(kinds)]
         for start, stop in itertools.pairwise(edges):
-            row[start:stop] = non_increasing(row[start:stop]) if kinds[start] else np.median(row[start:stop])
+            run = values[start:stop]
+            cleaned[row, columns[start:stop]] = non_increasing(run) if kinds[start] else np.median(run)
     return cleaned

@@ -28,11 +28,11 @@ from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Kind, Profile
 from onnx_spdy.pipeline.latency.observation import Observation
 from onnx_spdy.pipeline.latency.precisions import Precisions
-from onnx_spdy.pipeline.latency.sampling import NETWORKS
+from onnx_spdy.pipeline.latency.sampling import NETWORKS, columns_of
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup, Prediction, check_workload
 from onnx_spdy.pipeline.latency.widths import Widths
 from onnx_spdy.pipeline.latency.zeros import Zeros
-from onnx_spdy.pipeline.level import Level, LevelError, any_int8
+from onnx_spdy.pipeline.level import Level, LevelError, any_int8, only_zeros
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.solve import InfeasibleTarget, solve
 from onnx_spdy.runtimes import (
@@ -97,15 +97,16 @@ def measure_latency(
         allow_busy: measure even while other programs use the CPU; the table says how much they used.
         progress: called with (measured, to measure, note).
     Raises:
-        LevelError: levels of several patterns.
+        LevelError: widths or int8 among levels of other patterns.
         NothingToPrune: widths, and no group of the network can shrink.
         NoSpeedup: the engine falls back for every prunable layer.
         MachineBusy: other programs used the CPU all the time; what was measured before is kept.
         RuntimeFailure: the engine is missing, refuses the network, crashes or hangs; the same.
         ArtifactError: what was kept is of another network, environment or question.
     """
-    if len(patterns := sorted({level.pattern for level in levels if not level.is_whole})) > 1:
-        raise LevelError(f"a latency table of several patterns ({', '.join(patterns)}) isn't fitted yet; measure one")
+    patterns = sorted({level.pattern for level in levels[1:]})
+    if len(patterns) > 1 and not only_zeros(levels):
+        raise LevelError(f"one latency table of {', '.join(patterns)} isn't fitted yet; measure one of them")
     keep = save and save.with_suffix(PARTIAL)
     with WorkFolder() as folder:
         work = _Work(dense, runtime, levels, workload, seed, Path(folder), allow_busy, progress)
@@ -166,6 +167,7 @@ class _Work:
         self._kind = kind_of(dense, levels, runtime, self._workload)
         self._allow_busy, self._progress = allow_busy, progress
         self._path = folder / "dense.onnx"
+        self._expected = NETWORKS + CHOSEN_NETWORKS  # networks to measure, as long as the plan isn't made
         self._tensors = {name for node in dense.proto.graph.node for name in node.output}
         self.observations: list[Observation] = []
 
@@ -176,7 +178,7 @@ class _Work:
             if keep and keep.exists():
                 self._continue(keep, question)
             reference = measure_interleaved({"dense": dense}, rounds=DENSE_ROUNDS)["dense"]
-            self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, "kernels")
+            self._note("kernels")
             profile = self._profile_once()
             rows = profile(self._path, {}, 0)
             if not any(map(self._kind.works_on, rows)):
@@ -194,6 +196,7 @@ class _Work:
                 self._progress(len(self.observations), len(self.observations) + left, "")
 
             plan = self._kind.plan(np.random.default_rng(self._seed))
+            self._expected = len(plan) + CHOSEN_NETWORKS * gains
             while len(choices := plan[len(self.observations) :][: self._group(GROUP)]):
                 left = len(plan) - len(self.observations) - len(choices)
                 measure(choices, [None] * len(choices), left + CHOSEN_NETWORKS * gains)
@@ -303,7 +306,7 @@ class _Work:
         ]
 
     def _note(self, note: str) -> None:
-        self._progress(len(self.observations), NETWORKS + CHOSEN_NETWORKS, note)
+        self._progress(len(self.observations), self._expected, note)
 
     def _dense(self) -> Measurement:
         """The dense network in all the turns."""
@@ -339,13 +342,18 @@ class _Work:
         fastest = costs.total(costs.fastest())
         slowest = costs.total(np.zeros(len(self._kind.names), np.int64))
         prior = np.square(np.arange(len(self._levels)) / (len(self._levels) - 1))
+        patterns = columns_of(self._levels)
+        pattern_of = np.zeros(len(self._levels), np.int64)
+        for number, columns in enumerate(patterns.values()):
+            pattern_of[columns] = number
         choices = []
         # Evenly in the speedup of the layers, so that targets of 1.5x and 3x are equally likely.
         highest = min(MOST_CHOSEN_SPEEDUP, slowest / fastest)
         for place in (rng.permutation(networks) + rng.random(networks)) / networks:
             budget = slowest / (1 + place * max(0.0, highest - 1))
             try:
-                choices.append(solve(rng.random((len(self._kind.names), 1)) * prior, costs, max(budget, fastest)))
+                errors = rng.random((len(self._kind.names), len(patterns)))[:, pattern_of] * prior
+                choices.append(solve(errors, costs, max(budget, fastest)))
             except InfeasibleTarget:  # by rounding only
                 choices.append(costs.fastest())
         return np.array(choices)

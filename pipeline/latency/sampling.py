@@ -15,6 +15,7 @@ from onnx_spdy.pipeline.mask import select_mask
 from onnx_spdy.runtimes import zero_randomly
 
 NETWORKS = 24  # of random levels
+MORE_PATTERNS = 12  # networks more for each further pattern
 DENSE_EVERY = 8  # one of so many is the dense network
 FEW_DENSE, MANY_DENSE = 0.3, 0.6  # shares of the layers, in networks that have dense ones: low targets leave many
 MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with each
@@ -23,29 +24,33 @@ MOST_AWAITED = 4  # layers with skip connections: the solver's work doubles with
 def plan_networks(sparse: np.ndarray, levels: Sequence[Level], rng: np.random.Generator) -> np.ndarray:
     """(networks, layers) level indices: random ones from several ranges, and now and then the dense network.
 
-    Each layer's levels are spread evenly over the networks of a range. Where no level has a sparse kernel, only the
-    dense network is left: the others would take the same time.
+    Each layer's levels are spread evenly over the networks of a range, and so are the patterns. Where no level has a
+    sparse kernel, only the dense network is left: the others would take the same time.
     """
     if not sparse.any():
         return np.zeros((NETWORKS // DENSE_EVERY, len(sparse)), np.int64)
-    plan = np.zeros((NETWORKS, len(sparse)), np.int64)
-    mixed = np.flatnonzero(np.arange(NETWORKS) % DENSE_EVERY)
-    middle = (len(levels) - 1) // 2 + 1
-    highest = len(levels)
-    ranges = [
-        (1, highest, FEW_DENSE),
-        (1, middle, 0.0),
-        (1, highest, MANY_DENSE),
-        (min(middle, highest - 1), highest, 0.0),
-    ]
+    patterns = [np.array(columns) for columns in columns_of(levels).values()]
+    plan = np.zeros((NETWORKS + MORE_PATTERNS * (len(patterns) - 1), len(sparse)), np.int64)
+    mixed = np.flatnonzero(np.arange(len(plan)) % DENSE_EVERY)
+    ranges = [(0.0, 1.0, FEW_DENSE), (0.0, 0.5, 0.0), (0.0, 1.0, MANY_DENSE), (0.5, 1.0, 0.0)]
     for number, (lowest, end, dense_share) in enumerate(ranges):
         networks = mixed[number::4]
         for layer in range(len(sparse)):
             place = (rng.permutation(len(networks)) + rng.random(len(networks))) / len(networks)  # in [0, 1)
-            found = lowest + (place * (end - lowest)).astype(np.int64)
+            place = lowest + place * (end - lowest)
             dense = rng.permutation(len(networks)) < dense_share * len(networks)
-            plan[networks, layer] = np.where(dense, 0, found)
+            turn = rng.permutation(len(networks)) % len(patterns)
+            of_patterns = [columns[(place * len(columns)).astype(np.int64)] for columns in patterns]
+            plan[networks, layer] = np.where(dense, 0, np.choose(turn, of_patterns))
     return plan
+
+
+def columns_of(levels: Sequence[Level]) -> dict[str, list[int]]:
+    """Of each pattern but that of the first level the indices of its levels, from lowest to highest sparsity."""
+    found: dict[str, list[int]] = {}
+    for column in sorted(range(1, len(levels)), key=lambda one: levels[one].sparsity):
+        found.setdefault(levels[column].pattern, []).append(column)
+    return found
 
 
 def predecessors(graph: onnx.GraphProto, layers: Sequence[Layer]) -> tuple[np.ndarray, dict[str, int]]:

@@ -161,7 +161,8 @@ class LatencyTable:
     def break_even(self, layer: int) -> Level | None:
         """The level from which on this layer is faster than dense, whatever runs before it; None if there is none.
 
-        What it shares with others counts as if they were whole.
+        That is, with all levels of its pattern that have more zeros; of several patterns that with fewest. What the
+        layer shares with others counts as if they were whole.
 
         Args:
             layer: its index.
@@ -169,8 +170,14 @@ class LatencyTable:
         seconds = self.costs.alone(layer)
         after_dense = seconds + self.transition[layer]
         faster = (seconds < seconds[0]) & (after_dense < after_dense[0])
-        slower = np.flatnonzero(~faster)  # the dense level is one of them
-        return self.levels[slower[-1] + 1] if slower[-1] + 1 < len(self.levels) else None
+        found: dict[str, Level] = {}
+        slower: set[str] = set()  # patterns
+        for level, is_faster in zip(self.levels[:0:-1], faster[:0:-1], strict=True):
+            if not is_faster:
+                slower.add(level.pattern)
+            elif level.pattern not in slower:
+                found[level.pattern] = level
+        return min(found.values(), key=lambda level: level.sparsity, default=None)
 
     def save(self, path: Path | str) -> None:
         """Write latency.json."""

@@ -15,7 +15,7 @@ from onnx_spdy.models import Prepared, save_model
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
 from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros
 from onnx_spdy.pipeline.latency.kind import Profile
-from onnx_spdy.pipeline.latency.sampling import imposed, plan_networks, predecessors
+from onnx_spdy.pipeline.latency.sampling import columns_of, imposed, plan_networks, predecessors
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.runtimes import LayerTime, reason_in
 
@@ -38,28 +38,32 @@ class Zeros:
 
         Where a layer changes to a sparse kernel is found by halving, for all layers at once.
         """
-        highest = len(self._levels) - 1
-        last_dense = np.zeros(len(self._layers), np.int64)
         _, dense_names = self._kernels_in(rows)
-        is_sparse, sparse_names = self._kernels_at(highest, profile, dense)
-        first_sparse = np.where(is_sparse, highest, highest + 1)
-        level = 1  # most likely all of them
+        kernels = [[name] * len(self._levels) for name in dense_names]
+        for columns in columns_of(self._levels).values():
+            first_sparse, names = self._first_sparse(columns, profile, dense)
+            self._sparse[:, columns] = np.arange(len(columns)) >= first_sparse[:, None]
+            for own, first, name in zip(kernels, first_sparse, names, strict=True):
+                # The name at the highest level tells why a layer isn't sparse at any, where the engine gives a reason.
+                for column in columns[0 if reason_in(name) else first :]:
+                    own[column] = name
+        self.kernels = tuple(map(tuple, kernels))
+        return bool(self._sparse.any())
+
+    def _first_sparse(self, columns: Sequence[int], profile: Profile, dense: Path) -> tuple[np.ndarray, list[str]]:
+        """For each layer from which of a pattern's levels on it is in a sparse kernel, len(columns) where it never is;
+        and the names of the kernels at the last of them."""
+        last = len(columns) - 1
+        is_sparse, names = self._kernels_at(columns[last], profile, dense)
+        last_dense, first_sparse = np.full(len(names), -1), np.where(is_sparse, last, last + 1)
+        level = 0  # most likely all of them
         while (between := np.flatnonzero(is_sparse & (first_sparse - last_dense > 1))).size:
-            kinds, _ = self._kernels_at(level, profile, dense)
+            kinds, _ = self._kernels_at(columns[level], profile, dense)
             first_sparse = np.where(kinds, np.minimum(first_sparse, level), first_sparse)
             last_dense = np.where(~kinds & (level < first_sparse), np.maximum(last_dense, level), last_dense)
             between = np.flatnonzero(is_sparse & (first_sparse - last_dense > 1))
             level = int(last_dense[between[0]] + first_sparse[between[0]]) // 2 if between.size else level
-        self._sparse = np.arange(highest + 1) >= first_sparse[:, None]
-        self.kernels = tuple(
-            # The name at the highest level tells why a layer isn't sparse at any, where the engine gives a reason.
-            tuple(
-                sparse_name if one or (column and reason_in(sparse_name)) else dense_name
-                for column, one in enumerate(row)
-            )
-            for row, dense_name, sparse_name in zip(self._sparse, dense_names, sparse_names, strict=True)
-        )
-        return bool(self._sparse.any())
+        return first_sparse, names
 
     def _kernels_at(self, level: int, profile: Profile, dense: Path) -> tuple[np.ndarray, list[str]]:
         """(layers,) bool whether each layer runs in a sparse kernel when all are at this level, and their names."""
@@ -94,7 +98,6 @@ class Zeros:
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
         """See `fit_zeros`."""
-        sparsities = [level.sparsity for level in self._levels]
         return fit_zeros(
-            trials, self._row_of, self._predecessor, self._source_of, sparsities, self._sparse, dense_seconds
+            trials, self._row_of, self._predecessor, self._source_of, self._levels, self._sparse, dense_seconds
         )

@@ -9,7 +9,7 @@ from onnx_spdy.pipeline.level import DENSE, Level, LevelError, levels_for, mixes
 
 
 def test_text_and_value_are_inverses() -> None:
-    for pattern in ("unstructured", "block4", "2:4", "1:4", "channels", "channels+int8"):
+    for pattern in ("unstructured", "block4", "blockout4", "2:4", "1:4", "channels", "channels+int8"):
         for level in levels_for(pattern):
             assert Level.parse(str(level)) == level
     assert str(Level("unstructured", 0.87)) == "unstructured@0.8700"
@@ -34,6 +34,7 @@ def test_any_text_is_a_level_or_a_value_error(text: str) -> None:
         "4:2",
         "2:0",
         "block8@0.5",
+        "blockout3@0.5",
         "int8@0.5",
         "channels+int8",
         "channels+int8@0",

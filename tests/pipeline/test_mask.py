@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from onnx_spdy.pipeline.level import Level, levels_for
-from onnx_spdy.pipeline.mask import select_mask
+from onnx_spdy.pipeline.mask import level_violation, select_mask
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (8, 12, 3, 3), (5, 7, 3), (6, 10, 1, 1)])
@@ -41,3 +41,21 @@ def test_block4_removes_whole_runs_of_four_input_channels() -> None:
     runs = np.pad(keep, [(0, 0)] * 3 + [(0, 2)], mode="edge").reshape(4, 3, 3, 5, 4)
     assert ((runs.sum(-1) == 0) | (runs.sum(-1) == 4)).all()
     assert int((runs.sum(-1) == 0).sum()) == level.zeros(4 * 9 * 5)
+
+
+@pytest.mark.parametrize("outputs", [2, 4, 8])
+def test_blockout_removes_the_lightest_inputs_of_neighbouring_output_channels(outputs: int) -> None:
+    scores = torch.from_numpy(np.random.default_rng(2).random((11, 6, 3), np.float32))
+    level = Level(f"blockout{outputs}", 0.6)
+    keep = select_mask(scores, level)
+    sums, kept = [], []
+    for first in range(0, 11, outputs):
+        block = keep[first : first + outputs]
+        assert torch.equal(block.any(0), block.all(0))
+        sums.append(scores[first : first + outputs].sum(0))
+        kept.append(block.all(0))
+    total, marks = torch.stack(sums), torch.stack(kept)
+    assert int((~marks).sum()) == level.zeros(marks.numel())
+    assert total[marks].min() >= total[~marks].max()
+    assert level_violation(torch.where(keep, scores, 0.0), level) is None
+    assert "blocks are zero, it promises" in (level_violation(scores, level) or "")

@@ -156,7 +156,7 @@ def test_a_table_of_images_of_another_size_is_refused(any_size: onnx.ModelProto,
         table_for(16, 4)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "block4"])
+@pytest.mark.parametrize("pattern", ["2:4", "block4", "blockout4"])
 def test_other_patterns_go_the_same_way(model: onnx.ModelProto, samples: Samples, tmp_path: Path, pattern: str) -> None:
     report = do(model, samples, tmp_path, speedup=1.1, pattern=pattern).content
     levels = {layer["level"] for layer in report["layers"]}

@@ -2,9 +2,9 @@
 
 The table is measured when `--latency` isn't there yet. Then networks that it has never seen are measured, some of them
 in turns with the dense one: random levels for each layer, or widths for each group, drawn from ranges as different as
-0-0.99 and 0.8-0.99. Each network is visited several times, in a new order, because a disturbance of the machine lasts
-longer than a visit; how far the visits disagree is the noise below which no prediction can be told from a better one. A
-visit that other programs disturb is repeated, some times.
+0-0.99 and 0.8-0.99, or int8 for random layers. Each network is visited several times, in a new order, because a
+disturbance of the machine lasts longer than a visit; how far the visits disagree is the noise below which no prediction
+can be told from a better one. A visit that other programs disturb is repeated, some times.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.engine import open_runtime
 from onnx_spdy.pipeline.latency.kind import Kind
 from onnx_spdy.pipeline.latency.measure import BUSY_WAITS_SECONDS, kind_of, measure_latency
+from onnx_spdy.pipeline.latency.sampling import columns_of
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, levels_for, mixes_precisions
 from onnx_spdy.runtimes import (
     Environment,
     Runtime,
@@ -101,10 +102,17 @@ def bench(
 
 
 def random_choices(levels: tuple[Level, ...], layers: int, networks: int, rng: np.random.Generator) -> np.ndarray:
-    """(networks, layers) level indices: sparsities drawn evenly from one of the ranges, to the nearest level."""
+    """(networks, layers) level indices: a pattern for each layer, a sparsity drawn evenly from one of the ranges, to
+    the nearest level; or int8 for a share of the layers that is drawn for the network."""
+    if mixes_precisions(levels):
+        return (rng.random((networks, layers)) < rng.random((networks, 1))).astype(np.int64)
     sparsities = np.array([level.sparsity for level in levels])
     drawn = [rng.uniform(LOWEST[number % len(LOWEST)], sparsities[-1], layers) for number in range(networks)]
-    return np.abs(np.array(drawn)[:, :, None] - sparsities).argmin(axis=2)
+    nearest = []
+    for columns in columns_of(levels).values():
+        own = np.array([0, *columns])
+        nearest.append(own[np.abs(np.array(drawn)[:, :, None] - sparsities[own]).argmin(axis=2)])
+    return np.choose(rng.integers(len(nearest), size=(networks, layers)), nearest)
 
 
 class PlainSum:

@@ -24,7 +24,7 @@ RUN = (
 )  # fmt: skip
 OPTIONS: tuple[tuple[str, ...], ...] = (
     ("--pruner", "magnitude"), ("--search", "dp"), ("--finetune", "gap"), ("--eval", "data.npz"),
-    ("--loss", "squared-error"), ("--loss", "kl"), ("--loss", "cross-entropy"), ("--pattern", "block4,2:4"),
+    ("--loss", "squared-error"), ("--loss", "kl"), ("--loss", "cross-entropy"), ("--pattern", "blockout2,2:4"),
     ("--pruner", "sparsegpt"), ("--search", "global-magnitude"), ("--batch", "1"), ("--search-samples", "3"),
 )  # fmt: skip
 SAMPLES = 24

@@ -23,6 +23,7 @@ VARIATIONS: tuple[tuple[str, ...], ...] = (
     ("--finetune", "none"),
     ("--batch", "32"),
     ("--pattern", "block4"),
+    ("--pattern", "blockout4,unstructured"),
     ("--loss", "cross-entropy"),
     ("--search-samples", "16"),
     ("--data", "other.npz"),

@@ -2,7 +2,8 @@
 
 In each row, again and again: remove the unit (a weight; for block4 a run of 4 input channels) whose removal raises the
 squared output error least after all other weights have been adapted, w_G^T ([H^-1]_GG)^-1 w_G, and adapt them. One
-trace of a row holds all its levels.
+trace of a row holds all its levels. Output channels that share their zeros are one row here: what is left of H^-1 is
+the same for all of them, and what a removal costs is a sum over them.
 
 The inverse of H on what a row has left is H^-1 - V^T V with a row of V for each weight that is gone (the Cholesky
 factor of H^-1 in the order of removal). Only V is kept, on the columns that are left, and columns of the inverse are
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from onnx_spdy.pipeline.database.pruners.panel import Panel, removal_costs
 from onnx_spdy.pipeline.database.pruners.quadratic import cholesky, inverse, solve_nested
@@ -45,23 +47,25 @@ class Units:
         group: (units,) the unit's N:M group, or None.
         quota: (groups,) how many units of a group go, or None for all.
         steps: removals in a row's whole trace.
+        outputs: how many consecutive output channels are a row.
     """
 
     columns: torch.Tensor
     group: torch.Tensor | None
     quota: torch.Tensor | None
     steps: int
+    outputs: int = 1
 
     @classmethod
     def of(cls, shape: Sequence[int], level: Level) -> Units:
         """Those of a layer (out, in, *kernel) for the pattern of a level."""
         channels, positions = shape[1], int(torch.Size(shape[2:]).numel())
-        size = 4 if level.pattern == "block4" else 1
+        outputs, size = level.block
         every = torch.full((-(-channels // size) * size, positions), -1)
         every[:channels] = torch.arange(channels * positions).view(channels, positions)
         columns = every.view(-1, size, positions).movedim(1, 2).reshape(-1, size)
         if not level.is_n_of_m:
-            return cls(columns, None, None, len(columns))
+            return cls(columns, None, None, len(columns), outputs)
         kept, wide = level.group
         channel = torch.arange(channels).repeat_interleave(positions)
         position = torch.arange(positions).repeat(channels)
@@ -71,7 +75,12 @@ class Units:
 
     def first(self, count: int) -> Units:
         """So many units that may all go."""
-        return Units(self.columns[:count], None, None, count)
+        return Units(self.columns[:count], None, None, count, self.outputs)
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """(out, n) -> (rows, n, outputs); a ragged row is filled up with 0."""
+        padded = functional.pad(values, (0, 0, 0, -len(values) % self.outputs))
+        return padded.view(-1, self.outputs, values.shape[1]).movedim(1, 2)
 
 
 def eliminate(
@@ -85,14 +94,14 @@ def eliminate(
         units: what is removed at a time.
         panels: find removals in panels, or each among all units.
     Returns:
-        order (out, steps) of units, first removed first; losses (out, steps), rise of the squared error by each.
+        order (rows, steps) of units, first removed first; losses (rows, steps), rise of the squared error by each.
     """
     columns = units.columns.flatten()
     missing = columns < 0  # what a ragged unit lacks
     matrix = _submatrix(inverted, columns, missing)
-    weight = dense[:, columns].masked_fill_(missing, 0.0).view(len(dense), *units.columns.shape)
+    weight = units.by_row(dense[:, columns].masked_fill_(missing, 0.0)).unflatten(1, units.columns.shape)
     if units.steps == 0:
-        return torch.zeros(len(dense), 0, dtype=torch.long), dense.new_zeros(len(dense), 0)
+        return torch.zeros(len(weight), 0, dtype=torch.long), dense.new_zeros(len(weight), 0)
     at_once = max(1, STATE_BYTES // (matrix.element_size() * _room(units)))
     alike = -(-len(weight) // -(-len(weight) // at_once))  # as many rows in each part
     parts = [_trace(_Rows(rows, matrix[None], units), units, panels) for rows in weight.split(alike)]
@@ -108,15 +117,15 @@ def eliminate_rest(
         dense: (out, d).
         hessian: (d, d), positive definite.
         units: what is removed at a time; no groups.
-        mask: (out, d) bool, what each row has left.
+        mask: (out, d) bool, what each output has left; the same for those of a row.
     Returns:
         As `eliminate`; what is gone already comes first in a row's order and costs nothing.
     """
-    left = mask[:, units.columns[:, 0]]  # (out, units)
+    left = mask[:: units.outputs, units.columns[:, 0]]  # (rows, units)
     counts = left.sum(1)
     by_need = left.to(torch.uint8).sort(dim=1, stable=True).indices  # what is gone comes first
     order, losses = by_need.clone(), dense.new_zeros(by_need.shape)
-    target = dense @ hessian
+    target = units.by_row(dense @ hessian)
     rows = torch.argsort(counts)[int((counts == 0).sum()) :]  # neighbours need little padding
     while len(rows):
         some = units.first(int(counts[rows[-1]]))  # as many as the longest row of the batch has
@@ -128,8 +137,9 @@ def eliminate_rest(
         columns = units.columns[places].flatten(1)
         missing = (columns < 0) | ~left[chunk].gather(1, places).repeat_interleave(size, 1)
         inverted = inverse(_submatrix(hessian, columns, missing))
-        adapted = inverted @ target[chunk].gather(1, columns.clamp_min(0)).masked_fill_(missing, 0.0).unsqueeze(2)
-        found, costs = _trace(_Rows(adapted.view(len(chunk), count, size), inverted, some), some, panels=True)
+        wanted = target[chunk[:, None], columns.clamp_min(0)].masked_fill_(missing.unsqueeze(2), 0.0)
+        adapted = (inverted @ wanted).unflatten(1, (count, size))
+        found, costs = _trace(_Rows(adapted, inverted, some), some, panels=True)
         # Padding has weight 0 and costs nothing; it is gone before, in whatever order.
         padded = ~left[chunk[:, None], places.gather(1, found)]
         stays = padded.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
@@ -193,7 +203,7 @@ class _Rows:
     Attributes:
         row: (rows, 1), 0 to rows - 1, for indices.
         left: (rows, units), which unit is where; what is gone stays until the next cut.
-        weight: (rows, units, size), adapted.
+        weight: (rows, units, size, outputs), adapted.
         blocks: (rows, units, size, size), the diagonal blocks of the inverse.
         barred: (rows, units), what can't be removed.
         quota: (rows, groups), how many units of a group can still go, or None.
@@ -201,7 +211,7 @@ class _Rows:
     """
 
     def __init__(self, weight: torch.Tensor, matrix: torch.Tensor, units: Units) -> None:
-        rows, count, size = weight.shape
+        rows, count, size, _ = weight.shape
         self.row = torch.arange(rows)[:, None]
         self._matrix, self._units = matrix.expand(rows, -1, -1), units  # (rows or 1, columns, columns) H^-1
         self.left = torch.arange(count).expand(rows, -1)
@@ -209,7 +219,7 @@ class _Rows:
         self._storage = matrix.new_empty(rows, _room(units))
         self._removed = 0  # rows of V
         self._whole = self._view(count)
-        self.weight = weight.clone()
+        self.weight = weight.clone(memory_format=torch.contiguous_format)
         diagonal = matrix.view(-1, count, size, count, size).diagonal(dim1=1, dim2=3).movedim(3, 1)
         self.blocks = diagonal.expand(rows, -1, -1, -1).clone()
         self.quota = None if units.quota is None else units.quota.expand(rows, -1).clone()
@@ -259,8 +269,8 @@ class _Rows:
         unfactor = torch.linalg.solve_triangular(pivots, identity, upper=False)
         new = unfactor @ columns  # (rows, count, left)
         self._whole[:, :, self._removed : self._removed + flat.shape[1]] = new.mT
-        flat_weight = self.weight.view(len(found), -1)
-        flat_weight -= (new.mT @ (unfactor @ flat_weight.gather(1, flat).unsqueeze(2))).squeeze(2)
+        flat_weight = self.weight.flatten(1, 2)  # the same memory
+        flat_weight -= new.mT @ (unfactor @ flat_weight[self.row, flat])
         if size == 1:
             self.blocks -= new.square().sum(1).view_as(self.blocks)
         else:
@@ -322,12 +332,13 @@ def kept_columns(
 
 
 def solutions(
-    dense: torch.Tensor, hessian: torch.Tensor, kept: Sequence[tuple[torch.Tensor, list[int]]]
+    dense: torch.Tensor, hessian: torch.Tensor, units: Units, kept: Sequence[tuple[torch.Tensor, list[int]]]
 ) -> list[torch.Tensor]:
     """The exact least-squares weights (out, d) of each level; `kept` as `kept_columns` gives it."""
     target = dense @ hessian
     found = [torch.zeros_like(dense) for _ in (kept[0][1] if kept else [])]
     for row, (order, counts) in enumerate(kept):
-        for weights, one in zip(found, solve_nested(hessian, target[row], order, counts), strict=True):
-            weights[row] = one
+        own = slice(row * units.outputs, (row + 1) * units.outputs)
+        for weights, some in zip(found, solve_nested(hessian, target[own], order, counts), strict=True):
+            weights[own] = some
     return found

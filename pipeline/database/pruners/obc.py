@@ -43,6 +43,7 @@ def eliminated(
         wanted = [level for level in dict.fromkeys(levels) if level.pattern == pattern]
         units = Units.of(weight.shape, wanted[0])
         order, losses = eliminate(dense, inverted, units, panels=panels)
-        found.update(zip(wanted, solutions(dense, curvature, kept_columns(order, losses, units, wanted)), strict=True))
+        kept = kept_columns(order, losses, units, wanted)
+        found.update(zip(wanted, solutions(dense, curvature, units, kept), strict=True))
     for level in levels:
         yield weight.clone() if level.pattern == "dense" else found[level].to(weight.dtype).view(weight.shape).clone()

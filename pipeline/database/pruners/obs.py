@@ -76,7 +76,7 @@ def _traced(
     """The weights (out, d) at levels of one pattern, from traces that start at a mask (out, d)."""
     dense, units = weight.flatten(1).float(), Units.of(weight.shape, levels[0])
     order, losses = eliminate_rest(dense, hessian, units, mask)
-    return solutions(dense, hessian, kept_columns(order, losses, units, levels))
+    return solutions(dense, hessian, units, kept_columns(order, losses, units, levels))
 
 
 class _Ladder:

@@ -49,7 +49,7 @@ class Panel:
         loss, best = costs.min(1)
         if self._quota is not None and self.order and bool(torch.isinf(loss).any()):
             return False
-        weights = self._weight.view(len(row), -1)
+        weights = self._weight.flatten(1, 2)
         for member in range(size):  # the members of a unit one after the other is the same as all at once
             column, flat = len(self.order) * size + member, best * size + member
             one = self._inverse[row, flat]  # (rows, candidates * size)
@@ -57,7 +57,7 @@ class Panel:
                 before = self._panel[:, :column]
                 one = one - torch.bmm(before[row, :, flat].unsqueeze(1), before).squeeze(1)
             one = one * one[row, flat].rsqrt().unsqueeze(1)
-            weights -= one * (weights[row, flat] / one[row, flat]).unsqueeze(1)
+            weights -= one.unsqueeze(2) * (weights[row, flat] / one[row, flat].unsqueeze(1)).unsqueeze(1)
             self._panel[:, column] = one
             if size == 1:
                 self._blocks -= one.square().view_as(self._blocks)
@@ -76,14 +76,15 @@ class Panel:
 
 
 def removal_costs(weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """(rows, units) w^T B^-1 w for weights (rows, units, size) and blocks B (rows, units, size, size)."""
+    """(rows, units) the sum of w^T B^-1 w over the outputs, for weights (rows, units, size, outputs) and blocks B
+    (rows, units, size, size)."""
     if weight.shape[2] == 1:
-        return weight.square().squeeze(2) / blocks.flatten(2).squeeze(2)
-    cost = torch.zeros_like(weight[..., 0])
+        return weight.square().sum(3).squeeze(2) / blocks.flatten(2).squeeze(2)
+    cost = torch.zeros_like(weight[..., 0, 0])
     for _ in range(weight.shape[2]):  # eliminate the first member: Schur complement
         pivot, column = blocks[..., 0, 0], blocks[..., 1:, 0]
-        first = weight[..., 0]
-        cost += first.square() / pivot
-        weight = weight[..., 1:] - column * (first / pivot).unsqueeze(-1)
+        first = weight[..., 0, :]
+        cost += first.square().sum(-1) / pivot
+        weight = weight[..., 1:, :] - column.unsqueeze(-1) * (first / pivot.unsqueeze(-1)).unsqueeze(-2)
         blocks = blocks[..., 1:, 1:] - column.unsqueeze(-1) * column.unsqueeze(-2) / pivot[..., None, None]
     return cost

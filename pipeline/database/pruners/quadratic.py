@@ -123,25 +123,25 @@ def reconstruct(
 def solve_nested(
     hessian: torch.Tensor, target: torch.Tensor, order: torch.Tensor, counts: Sequence[int]
 ) -> list[torch.Tensor]:
-    """The exact minimisers of one row on nested masks, from one Cholesky factorisation.
+    """The exact minimisers of rows that share nested masks, from one Cholesky factorisation.
 
     The leading part of a Cholesky factor is the factor of the leading part, so each mask costs one triangular solve.
 
     Args:
         hessian: (d, d), positive definite.
-        target: (d,), w0 H.
+        target: (rows, d), W0 H.
         order: (n,) columns; a mask keeps the first so many of them.
         counts: how many each mask keeps.
     Returns:
-        (d,) for each count.
+        (rows, d) for each count.
     """
     order = order[: max(counts, default=0)]
     factor = cholesky(hessian[order.unsqueeze(1), order])
-    halfway = torch.linalg.solve_triangular(factor, target[order].unsqueeze(1), upper=False)
+    halfway = torch.linalg.solve_triangular(factor, target[:, order].mT, upper=False)
     found = []
     for count in counts:
         weight = torch.zeros_like(target)
         part = torch.linalg.solve_triangular(factor[:count, :count].mT, halfway[:count], upper=True)
-        weight[order[:count]] = part.squeeze(1)
+        weight[:, order[:count]] = part.mT
         found.append(weight)
     return found

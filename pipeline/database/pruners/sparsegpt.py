@@ -4,8 +4,8 @@ Masks are chosen a block of columns at a time by w^2 / U_ii^2 with U^T U = H^-1,
 sparsity. One factorisation serves all rows and levels, so it is the cheapest second-order pruner: about out * d^2
 multiplications a level. A column can't be adapted once the sweep has passed it, which costs quality.
 
-Columns are swept kernel position by kernel position, so that the input channels of a block4 run or an N:M group are
-neighbours and in the same block.
+Columns are swept kernel position by kernel position, so that the input channels of a block or an N:M group are
+neighbours and swept together.
 
 Source: Frantar & Alistarh, SparseGPT (ICML 2023), Algorithm 1.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from onnx_spdy.pipeline.database.pruners.quadratic import cholesky, damped, inverse
-from onnx_spdy.pipeline.level import Level
+from onnx_spdy.pipeline.level import BLOCKS, Level
 from onnx_spdy.pipeline.mask import select_mask
 
 BLOCK = 128  # columns, about
@@ -61,7 +61,7 @@ def _sweep(dense: torch.Tensor, factor: torch.Tensor, channels: int, levels: Seq
 
 def _blocks(columns: int, channels: int, levels: Sequence[Level]) -> Iterator[tuple[int, int]]:
     """(begin, end) of blocks of about `BLOCK` columns that cut no run of channels in two."""
-    run = max([4, *(level.group[1] for level in levels if level.is_n_of_m)])
+    run = max(level.group[1] if level.is_n_of_m else level.block[1] for level in levels)
     if channels <= BLOCK:  # some whole positions
         size = max(1, BLOCK // channels) * channels
         yield from ((begin, min(begin + size, columns)) for begin in range(0, columns, size))
@@ -84,13 +84,12 @@ class _Spread:
         width = min(self._channels, end - begin)
         canonical = scores.view(self._out, -1, width).movedim(1, 2)  # (out, channels, positions)
         zeros = None
-        if level.pattern in ("unstructured", "block4"):
+        if level.pattern in BLOCKS:
             zeros = level.zeros(self._units(level, end)) - level.zeros(self._units(level, begin))
         return select_mask(canonical, level, zeros).movedim(2, 1).reshape(self._out, end - begin)
 
     def _units(self, level: Level, column: int) -> int:
-        """Weights, or blocks of 4 channels, before a column."""
-        if level.pattern == "unstructured":
-            return self._out * column
+        """Weights, or blocks of them, before a column."""
+        outputs, inputs = level.block
         positions, rest = divmod(column, self._channels)
-        return self._out * (positions * -(-self._channels // 4) + -(-rest // 4))
+        return -(-self._out // outputs) * (positions * -(-self._channels // inputs) + -(-rest // inputs))

@@ -12,7 +12,7 @@ from onnx_spdy.pipeline.database.pruners import PRUNERS, Pruner
 from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 
 SHAPES = [(8, 16), (4, 12, 3, 3), (6, 10), (5, 7, 3), (4, 18, 1, 1)]  # the last three have ragged runs
-PATTERNS = ["unstructured", "block4", "2:4", "4:8", "1:4", "3:5"]
+PATTERNS = ["unstructured", "block4", "blockout2", "blockout4", "blockout8", "2:4", "4:8", "1:4", "3:5"]
 
 
 @pytest.fixture(params=[*PRUNERS, "obs of a wide layer"])
@@ -60,6 +60,11 @@ def test_zeros_are_exactly_where_and_as_many_as_the_level_says(
             runs = runs_of(pruned, 4)
             assert all((run == 0).all() or (run != 0).all() for run in runs)
             assert sum((run == 0).all() for run in runs) == round(level.sparsity * len(runs))
+        elif pattern.startswith("blockout"):
+            columns = [block for part in pruned.flatten(1).numpy().T for block in np.array_split(
+                part, range(level.block[0], len(part), level.block[0]))]  # fmt: skip
+            assert all((block == 0).all() or (block != 0).all() for block in columns)
+            assert sum((block == 0).all() for block in columns) == round(level.sparsity * len(columns))
         else:
             kept, size = map(int, pattern.split(":"))
             assert all(np.count_nonzero(run) == min(kept, len(run)) for run in runs_of(pruned, size))
@@ -84,7 +89,7 @@ def test_the_same_call_gives_the_same_weights_and_changes_nothing(pruner: Pruner
     assert torch.equal(hessian, copies[1])
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block4", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block4", "blockout2", "2:4"])
 @pytest.mark.parametrize(
     ("samples", "dead", "scale"),
     [(6, 5, 1.0), (6, 16, 1.0), (0, 0, 1.0), (6, 0, 0.0), (6, 0, 1e-12), (6, 0, 1e12)],
@@ -127,7 +132,8 @@ def test_no_pruner_does_worse_than_magnitude(pruner: Pruner, pattern: str, shape
 @pytest.mark.parametrize("name", ["magnitude", "sparsegpt", "obc", "obs"])
 def test_where_the_docstring_says_so_the_order_of_levels_does_not_matter(name: str) -> None:
     weight, hessian = layer((6, 24))
-    levels = (*levels_for("unstructured")[1::13], *levels_for("block4")[1::13], Level.parse("2:4"))
+    graded = [level for pattern in ("unstructured", "block4", "blockout4") for level in levels_for(pattern)[1::13]]
+    levels = (*graded, Level.parse("2:4"))
     forward = list(PRUNERS[name](weight, hessian, levels))
     backward = list(PRUNERS[name](weight, hessian, levels[::-1]))[::-1]
     for one, other in zip(forward, backward, strict=True):

@@ -95,36 +95,52 @@ def test_obc_equals_naive_greedy_obs(shape: tuple[int, ...]) -> None:
 
 
 def naive_grouped_obs(weight: torch.Tensor, hessian: torch.Tensor, level: Level) -> torch.Tensor:
-    """Exact greedy OBS of one row (d,) in runs: block4 removes whole runs, N:M single weights that a run can spare."""
-    pruned, alive = weight.double().clone(), torch.ones(len(weight), dtype=torch.bool)
-    size = 4 if level.pattern == "block4" else level.group[1]
-    runs = torch.arange(len(weight)).split(size)
-    removals = level.zeros(len(runs)) if level.pattern == "block4" else len(runs) * (size - level.group[0])
+    """Exact greedy OBS of rows (out, d) with one mask, in runs: blocks go as a whole, N:M single weights that a run can
+    spare."""
+    pruned, alive = weight.double().clone().T, torch.ones(weight.shape[1], dtype=torch.bool)
+    blocks = not level.is_n_of_m
+    size = level.block[1] if blocks else level.group[1]
+    runs = torch.arange(weight.shape[1]).split(size)
+    removals = level.zeros(len(runs)) if blocks else len(runs) * (size - level.group[0])
     for _ in range(removals):
         keep = torch.nonzero(alive).flatten()
         inverse = torch.zeros_like(hessian)
         inverse[keep[:, None], keep] = torch.linalg.inv(hessian[keep][:, keep])
-        if level.pattern == "block4":
+        if blocks:
             choices = [run for run in runs if bool(alive[run].all())]
         else:
             spare = [run for run in runs if int(alive[run].sum()) > level.group[0]]
             choices = [one.view(1) for run in spare for one in run if bool(alive[one])]
 
-        costs = [float(pruned[one] @ torch.linalg.solve(inverse[one[:, None], one], pruned[one])) for one in choices]
+        costs = [
+            float((pruned[one] * torch.linalg.solve(inverse[one[:, None], one], pruned[one])).sum()) for one in choices
+        ]
         unit = choices[int(np.argmin(costs))]
         pruned -= inverse[:, unit] @ torch.linalg.solve(inverse[unit[:, None], unit], pruned[unit])
         alive[unit] = False
         pruned[~alive] = 0.0
-    return pruned
+    return pruned.T
 
 
-@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "block4@0.5000"])
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "block4@0.5000", "blockout2@0.5000", "blockout8@0.7000"])
 def test_obc_equals_naive_greedy_obs_in_runs(text: str) -> None:
-    weight, hessian = layer((1, 24), seed=4)
-    weight, level = weight.double(), Level.parse(text)
+    level = Level.parse(text)
+    weight, hessian = layer((level.block[0], 24), seed=4)
+    weight = weight.double()
     (found,) = obc(weight, hessian, [level])
-    exact = naive_grouped_obs(weight[0], damped(hessian), level)
-    torch.testing.assert_close(found[0], exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, naive_grouped_obs(weight, damped(hessian), level), rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_of_outputs_share_a_layers_zeros_by_what_they_cost() -> None:
+    weight, hessian = layer((8, 24), seed=6)
+    weight = weight.double()
+    weight[4:] *= 100  # nothing of these goes before all of the others
+    first, all_ = obc(weight, hessian, [Level("blockout4", 0.25), Level("blockout4", 0.5)])
+    torch.testing.assert_close(
+        first[:4], naive_grouped_obs(weight[:4], damped(hessian), Level("blockout4", 0.5)), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(first[4:], weight[4:])
+    assert not bool(all_[:4].any())
 
 
 def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +155,7 @@ def test_traces_of_many_panels_equal_naive_greedy_obs(monkeypatch: pytest.Monkey
     test_obc_equals_naive_greedy_obs((4, 16))
     test_obc_equals_naive_greedy_obs_in_runs("2:4")
     test_obc_equals_naive_greedy_obs_in_runs("block4@0.5000")
+    test_obc_equals_naive_greedy_obs_in_runs("blockout2@0.5000")
 
 
 @pytest.mark.parametrize(("trace_width", "most"), [(1152, 1.02), (0, 1.1)], ids=["traces", "ladder"])
@@ -164,17 +181,19 @@ def test_the_default_traces_wider_layers_where_samples_are_fewer_than_inputs(
     assert traced is all(torch.equal(a, b) for a, b in zip(obs(weight, hessian, levels), traces, strict=True))
 
 
-@pytest.mark.parametrize("text", ["unstructured@0.5000", "block4@0.5000"])
+@pytest.mark.parametrize("text", ["unstructured@0.5000", "block4@0.5000", "blockout2@0.5000"])
 def test_traces_may_start_anywhere_on_the_way(text: str) -> None:
-    weight, hessian = layer((6, 30), seed=7, dead=2)
-    hessian, level = damped(hessian), Level.parse(text)
+    level = Level.parse(text)
+    outputs = level.block[0]
+    weight, hessian = layer((6 * outputs, 30), seed=7, dead=2)
+    hessian = damped(hessian)
     units, dense = Units.of(weight.shape, level), weight.double()
     order, losses = eliminate(dense, torch.linalg.inv(hessian), units, panels=True)
     gone = torch.tensor([0, 1, 4, 5, 2, len(units.columns)])  # of each row; the last has nothing left
-    mask = torch.ones(6, 30, dtype=torch.bool)
+    mask = torch.ones(6 * outputs, 30, dtype=torch.bool)
     for row, count in enumerate(gone.tolist()):
         columns = units.columns[order[row, :count]].flatten()
-        mask[row, columns[columns >= 0]] = False
+        mask[row * outputs : (row + 1) * outputs, columns[columns >= 0]] = False
     later, costs = eliminate_rest(dense, hessian, units, mask)
     for row, count in enumerate(gone.tolist()):
         assert sorted(later[row, :count].tolist()) == sorted(order[row, :count].tolist())
@@ -183,7 +202,7 @@ def test_traces_may_start_anywhere_on_the_way(text: str) -> None:
         assert not bool(costs[row, :count].any())
 
 
-def test_nested_masks_of_a_row_are_solved_exactly() -> None:
+def test_nested_masks_are_solved_exactly() -> None:
     weight, hessian = layer((6, 30))
     mask = torch.rand(6, 30, generator=torch.Generator().manual_seed(0)) < 0.4
     mask[3] = False
@@ -191,8 +210,8 @@ def test_nested_masks_of_a_row_are_solved_exactly() -> None:
     target = weight.double() @ hessian
     for row, keep in enumerate(mask):
         order = torch.cat([torch.nonzero(keep).flatten(), torch.nonzero(~keep).flatten()])
-        (nested, nothing) = solve_nested(hessian, target[row], order, [int(keep.sum()), 0])
-        torch.testing.assert_close(nested, exact[row], rtol=1e-8, atol=1e-9)
+        (nested, nothing) = solve_nested(hessian, target[row : row + 1], order, [int(keep.sum()), 0])
+        torch.testing.assert_close(nested[0], exact[row], rtol=1e-8, atol=1e-9)
         assert not bool(nothing.any())
 
 

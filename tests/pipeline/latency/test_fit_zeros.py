@@ -2,9 +2,12 @@ import numpy as np
 
 from onnx_spdy.pipeline.latency.equations import Row, Trial
 from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros, monotone
+from onnx_spdy.pipeline.latency.sampling import plan_networks
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 
 ROW_OF = {"a": 0, "b": 1, "c": 2}
-SPARSITIES = np.array([0.0, *np.linspace(0.4, 0.98, 20)])
+SPARSITIES = np.array([0.0, *np.linspace(0.4, 0.98, 20).round(4)])
+LEVELS = [DENSE, *(Level("unstructured", float(value)) for value in SPARSITIES[1:])]
 
 
 def scene(rng: np.random.Generator, noise: float, merged: bool) -> tuple[list[Trial], np.ndarray, np.ndarray]:
@@ -34,7 +37,7 @@ def errors_of(trials: list[Trial], seconds: np.ndarray, transition: np.ndarray, 
     """Relative errors of the fit for whole networks that it hasn't seen."""
     dense = seconds[:, 0].sum() + transition[1:, 0].sum() + 1e-3
     sparse = np.tile(np.arange(21) > 0, (3, 1))
-    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, dense)
+    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, LEVELS, sparse, dense)
     found = []
     for _ in range(50):
         choice = np.where(rng.random(3) < 0.3, 0, rng.integers(1, 21, 3))
@@ -76,7 +79,7 @@ def test_more_zeros_are_never_slower_in_the_same_kind_of_kernel() -> None:
     rng = np.random.default_rng(3)
     trials, *_ = scene(rng, 0.1, merged=False)
     sparse = np.tile(np.arange(21) > 0, (3, 1))
-    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, SPARSITIES, sparse, 13e-3)
+    fit = fit_zeros(trials, ROW_OF, np.array([-1, 0, 1]), {"pool": 0}, LEVELS, sparse, 13e-3)
     assert (np.diff(fit.seconds[:, 1:], axis=1) <= 1e-15).all()
     assert (fit.seconds >= 0).all()
     assert (fit.seconds + fit.transition >= 0).all()
@@ -88,7 +91,7 @@ def test_cleaning_makes_sparse_runs_monotone_and_keeps_their_means() -> None:
     noisy = np.linspace(5, 1, 20) + rng.normal(0, 0.5, (3, 20))
     sparse = np.ones((3, 20), bool)
     sparse[:, :4] = False
-    cleaned = monotone(noisy, sparse)
+    cleaned = monotone(noisy, sparse, [range(20)])
     assert (np.diff(cleaned[:, 4:], axis=1) <= 1e-12).all()
     np.testing.assert_allclose(cleaned[:, 4:].mean(axis=1), noisy[:, 4:].mean(axis=1))
     np.testing.assert_allclose(cleaned[:, :4], np.median(noisy[:, :4], axis=1)[:, None].repeat(4, axis=1))
@@ -96,10 +99,27 @@ def test_cleaning_makes_sparse_runs_monotone_and_keeps_their_means() -> None:
 
 def test_cleaning_is_the_best_monotone_fit() -> None:
     values = np.array([[3.0, 1.0, 2.0, 2.5, 0.5]])
-    np.testing.assert_allclose(monotone(values, np.ones((1, 5), bool)), [[3.0, 5.5 / 3, 5.5 / 3, 5.5 / 3, 0.5]])
+    np.testing.assert_allclose(
+        monotone(values, np.ones((1, 5), bool), [range(5)]), [[3.0, 5.5 / 3, 5.5 / 3, 5.5 / 3, 0.5]]
+    )
 
 
 def test_a_real_dip_into_a_dense_kernel_is_not_smoothed_away() -> None:
     values = np.array([[4.0, 4.0, 9.0, 8.0, 2.0]])  # the sparse kernel is slower than the dense one at first
     sparse = np.array([[False, False, True, True, True]])
-    np.testing.assert_array_equal(monotone(values, sparse), values)
+    np.testing.assert_array_equal(monotone(values, sparse, [range(5)]), values)
+
+
+def test_each_pattern_is_a_curve_of_its_own() -> None:
+    rng = np.random.default_rng(4)
+    levels = levels_for("unstructured,blockout4,2:4")
+    density = np.array([1 - level.sparsity for level in levels])
+    pace = np.array([0.0] + [{"unstructured": 8.0, "blockout4": 4.0, "2:4": 6.0}[one.pattern] for one in levels[1:]])
+    seconds = np.where(np.arange(len(levels)), pace * density + 0.3, 5.0) * 1e-3
+    trials = []
+    sparse = np.tile(np.arange(len(levels)) > 0, (2, 1))
+    for choice in plan_networks(sparse, levels, rng):
+        rows = [Row((name,), seconds[level]) for name, level in zip("ab", choice, strict=True)]
+        trials.append(Trial(tuple(choice), tuple(rows), 0.0, seconds[choice].sum() / 1e-2, 0.01))
+    fit = fit_zeros(trials, {"a": 0, "b": 1}, np.array([-1, -1]), {}, levels, sparse, 1e-2)
+    np.testing.assert_allclose(fit.seconds, [seconds, seconds], rtol=0.03)

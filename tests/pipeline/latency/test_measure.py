@@ -12,7 +12,7 @@ from onnx_spdy.pipeline.latency import measure
 from onnx_spdy.pipeline.latency.measure import MachineBusy, measure_latency
 from onnx_spdy.pipeline.latency.sampling import NETWORKS, imposed
 from onnx_spdy.pipeline.latency.table import NoSpeedup
-from onnx_spdy.pipeline.level import LevelError, levels_for
+from onnx_spdy.pipeline.level import Level, LevelError, levels_for
 from onnx_spdy.runtimes import EngineCrashed, LayerTime, Workload, open_runtime
 from onnx_spdy.runtimes.fake import FakeRuntime, FakeSession
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
@@ -138,9 +138,25 @@ def test_other_patterns_are_files_of_their_own(model: onnx.ModelProto) -> None:
     assert (table.seconds[1:, 1] < table.seconds[1:, 0]).all()  # the first layer has only 3 input channels
 
 
-def test_levels_of_several_patterns_are_refused(model: onnx.ModelProto) -> None:
-    with pytest.raises(LevelError, match=r"several patterns \(2:4, unstructured\)"):
-        measure_latency(Prepared(model), FakeRuntime(), levels_for("unstructured,2:4"), Workload(1))
+def test_several_patterns_of_zeros_are_one_table(model: onnx.ModelProto) -> None:
+    levels = levels_for("unstructured,2:4")
+    table = measure_latency(Prepared(model), FakeRuntime(break_even=0.45), levels, Workload(8))
+    alone = measure_latency(Prepared(model), FakeRuntime(break_even=0.45), levels_for("unstructured"), Workload(8))
+    column = levels.index(Level.parse("2:4"))
+    single = [number for number, level in enumerate(levels) if number != column]
+    np.testing.assert_array_equal(table.sparse[:, single], alone.sparse)
+    np.testing.assert_allclose(table.seconds[:, single], alone.seconds, rtol=0.05)
+    nearest = np.abs([level.sparsity - 0.5 for level in alone.levels]).argmin()  # the same zeros, to this formula
+    assert table.sparse[1:, column].all()
+    np.testing.assert_allclose(table.seconds[1:, column], alone.seconds[1:, nearest], rtol=0.1)
+    assert table.prediction is not None
+    assert table.prediction.median < 0.02
+
+
+def test_widths_and_zeros_in_one_table_are_refused(model: onnx.ModelProto) -> None:
+    levels = (*levels_for("unstructured"), *levels_for("channels")[1:])
+    with pytest.raises(LevelError, match=r"one latency table of channels, unstructured"):
+        measure_latency(Prepared(model), FakeRuntime(), levels, Workload(1))
 
 
 class Busy(FakeRuntime):
