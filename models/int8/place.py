@@ -48,6 +48,21 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Some readers of a layer's result, which must not be dequantised by one scale for them.
+
+    Attributes:
+        readers: (node, number of its input).
+        axis: of the result, on which its channels lie; counted from the end where it is negative.
+        channels: how many there are.
+    """
+
+    readers: tuple[tuple[str, int], ...]
+    axis: int
+    channels: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """What is quantised in a graph.
 
@@ -56,6 +71,8 @@ class Placement:
             engine's sake only, by which all readers are meant.
         weights: of the layers in int8, in graph order.
         biases: initializer of a bias -> (the layer's input tensor, its weight): the scale of its integers.
+        apart: tensor -> its readers that need it dequantised in another way: layers in floating point whose weights
+            the engine would round too, for it takes them for layers in int8 otherwise.
         depthwise: tensors that only depthwise convolutions read.
         skipped: name of a layer that stays in floating point -> why.
     """
@@ -63,6 +80,7 @@ class Placement:
     points: Mapping[str, tuple[tuple[str, int], ...]]
     weights: tuple[Weight, ...]
     biases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    apart: Mapping[str, Apart] = field(default_factory=dict)
     depthwise: frozenset[str] = frozenset()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -87,6 +105,37 @@ def find_placement(model: onnx.ModelProto, form: Form, layers: Collection[str] |
         reasons = "; ".join(f"{name}: {why}" for name, why in [*found.skipped.items()][:3])
         raise NothingToQuantise(f"no layer of the network can compute in int8 ({reasons or 'it has none'})")
     return found
+
+
+Clauses = frozenset[frozenset[str]]  # of each of these sets of layers at least one is in int8
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Of which layers in int8 it depends whether a tensor is.
+
+    Attributes:
+        made: what it takes for the tensor to be made in int8; None where it never is.
+        read: for each reader that may read it in int8 what that takes.
+        alone: whether these are all that read it.
+        converts: whether a conversion would be here, and not behind what clips it or before what moves it.
+        moved: whether values are only moved or picked to make it.
+    """
+
+    made: Clauses | None
+    read: tuple[Clauses, ...]
+    alone: bool
+    converts: bool
+    moved: bool
+
+
+def find_flows(model: onnx.ModelProto, form: Form) -> dict[str, Flow]:
+    """The tensors that may be in int8. Layers are named by their nodes.
+
+    Raises:
+        ModelError: see `find_placement`.
+    """
+    return _Placing(model, form, None).flows
 
 
 class _Placing:
@@ -126,10 +175,15 @@ class _Placing:
                 points.setdefault(source, [])
         for tensor in points:
             points[tensor] = [(name, number) for name, number in self._readers[tensor] if self._takes(name, number)]
-        if self._form.outputs:
-            for name in self._weights:
-                if (result := self._result(name)) is not None:
-                    points.setdefault(result, self._readers[result])
+        apart: dict[str, Apart] = {}
+        for name, axis in self._weights.items() if self._form.outputs else ():
+            if (result := self._result(name)) is not None:
+                points[result] = self._readers[result]
+                node = self._nodes[name]
+                channels = self._stored[node.input[1]].dims[axis]
+                some = tuple(reader for reader in points[result] if self._would_be_rounded(*reader))
+                if some and channels > 1:  # of one channel both ways are the same
+                    apart[result] = Apart(some, -1 if node.op_type == "MatMul" else 1, channels)
         weights: dict[str, Weight] = {}
         biases, depthwise = {}, set()
         for name, axis in self._weights.items():
@@ -144,8 +198,70 @@ class _Placing:
                 depthwise.add(tensor)
         return Placement(
             {tensor: tuple(readers) for tensor, readers in points.items()}, tuple(weights.values()), biases,
-            frozenset(depthwise), self._skipped,
+            apart, frozenset(depthwise), self._skipped,
         )  # fmt: skip
+
+    @property
+    def flows(self) -> dict[str, Flow]:
+        """See `find_flows`."""
+        read: dict[str, tuple[Clauses, ...]] = {}
+        alone: dict[str, bool] = {}
+        for node in reversed(self._nodes.values()):
+            for tensor in filter(None, node.output):
+                needed = [self._needed_by(*reader, read, alone) for reader in self._readers.get(tensor, [])]
+                read[tensor] = tuple(dict.fromkeys(clauses for clauses in needed if clauses))
+                alone[tensor] = bool(needed) and all(needed) and tensor not in self._leaving
+        made: dict[str, Clauses | None] = {}
+        for name, node in self._nodes.items():
+            for tensor in filter(None, node.output):
+                made[tensor] = self._made(name, tensor, made, read, alone)
+        return {
+            tensor: Flow(
+                made[tensor], read[tensor], alone[tensor], self._converts(tensor), self._moves(self._maker[tensor])
+            )
+            for tensor in made
+            if made[tensor] is not None or read[tensor]
+        }
+
+    def _needed_by(
+        self, name: str, number: int, read: Mapping[str, tuple[Clauses, ...]], alone: Mapping[str, bool]
+    ) -> Clauses | None:
+        """What it takes for a node to read an input in int8; None where it never does."""
+        node = self._nodes[name]
+        if name in self._weights:
+            return frozenset({frozenset({name})}) if number == 0 else None
+        if self._is_product(name):
+            return frozenset(frozenset({layer}) for layer in self._weights)
+        between = self._is_int8_between(name) and number in self._data(node)
+        moved = (self._moves(name) or node.op_type in CLIPS) and number == 0
+        after = [output for output in node.output if output]
+        if not (between or moved) or not all(alone[output] for output in after):
+            return None
+        behind = [clauses for output in after for clauses in read[output]]
+        return _all_of(*behind, *([frozenset({self._makers(name)})] if between else []))
+
+    def _made(
+        self,
+        name: str,
+        tensor: str,
+        made: Mapping[str, Clauses | None],
+        read: Mapping[str, tuple[Clauses, ...]],
+        alone: Mapping[str, bool],
+    ) -> Clauses | None:
+        """What it takes for a node to make a tensor in int8; None where it never does."""
+        node = self._nodes[name]
+        if name in self._weights:
+            return frozenset({frozenset({name})})
+        if self._moves(name) or node.op_type in CLIPS:
+            return made.get(node.input[0])
+        if not self._is_int8_between(name) or not alone[tensor]:
+            return None
+        return _all_of(*read[tensor], frozenset({self._makers(name)}))
+
+    def _converts(self, tensor: str) -> bool:
+        maker, readers = self._maker[tensor], self._readers.get(tensor, [])
+        is_moved = self._moves(maker) and self._takes(maker, 0)
+        return not is_moved and any(self._nodes[name].op_type not in CLIPS for name, _ in readers)
 
     def _look_at(self, name: str, node: onnx.NodeProto) -> None:
         """Take a layer, or note why not."""
@@ -240,11 +356,11 @@ class _Placing:
             node.op_type in self._form.between and len(data) == len(node.input)
             and all(node.input[number] in self._floats for number in data)
         )  # fmt: skip
-        return fits and self._is_wanted(node.output[0]) and self._comes_from_int8(name)
+        return fits and self._is_wanted(node.output[0]) and bool(self._makers(name))
 
-    def _comes_from_int8(self, name: str) -> bool:
-        """Whether a layer in int8 made some of it; through what only moves or clips, and other such nodes."""
-        seen, left = set(), [name]
+    def _makers(self, name: str) -> frozenset[str]:
+        """The layers in int8 that made some of it; through what only moves or clips, and other such nodes."""
+        seen, left = set[str](), [name]
         while left:
             node = self._nodes[left.pop()]
             for number in self._data(node):
@@ -252,11 +368,11 @@ class _Placing:
                 if maker is None or maker in seen:
                     continue
                 seen.add(maker)
-                if maker in self._weights:
-                    return True
-                if self._moves(maker) or self._nodes[maker].op_type in CLIPS | self._form.between:
+                if maker not in self._weights and (
+                    self._moves(maker) or self._nodes[maker].op_type in CLIPS | self._form.between
+                ):
                     left.append(maker)
-        return False
+        return frozenset(seen & self._weights.keys())
 
     def _is_wanted(self, tensor: str) -> bool:
         """Whether all that reads a tensor, behind what only moves or clips, reads it in int8."""
@@ -283,6 +399,19 @@ class _Placing:
             return bool(moved) and not leaves and all(self._takes(*reader) for reader in moved)
         return number in self._int8_inputs(name)
 
+    def _would_be_rounded(self, name: str, number: int) -> bool:
+        """Whether a node, or one behind it that it only moves values for, is a layer in floating point.
+
+        ONNX Runtime (WeightBiasQuantization, seen in 1.32) rounds the stored weight of every Conv, ConvTranspose and
+        Gemm whose input is dequantised by one scale, to 8 bits by one scale, whatever the file says.
+        """
+        node = self._nodes[name]
+        if number == 0 and self._moves(name):
+            behind = [reader for output in node.output for reader in self._readers.get(output, [])]
+            return any(self._would_be_rounded(*reader) for reader in behind)
+        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm") and node.input[1] in self._stored
+        return is_layer and number == 0 and name not in self._weights
+
     def _source(self, tensor: str) -> str:
         """Where a tensor that is read in int8 is quantised: before what only moves it, if nobody else reads that."""
         while (maker := self._maker.get(tensor)) is not None and self._moves(maker):
@@ -300,6 +429,12 @@ class _Placing:
         if tensor not in self._leaving and len(readers) == 1 and self._nodes[readers[0][0]].op_type in CLIPS:
             tensor = self._nodes[readers[0][0]].output[0]
         return tensor if tensor not in self._leaving and tensor in self._readers else None
+
+
+def _all_of(*several: Clauses) -> Clauses:
+    """All of these together, without clauses that others imply."""
+    clauses = frozenset().union(*several)
+    return frozenset(one for one in clauses if not any(other < one for other in clauses))
 
 
 def _output_axis(node: onnx.NodeProto) -> int:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_spdy.models import surgery
 from onnx_spdy.models.int8.grid import Grid
-from onnx_spdy.models.int8.place import Placement, Weight
+from onnx_spdy.models.int8.place import Apart, Placement, Weight
 
 LARGEST_BIAS = 2**31 - 1
 LEAST_SCALE = float(np.finfo(np.float32).tiny)
@@ -171,10 +171,26 @@ class _Writer:
         names = self._unique(f"{name}_quantize"), self._unique(f"{name}_dequantize")
         quantize = gs.Node("QuantizeLinear", names[0], dict(axis), [tensor, scale, zero], [integers])
         back = gs.Node("DequantizeLinear", names[1], dict(axis), [integers, scale, zero], [result])
-        for reader, number in readers:
+        apart = self._placement.apart.get(name)
+        together = [reader for reader in readers if apart is None or reader not in apart.readers]
+        for reader, number in together:
             self._nodes[reader].inputs[number] = result
         maker = tensor.inputs[0].name if tensor.inputs else None
-        self._after.setdefault(maker, []).extend([quantize, back])
+        self._after.setdefault(maker, []).append(quantize)
+        if together or not readers:
+            self._after[maker].append(back)
+        if apart:
+            self._after[maker].append(self._dequantize_apart(name, integers, grid, apart))
+
+    def _dequantize_apart(self, name: str, integers: gs.Variable, grid: Grid, apart: Apart) -> gs.Node:
+        """The same numbers by the same scale, once for each channel: engines then leave the readers' weights alone."""
+        scale = self._constant(f"{name}_scale", np.full(apart.channels, grid.scale, np.float32))
+        zero = self._constant(f"{name}_zero", np.full(apart.channels, grid.zero, grid.dtype))
+        result = self._variable(f"{name}_dequantized")
+        for reader, number in apart.readers:
+            self._nodes[reader].inputs[number] = result
+        own = self._unique(f"{name}_dequantize")
+        return gs.Node("DequantizeLinear", own, {"axis": apart.axis}, [integers, scale, zero], [result])
 
 
 def _beside(weight: IntegerWeight, axis: int, largest: float, bias: np.ndarray) -> IntegerWeight:

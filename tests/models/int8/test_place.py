@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import onnx
@@ -9,8 +11,9 @@ import pytest
 from onnx import helper
 
 from onnx_spdy.models.graph import ModelError
-from onnx_spdy.models.int8.form import FORMS
-from onnx_spdy.models.int8.place import NothingToQuantise, Placement, find_placement
+from onnx_spdy.models.int8.form import FORMS, Form
+from onnx_spdy.models.int8.place import Clauses, NothingToQuantise, Placement, find_flows, find_placement
+from tests.models.int8.writing import residual
 from tests.models.narrowing import network
 
 ORT, VINO, TRT = FORMS["onnxruntime"], FORMS["openvino"], FORMS["tensorrt"]
@@ -271,3 +274,37 @@ def test_deep_networks_are_placed_too(blocks: int) -> None:
     }}""")
     points = find_placement(model, VINO).points
     assert set(points) == {"x", *(f"s{i}" for i in range(blocks + 1)), *(f"t{i}" for i in range(blocks))}
+
+
+def of_all(clauses: Clauses, layers: set[str]) -> bool:
+    return all(clause & layers for clause in clauses)
+
+
+@pytest.mark.parametrize("form", [ORT, VINO], ids=lambda form: form.name)
+@pytest.mark.parametrize("make", [residual, lambda: network(RESIDUAL)], ids=["two blocks", "one block"])
+def test_flows_say_for_any_choice_of_layers_what_is_in_int8(make: Callable[[], onnx.ModelProto], form: Form) -> None:
+    model = make()
+    flows = find_flows(model, form)
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    layers = [node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+    for states in itertools.product([False, True], repeat=len(layers)):
+        if not any(states):
+            continue
+        chosen = {name for name, state in zip(layers, states, strict=True) if state}
+        placement = find_placement(model, form, chosen)
+        in_int8 = {
+            node.name for node in nodes.values() if node.op_type in form.between
+            and node.output[0] in placement.points
+            and flows[node.output[0]].made is not None and of_all(flows[node.output[0]].made, chosen)
+        }  # fmt: skip
+        for tensor, flow in flows.items():
+            node = nodes[tensor]
+            if flow.converts:
+                is_read = any(of_all(clauses, chosen) for clauses in flow.read)
+                own_sake = form.outputs and flow.made is not None and of_all(flow.made, chosen)
+                assert (tensor in placement.points) is (is_read or own_sake), (tensor, chosen)
+            if node.op_type in form.between:
+                reads = {(node.name, number) for number in range(len(node.input))}
+                found = {reader for readers in placement.points.values() for reader in readers}
+                if not form.outputs:  # there layers hand everybody what was quantised
+                    assert bool(reads & found) is (node.name in in_int8), (tensor, chosen)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -18,7 +20,7 @@ from onnx_spdy.models.int8.place import find_placement
 from onnx_spdy.models.int8.write import Integers, IntegerWeight, in_float, write_int8
 from onnx_spdy.runtimes import RuntimeUnavailable, Workload, open_runtime
 from tests.models.int8.test_place import ATTENTION, IMAGE, RESIDUAL
-from tests.models.int8.writing import all_values, plain_session, written
+from tests.models.int8.writing import all_values, plain_session, residual, written
 from tests.models.narrowing import network, random_inputs
 
 NEW = ("QuantizeLinear", "DequantizeLinear")
@@ -221,3 +223,24 @@ def test_what_the_integers_say_is_what_is_written() -> None:
     (found,) = plain_session(quantised).run(None, {"x": np.array([[1.0, 0.126], [-7.0, 0.0]], np.float32)})
     x = np.array([[127, 16], [-128, 0]]) / 127  # -7 is cut off
     np.testing.assert_allclose(found, x @ np.array([[63.5, -6.0], [2.5, 0.0]]), rtol=1e-5)
+
+
+def test_onnx_runtime_leaves_layers_in_floating_point_alone(tmp_path: Path) -> None:
+    """It rounds the weights of those that read what was dequantised by one scale."""
+    model, form = residual(), FORMS["onnxruntime"]
+    inputs = {"input": np.random.default_rng(0).normal(size=(2, 4, 9, 9)).astype(np.float32)}
+    chosen = {"conv0", "conv1", "conv3", "conv5"}
+    in_int8, placement, _ = written(model, form, inputs, chosen)
+    assert {reader for one in placement.apart.values() for reader in one.readers} == {("conv2", 0), ("conv4", 0)}
+    onnx.checker.check_model(in_int8, full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = ort.InferenceSession(in_int8.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert (
+        kinds["QLinearConv"] == 2
+    )  # the first two; two others read what has a sign, the result of the last one leaves
+    assert kinds["Conv"] + kinds["FusedConv"] == 4
+    as_written = plain_session(in_int8).run(None, inputs)[0]
+    np.testing.assert_allclose(session.run(None, inputs)[0], as_written, atol=0.02 * np.abs(as_written).max())

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid, grid_between
 from onnx_spdy.models.int8.nearest import nearest
 from onnx_spdy.models.int8.place import Placement, find_placement
 from onnx_spdy.models.int8.write import Integers, write_int8
+
+
+def residual() -> onnx.ModelProto:
+    """Two residual blocks of two convolutions between two others; behind the first one a pool."""
+    rng = np.random.default_rng(0)
+    stored = [
+        numpy_helper.from_array(rng.normal(size=(4, 4, 1, 1)).astype(np.float32), f"w{number}") for number in range(6)
+    ]
+
+    def conv(number: int, before: str) -> onnx.NodeProto:
+        return helper.make_node("Conv", [before, f"w{number}"], [f"c{number}"], f"conv{number}")
+
+    nodes = [conv(0, "input"), helper.make_node("Relu", ["c0"], ["r0"], "relu0")]
+    nodes.append(helper.make_node("MaxPool", ["r0"], ["p0"], "pool0", kernel_shape=[2, 2]))
+    before = "p0"
+    for block in (1, 2):
+        first, second = 2 * block - 1, 2 * block
+        nodes += [
+            conv(first, before),
+            helper.make_node("Relu", [f"c{first}"], [f"r{first}"], f"relu{first}"),
+            conv(second, f"r{first}"),
+            helper.make_node("Add", [f"c{second}", before], [f"a{block}"], f"add{block}"),
+        ]
+        before = f"a{block}"
+    nodes.append(conv(5, before))
+    sizes = {"input": 9, "c5": 8}
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4, size, size]) for name, size in sizes.items()
+    ]
+    graph = helper.make_graph(nodes, "residual", values[:1], values[1:], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def all_values(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -38,10 +69,10 @@ def plain_session(model: onnx.ModelProto, optimised: bool = False) -> ort.Infere
 
 
 def written(
-    model: onnx.ModelProto, form: Form, inputs: Mapping[str, np.ndarray]
+    model: onnx.ModelProto, form: Form, inputs: Mapping[str, np.ndarray], layers: Collection[str] | None = None
 ) -> tuple[onnx.ModelProto, Placement, Integers]:
     """The network in int8: whole ranges, weights rounded to the nearest."""
-    placement, values = find_placement(model, form), all_values(model, inputs)
+    placement, values = find_placement(model, form, layers), all_values(model, inputs)
     grids: dict[str, Grid] = {}
     for name in placement.points:
         by_channel = form.per_channel and name in placement.depthwise
