@@ -185,7 +185,10 @@ class _System:
 
     def fit(self) -> Fit:
         """The solution of all equations."""
-        solution, covariance = self._without_negative()
+        # Neither products nor what is left of branches save time.
+        places = [place for part in self._parts.values() for place in part.factors.values()]
+        places += [part.left for part in self._parts.values() if part.left is not None]
+        solution, covariance = self._equations.solve_without_negative(places)
         terms = _Terms(self._kept)
         terms.add({}, float(solution[0]))
         for part in self._parts.values():
@@ -231,22 +234,6 @@ class _System:
             variance = ((gradient @ covariance[np.ix_(places, places)]) * gradient).sum(axis=1)
             spread[site] = np.sqrt(np.maximum(variance, 0.0))
         return spread
-
-    def _without_negative(self) -> tuple[np.ndarray, np.ndarray]:
-        """The solution without products, and without what is left of branches, where they would save time: noise."""
-        equations = self._equations
-        places = [place for part in self._parts.values() for place in part.factors.values()]
-        places += [part.left for part in self._parts.values() if part.left is not None]
-        while True:
-            solution, covariance = equations.solve()
-            if not (negative := [place for place in places if solution[place] < 0]):
-                return solution, covariance
-            places = [place for place in places if place not in negative]
-            counts = np.ones(self._size)
-            counts[negative] = 0
-            equations = replace(
-                equations, rows=[rows * counts for rows in equations.rows], totals=equations.totals * counts
-            )
 
     def _cleaned(self, seconds: np.ndarray) -> np.ndarray:
         """Fewer units are not slower, and levels that keep equally many take the same."""

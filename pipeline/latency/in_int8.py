@@ -6,7 +6,7 @@ where the zero points are does.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,9 +19,11 @@ from onnx_spdy.models.graph import graph_inputs
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid
 from onnx_spdy.models.int8.nearest import nearest
-from onnx_spdy.models.int8.place import Placement, find_placement
+from onnx_spdy.models.int8.place import Clauses, Placement, find_flows, find_placement
 from onnx_spdy.models.int8.write import Integers, write_int8
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.latency.fit_precisions import Tensor
+from onnx_spdy.pipeline.latency.switches import NEVER, Cases, any_in_each, either
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.ranges import extremes, grids, observe
 from onnx_spdy.runtimes import Workload, resolved
@@ -59,6 +61,35 @@ class InInt8:
             for weight in placement.weights
         }
         return write_int8(model, placement, Integers(grids, weights, self._form.int32_bias))
+
+    def tensors(self, layers: Mapping[str, int]) -> dict[str, Tensor]:
+        """On which layers it depends whether the dense network's tensors are in int8.
+
+        Args:
+            layers: index of the layer that a node with weights belongs to; of the others it is taken for granted.
+        """
+        number_of = {
+            output: layers[node.name]
+            for node in self._network.proto.graph.node
+            if node.name in layers
+            for output in node.output
+        }
+
+        def cases(*several: Clauses) -> Cases:
+            clauses = {clause for clauses in several for clause in clauses if clause <= layers.keys()}
+            return any_in_each(sorted(sorted({layers[node] for node in clause}) for clause in clauses))
+
+        found = {}
+        for name, flow in find_flows(self._network.proto, self._form).items():
+            found[name] = Tensor(
+                layer=number_of.get(name),
+                made=NEVER if flow.made is None else cases(flow.made),
+                read=either([cases(one) for one in flow.read]),
+                alone=cases(*flow.read) if flow.alone else NEVER,
+                converts=flow.converts,
+                moved=flow.moved,
+            )
+        return found
 
     def _grid(self, tensor: str) -> Grid:
         if tensor not in self._grids:

@@ -27,6 +27,7 @@ class Places:
         sites: tensor -> indices of the sites whose units the node that makes it reads or makes.
         products: tensor -> pairs of them between which a weight of that node lies, lower index first.
         branches: site -> what goes when nothing of it is kept, of those of which that is so.
+        fused: tensor -> the one that it is made from, where it runs in the row of that one if none names it.
     """
 
     names: tuple[str, ...]
@@ -34,6 +35,7 @@ class Places:
     sites: Mapping[str, Sites]
     products: Mapping[str, frozenset[tuple[int, int]]]
     branches: Mapping[int, Branch] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: onnx.GraphProto, sites: Sequence[Site]) -> Places:
@@ -81,7 +83,7 @@ def blocks(
 
     What an engine joins in one row depends on the widths. So what is in one row in any trial counts as joined in all of
     them; but for what is left of branches that are gone, since that runs with whatever comes before it. A tensor that
-    no row names runs in the row of what reads it.
+    no row names runs in the row of what reads it, or of what it is fused with.
 
     Args:
         gone: for each trial the sites whose branch isn't there; None for none.
@@ -106,6 +108,9 @@ def blocks(
             own.append(((lasting or row.outputs)[0], row.seconds))
             row_of |= {name: lasting[0] for name in lasting}
         rows.append(own)
+        for name in places.names:
+            if name not in row_of and places.fused.get(name) in row_of:
+                row_of[name] = row_of[places.fused[name]]
         for name in reversed(places.names):
             unnamed = name not in row_of and name not in left and name not in away
             if unnamed and (found := [row_of[one] for one in places.readers.get(name, ()) if one in row_of]):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from onnx_spdy.models import Prepared, save_model
+from onnx_spdy.models.int8.place import CLIPS
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
-from onnx_spdy.pipeline.latency.fit_zeros import fit_zeros
+from onnx_spdy.pipeline.latency.fit_precisions import fit_precisions
 from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Profile
+from onnx_spdy.pipeline.latency.places import Places
 from onnx_spdy.pipeline.latency.sampling import DENSE_EVERY, NETWORKS, predecessors
 from onnx_spdy.pipeline.level import Level
 from onnx_spdy.pipeline.site import find_sites
@@ -21,18 +24,17 @@ SHARES = (0.25, 0.5, 0.75)  # of the layers, in int8
 
 
 class Precisions:
-    """Each layer is dense or in int8; see `Kind`.
-
-    What a layer in int8 takes more where the one before it isn't pays for the conversion.
-    """
+    """Each layer is dense or in int8; see `Kind`."""
 
     def __init__(self, network: Prepared, levels: Sequence[Level], in_int8: InInt8) -> None:
         self._network, self._levels, self._in_int8 = network, tuple(levels), in_int8
         layers = [site.layers[0] for site in find_sites(network, levels)]
         self._nodes = [layer.nodes for layer in layers]
-        self._predecessor, self._source_of = predecessors(network.proto.graph, layers)
+        self._predecessor, _ = predecessors(network.proto.graph, layers)
         self._row_of = {output: row for row, layer in enumerate(layers) for output in layer.outputs}
-        self._in_eight = np.broadcast_to(np.arange(len(levels)) > 0, (len(layers), len(levels)))
+        clipped = {node.output[0]: node.input[0] for node in network.proto.graph.node if node.op_type in CLIPS}
+        self._places = replace(Places.of(network.proto.graph, ()), fused=clipped)
+        self._tensors = in_int8.tensors({name: row for row, nodes in enumerate(self._nodes) for name in nodes})
         self.kernels: tuple[tuple[str, ...], ...] = ()
         self.names = tuple(layer.name for layer in layers)
 
@@ -72,8 +74,5 @@ class Precisions:
         return own, {}
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
-        """See `fit_zeros`; eight bits stand for half of the weights there."""
-        sparsities = [0.0, *[0.5] * (len(self._levels) - 1)]
-        return fit_zeros(
-            trials, self._row_of, self._predecessor, self._source_of, sparsities, self._in_eight, dense_seconds
-        )
+        """See `fit_precisions`."""
+        return fit_precisions(trials, self._places, self._tensors, len(self.names), self._predecessor, dense_seconds)
