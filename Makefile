@@ -11,7 +11,11 @@ OLDEST_PYTHON ?= $(or $(wildcard $(shell pyenv prefix 3.10 2>/dev/null)/bin/pyth
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: demo test test-oldest lint types clean
+# Of the sparse engine, compiled by the system's GCC.
+SANITIZED := .sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
+
+.PHONY: demo test test-oldest test-sanitizers lint types clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m onnx_spdy.tools.demo
@@ -25,6 +29,14 @@ test: $(STAMP) lint types
 # torch 2.9 imports setuptools.
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -q -o filterwarnings=
+
+# Random graphs in the sparse engine under GCC's sanitizers: of addresses and of undefined behaviour.
+test-sanitizers: $(STAMP)
+	CXX=g++ CXXFLAGS="$(SANITIZERS)" $(VENV)/bin/pip install -q --upgrade --no-deps --no-build-isolation \
+		--target $(SANITIZED) ./runtimes/sparse
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
+		$(VENV)/bin/python tests/runtimes/sparse/random_graphs.py 300
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -53,4 +65,4 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .typecheck build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(SANITIZED) .typecheck build *.egg-info

@@ -52,6 +52,15 @@ def level_violation(weight: np.ndarray | torch.Tensor, level: Level) -> str | No
     return None
 
 
+def comes_in_blocks(weight: np.ndarray, pattern: str) -> bool:
+    """Whether all zeros of weights (out, in, *kernel) come in whole blocks of a pattern of `BLOCKS`."""
+    outputs, inputs = BLOCKS[pattern]
+    zero = weight == 0
+    first = zero[::outputs, ::inputs]
+    alike = first.repeat(outputs, 0)[: len(zero)].repeat(inputs, 1)[:, : zero.shape[1]]
+    return bool((zero == alike).all())
+
+
 def _keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """(n,) bool with exactly `count` True; of equal scores the earlier one is kept."""
     keep = torch.zeros_like(scores, dtype=torch.bool)

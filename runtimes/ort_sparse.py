@@ -28,7 +28,7 @@ class OnnxRuntimeSparse(OnnxRuntime):
     """ONNX Runtime's CPU provider, and before it the plugin provider of the package `onnxruntime-ep-spdy`."""
 
     name = "sparse"
-    patterns = frozenset({ANY_ZEROS})
+    patterns = frozenset({ANY_ZEROS, "blockout2", "blockout4"})
     usage = """\
 import onnxruntime, onnxruntime_ep_spdy
 onnxruntime_ep_spdy.register()

@@ -14,8 +14,8 @@ from onnx_spdy.models.graph import one_line
 from onnx_spdy.models.stored import values_of
 from onnx_spdy.pipeline.alternatives import DENSE, Alternatives
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import Level
-from onnx_spdy.pipeline.mask import level_violation
+from onnx_spdy.pipeline.level import BLOCKS, Level
+from onnx_spdy.pipeline.mask import comes_in_blocks, level_violation
 from onnx_spdy.pipeline.network import Int8Network
 from onnx_spdy.pipeline.training.trainer import Training
 from onnx_spdy.pipeline.usage import FILE as LOADER
@@ -26,6 +26,7 @@ from onnx_spdy.tools.table import print_table
 NAMED = 8  # layers in a line
 LONGEST_NOTE = 100  # characters
 N_OF_M = {name: Level.parse(name) for name in ("1:4", "2:4", "4:8")}  # that hardware knows, the strictest first
+LARGEST_FIRST = sorted(BLOCKS, key=lambda name: BLOCKS[name], reverse=True)
 
 
 def environment(content: Mapping[str, Any]) -> str:
@@ -88,7 +89,8 @@ def int8(found: Int8Network) -> None:
 
 
 def pattern_of(weight: np.ndarray) -> str:
-    """The pattern of a layer's zeros: the strictest N:M along its input channels, else whether there are any.
+    """The pattern of a layer's zeros: the strictest N:M along its input channels, else the largest blocks in which they
+    all come, else whether there are any.
 
     Args:
         weight: (out, in, *kernel).
@@ -98,7 +100,7 @@ def pattern_of(weight: np.ndarray) -> str:
     # Where there are no more channels than a group may keep, any weights have the pattern, and none is meant.
     patterns = [level for level in N_OF_M.values() if weight.shape[1] > level.group[0]]
     found = (str(level) for level in patterns if level_violation(weight, level) is None)
-    return next(found, "unstructured")
+    return next(found, None) or next(name for name in LARGEST_FIRST if comes_in_blocks(weight, name))
 
 
 def table(found: LatencyTable) -> None:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_spdy.pipeline.level import Level, levels_for
-from onnx_spdy.pipeline.mask import level_violation, select_mask
+from onnx_spdy.pipeline.level import BLOCKS, Level, levels_for
+from onnx_spdy.pipeline.mask import comes_in_blocks, level_violation, select_mask
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (8, 12, 3, 3), (5, 7, 3), (6, 10, 1, 1)])
@@ -59,3 +59,7 @@ def test_blockout_removes_the_lightest_inputs_of_neighbouring_output_channels(ou
     assert total[marks].min() >= total[~marks].max()
     assert level_violation(torch.where(keep, scores, 0.0), level) is None
     assert "blocks are zero, it promises" in (level_violation(scores, level) or "")
+    found = [name for name in BLOCKS if comes_in_blocks(torch.where(keep, scores, 0.0).numpy(), name)]
+    assert found == [
+        name for name in ("unstructured", "blockout2", "blockout4", "blockout8") if BLOCKS[name][0] <= outputs
+    ]

@@ -255,3 +255,4 @@ if __name__ == "__main__":
         f"{count} graphs with {', '.join(sets)}: largest difference {max(differences.values()):.2g}, "
         f"{len(bad)} above {TOLERANCE}: {bad[:20]}"
     )
+    sys.exit(bool(bad))
