@@ -183,8 +183,8 @@ class Runtime(Protocol):
 
     @property
     def patterns(self) -> frozenset[str]:
-        """Which zeros it has kernels for: "unstructured", which takes any zeros, and patterns that gain more than as many
-        single zeros, such as "blockout4" or "2:4".
+        """Which zeros it has kernels for: "unstructured", which takes any zeros, and patterns that gain more than as
+        many single zeros, such as "blockout4" or "2:4".
 
         Where empty, zeros can't make it faster.
         """
