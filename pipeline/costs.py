@@ -138,13 +138,20 @@ class Costs:
     def fastest(self, errors: np.ndarray | None = None) -> np.ndarray:
         """(layers,) the levels that take least time together; of equally fast ones those with less of `errors`.
 
-        With products it is found step by step, each no slower than the one before: exactly, where the fastest level of
-        a layer has its least factors too.
+        With products it is found step by step, each no slower than the one before, from what is fastest alone and from
+        the same level everywhere: exactly, where the fastest level of a layer has its least factors too.
         """
         errors = np.zeros_like(self.seconds) if errors is None else errors
         if not self.products:
             return self._fastest(errors)
-        choice = np.array([self.alone(layer).argmin() for layer in range(len(self.seconds))])
+        alone = np.array([self.alone(layer).argmin() for layer in range(len(self.seconds))])
+        alike = [np.full_like(alone, level) for level in range(self.seconds.shape[1])]
+        best = min(alike, key=self.total)
+        ends = [self._faster(start, errors) for start in (alone, best)]
+        return min(ends, key=self.total)
+
+    def _faster(self, choice: np.ndarray, errors: np.ndarray) -> np.ndarray:
+        """What no step makes faster any more."""
         found = self.apart_at(choice)._fastest(errors)
         while self.total(found) < self.total(choice):
             choice, found = found, self.apart_at(found)._fastest(errors)

@@ -75,7 +75,8 @@ def _solve_products(errors: np.ndarray, costs: Costs, budget: float, buckets: in
     """Step by step: first with linear products, which may break the budget, then with sums that bound them from above.
 
     The bound is exact where the step before ended, so that choice is among the candidates and no step does worse. It
-    only needs a good place to begin. Coarse buckets do until the last step.
+    only needs a good place to begin. Coarse buckets do until the last step. At the end what is left of the budget is
+    given back layer by layer.
     """
     coarse = max(1, buckets // 10)
     choice = np.zeros_like(fastest)
@@ -92,7 +93,7 @@ def _solve_products(errors: np.ndarray, costs: Costs, budget: float, buckets: in
             best = choice = found
         elif len(steps) > 1:  # nothing more is to be gained with coarse ones
             choice, steps = best, steps[:1]
-    return best
+    return given_back(errors, best, lambda choice: costs.total(choice) <= budget)
 
 
 def _bounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int, around: np.ndarray) -> np.ndarray | None:
@@ -105,6 +106,21 @@ def _bounded(errors: np.ndarray, costs: Costs, budget: float, buckets: int, arou
 def total_error(errors: np.ndarray, choice: np.ndarray) -> float:
     """The sum of the layers' errors at these level indices."""
     return float(errors[np.arange(len(errors)), choice].sum())
+
+
+def given_back(errors: np.ndarray, choice: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """A choice that fits, improved one layer at a time as long as that is possible."""
+    choice = choice.copy()
+    while True:
+        gains = errors[np.arange(len(errors)), choice][:, None] - errors  # (layers, levels)
+        for flat in np.argsort(-gains, axis=None):
+            layer, level = divmod(int(flat), errors.shape[1])
+            if gains[layer, level] <= 0:
+                return choice
+            before, choice[layer] = choice[layer], level
+            if fits(choice):
+                break
+            choice[layer] = before
 
 
 def _solve_apart(errors: np.ndarray, costs: Costs, budget: float, buckets: int, fastest: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_spdy.pipeline.costs import Costs, weighted_sum
-from onnx_spdy.pipeline.solve import BUCKETS, InfeasibleTarget, solve, total_error
+from onnx_spdy.pipeline.solve import BUCKETS, InfeasibleTarget, given_back, solve, total_error
 
 _ROUNDS = 12  # of weights
 _FIRST_STEP, _SHRINKING = 1.5, 0.75  # of their logarithms
@@ -77,7 +77,7 @@ def solve_within(errors: np.ndarray, limits: Sequence[Limit], buckets: int = BUC
         if shares.max() < tightest:
             tightest, nearest = shares.max(), weights
         weights = _moved(weights, shares, number)
-    return _given_back(errors, limits, _tightened(errors, limits, nearest, buckets))
+    return given_back(errors, _tightened(errors, limits, nearest, buckets), lambda choice: share(limits, choice) <= 1)
 
 
 def fastest(limits: Sequence[Limit], errors: np.ndarray | None = None) -> np.ndarray:
@@ -135,18 +135,3 @@ def _tightened(errors: np.ndarray, limits: Sequence[Limit], weights: np.ndarray,
         else:
             high = middle
     return found
-
-
-def _given_back(errors: np.ndarray, limits: Sequence[Limit], choice: np.ndarray) -> np.ndarray:
-    """A choice within the limits, improved one layer at a time as long as that is possible."""
-    choice = choice.copy()
-    while True:
-        gains = errors[np.arange(len(errors)), choice][:, None] - errors  # (layers, levels)
-        for flat in np.argsort(-gains, axis=None):
-            layer, level = divmod(int(flat), errors.shape[1])
-            if gains[layer, level] <= 0:
-                return choice
-            before, choice[layer] = choice[layer], level
-            if share(limits, choice) <= 1:
-                break
-            choice[layer] = before

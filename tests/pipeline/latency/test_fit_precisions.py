@@ -84,6 +84,7 @@ def test_the_solver_finds_the_best_mix_for_them() -> None:
     fit, rng = fitted(0.0), np.random.default_rng(1)
     choices = [np.array(one) for one in itertools.product([0, 1], repeat=CONVS)]
     slowest, fastest = (fit.costs.total(np.full(CONVS, level)) for level in (0, 1))
+    assert fit.costs.fastest().all()
     gaps = []
     for share in np.linspace(0.1, 0.9, 9):
         errors = rng.random((CONVS, 1)) * [0.0, 1.0]
