@@ -15,7 +15,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 SANITIZED := .sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
 
-.PHONY: demo test test-oldest test-sanitizers lint types clean
+.PHONY: demo test test-oldest test-sanitizers test-neon lint types clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m onnx_spdy.tools.demo
@@ -37,6 +37,11 @@ test-sanitizers: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
 		$(VENV)/bin/python tests/runtimes/sparse/random_graphs.py 300
+
+# The sparse engine's NEON kernels, compiled for aarch64 and run by an emulator.
+test-neon: $(STAMP)
+	$(VENV)/bin/pip install -q ziglang unicorn pyelftools
+	$(VENV)/bin/python tests/runtimes/sparse/neon.py 2000
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
