@@ -304,7 +304,7 @@ def doctor(findings: Sequence[Finding]) -> None:
     """Which runtimes work here."""
     rows = [
         (
-            one.name, one.version or "no", ", ".join(one.patterns) or "none",
+            one.name, one.version or "no", "\n".join(one.patterns) or "none",
             f"{one.problem}. {one.note}" if one.problem else one.note,
         )
         for one in findings

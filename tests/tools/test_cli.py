@@ -250,7 +250,7 @@ def test_inspect_shows_the_pattern_along_the_input_channels(folder: Path, cli: C
     layers = done.out[: done.out.index("Groups")]
     rows = {line.split()[1]: line for line in layers.splitlines() if line.split()[1:2] and "n_" in line}
     assert {name for name, line in rows.items() if "2:4" in line} == {"n_conv", "n_gemm_t", "n_gemm", "n_matmul"}
-    assert {name for name, line in rows.items() if "unstructured" in line} == {"n_across", "n_wrong"}
+    assert {name for name, line in rows.items() if "block4" in line} == {"n_across", "n_wrong"}  # whole channels
     assert "4 of them are 2:4" in layers
 
 
