@@ -67,8 +67,8 @@ class Placement:
     """What is quantised in a graph.
 
     Attributes:
-        points: tensor -> (node, number of its input) that read it in int8; none for one that is quantised for the
-            engine's sake only, by which all readers are meant.
+        points: tensor -> (node, number of its input) that read it as it is quantised: who computes in int8, and of a
+            layer's result that the engine wants quantised everybody.
         weights: of the layers in int8, in graph order.
         biases: initializer of a bias -> (the layer's input tensor, its weight): the scale of its integers.
         apart: tensor -> its readers that need it dequantised in another way: layers in floating point whose weights
@@ -100,46 +100,15 @@ def find_placement(model: onnx.ModelProto, form: Form, layers: Collection[str] |
         ModelError: the graph's opset is older.
         NothingToQuantise: no layer can; the message says why for the first few.
     """
-    found = _Placing(model, form, layers).placement
+    found = Placing(model, form, layers).placement
     if not found.weights:
         reasons = "; ".join(f"{name}: {why}" for name, why in [*found.skipped.items()][:3])
         raise NothingToQuantise(f"no layer of the network can compute in int8 ({reasons or 'it has none'})")
     return found
 
 
-Clauses = frozenset[frozenset[str]]  # of each of these sets of layers at least one is in int8
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Of which layers in int8 it depends whether a tensor is.
-
-    Attributes:
-        made: what it takes for the tensor to be made in int8; None where it never is.
-        read: for each reader that may read it in int8 what that takes.
-        alone: whether these are all that read it.
-        converts: whether a conversion would be here, and not behind what clips it or before what moves it.
-        moved: whether values are only moved or picked to make it.
-    """
-
-    made: Clauses | None
-    read: tuple[Clauses, ...]
-    alone: bool
-    converts: bool
-    moved: bool
-
-
-def find_flows(model: onnx.ModelProto, form: Form) -> dict[str, Flow]:
-    """The tensors that may be in int8. Layers are named by their nodes.
-
-    Raises:
-        ModelError: see `find_placement`.
-    """
-    return _Placing(model, form, None).flows
-
-
-class _Placing:
-    """One search through a graph."""
+class Placing:
+    """One search through a graph; see `find_placement`."""
 
     def __init__(self, model: onnx.ModelProto, form: Form, layers: Collection[str] | None) -> None:
         if (version := opset_of(model)) < OPSET:
@@ -200,68 +169,6 @@ class _Placing:
             {tensor: tuple(readers) for tensor, readers in points.items()}, tuple(weights.values()), biases,
             apart, frozenset(depthwise), self._skipped,
         )  # fmt: skip
-
-    @property
-    def flows(self) -> dict[str, Flow]:
-        """See `find_flows`."""
-        read: dict[str, tuple[Clauses, ...]] = {}
-        alone: dict[str, bool] = {}
-        for node in reversed(self._nodes.values()):
-            for tensor in filter(None, node.output):
-                needed = [self._needed_by(*reader, read, alone) for reader in self._readers.get(tensor, [])]
-                read[tensor] = tuple(dict.fromkeys(clauses for clauses in needed if clauses))
-                alone[tensor] = bool(needed) and all(needed) and tensor not in self._leaving
-        made: dict[str, Clauses | None] = {}
-        for name, node in self._nodes.items():
-            for tensor in filter(None, node.output):
-                made[tensor] = self._made(name, tensor, made, read, alone)
-        return {
-            tensor: Flow(
-                made[tensor], read[tensor], alone[tensor], self._converts(tensor), self._moves(self._maker[tensor])
-            )
-            for tensor in made
-            if made[tensor] is not None or read[tensor]
-        }
-
-    def _needed_by(
-        self, name: str, number: int, read: Mapping[str, tuple[Clauses, ...]], alone: Mapping[str, bool]
-    ) -> Clauses | None:
-        """What it takes for a node to read an input in int8; None where it never does."""
-        node = self._nodes[name]
-        if name in self._weights:
-            return frozenset({frozenset({name})}) if number == 0 else None
-        if self._is_product(name):
-            return frozenset(frozenset({layer}) for layer in self._weights)
-        between = self._is_int8_between(name) and number in self._data(node)
-        moved = (self._moves(name) or node.op_type in CLIPS) and number == 0
-        after = [output for output in node.output if output]
-        if not (between or moved) or not all(alone[output] for output in after):
-            return None
-        behind = [clauses for output in after for clauses in read[output]]
-        return _all_of(*behind, *([frozenset({self._makers(name)})] if between else []))
-
-    def _made(
-        self,
-        name: str,
-        tensor: str,
-        made: Mapping[str, Clauses | None],
-        read: Mapping[str, tuple[Clauses, ...]],
-        alone: Mapping[str, bool],
-    ) -> Clauses | None:
-        """What it takes for a node to make a tensor in int8; None where it never does."""
-        node = self._nodes[name]
-        if name in self._weights:
-            return frozenset({frozenset({name})})
-        if self._moves(name) or node.op_type in CLIPS:
-            return made.get(node.input[0])
-        if not self._is_int8_between(name) or not alone[tensor]:
-            return None
-        return _all_of(*read[tensor], frozenset({self._makers(name)}))
-
-    def _converts(self, tensor: str) -> bool:
-        maker, readers = self._maker[tensor], self._readers.get(tensor, [])
-        is_moved = self._moves(maker) and self._takes(maker, 0)
-        return not is_moved and any(self._nodes[name].op_type not in CLIPS for name, _ in readers)
 
     def _look_at(self, name: str, node: onnx.NodeProto) -> None:
         """Take a layer, or note why not."""
@@ -429,12 +336,6 @@ class _Placing:
         if tensor not in self._leaving and len(readers) == 1 and self._nodes[readers[0][0]].op_type in CLIPS:
             tensor = self._nodes[readers[0][0]].output[0]
         return tensor if tensor not in self._leaving and tensor in self._readers else None
-
-
-def _all_of(*several: Clauses) -> Clauses:
-    """All of these together, without clauses that others imply."""
-    clauses = frozenset().union(*several)
-    return frozenset(one for one in clauses if not any(other < one for other in clauses))
 
 
 def _output_axis(node: onnx.NodeProto) -> int:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_spdy.models import surgery
 from onnx_spdy.models.int8.grid import Grid
-from onnx_spdy.models.int8.place import Apart, Placement, Weight
+from onnx_spdy.models.int8.place import Placement, Weight
 
 LARGEST_BIAS = 2**31 - 1
 LEAST_SCALE = float(np.finfo(np.float32).tiny)
@@ -164,33 +164,43 @@ class _Writer:
 
     def _write_point(self, name: str, readers: tuple[tuple[str, int], ...]) -> None:
         tensor, grid = self._tensors[name], self._integers.activations[name]
-        scale, zero = self._constant(f"{name}_scale", grid.scale), self._constant(f"{name}_zero", grid.zeros)
-        integers, result = self._variable(f"{name}_quantized"), self._variable(f"{name}_dequantized")
+        steps, integers = self._steps(name, grid), self._variable(f"{name}_quantized")
         integers.dtype = grid.dtype
-        axis = {} if grid.axis is None else {"axis": grid.axis}
-        names = self._unique(f"{name}_quantize"), self._unique(f"{name}_dequantize")
-        quantize = gs.Node("QuantizeLinear", names[0], dict(axis), [tensor, scale, zero], [integers])
-        back = gs.Node("DequantizeLinear", names[1], dict(axis), [integers, scale, zero], [result])
+        own = self._unique(f"{name}_quantize")
+        nodes = [gs.Node("QuantizeLinear", own, _axis_of(grid), [tensor, *steps], [integers])]
         apart = self._placement.apart.get(name)
-        together = [reader for reader in readers if apart is None or reader not in apart.readers]
-        for reader, number in together:
-            self._nodes[reader].inputs[number] = result
-        maker = tensor.inputs[0].name if tensor.inputs else None
-        self._after.setdefault(maker, []).append(quantize)
-        if together or not readers:
-            self._after[maker].append(back)
+        if together := [reader for reader in readers if apart is None or reader not in apart.readers]:
+            nodes.append(self._read_back(name, integers, grid, steps, together))
         if apart:
-            self._after[maker].append(self._dequantize_apart(name, integers, grid, apart))
+            # The same numbers by the same scale, once for each channel: engines then leave the readers' weights alone.
+            by_channel = replace(grid, scale=np.full(apart.channels, grid.scale, np.float32), axis=apart.axis)
+            steps = self._steps(name, by_channel)
+            nodes.append(self._read_back(name, integers, by_channel, steps, apart.readers))
+        maker = tensor.inputs[0].name if tensor.inputs else None
+        self._after.setdefault(maker, []).extend(nodes)
 
-    def _dequantize_apart(self, name: str, integers: gs.Variable, grid: Grid, apart: Apart) -> gs.Node:
-        """The same numbers by the same scale, once for each channel: engines then leave the readers' weights alone."""
-        scale = self._constant(f"{name}_scale", np.full(apart.channels, grid.scale, np.float32))
-        zero = self._constant(f"{name}_zero", np.full(apart.channels, grid.zero, grid.dtype))
-        result = self._variable(f"{name}_dequantized")
-        for reader, number in apart.readers:
+    def _steps(self, name: str, grid: Grid) -> list[gs.Constant]:
+        """The scale and the zero point."""
+        return [self._constant(f"{name}_scale", grid.scale), self._constant(f"{name}_zero", grid.zeros)]
+
+    def _read_back(
+        self,
+        name: str,
+        integers: gs.Variable,
+        grid: Grid,
+        steps: Collection[gs.Constant],
+        readers: Iterable[tuple[str, int]],
+    ) -> gs.Node:
+        """The node that makes numbers of integers for these readers."""
+        result, own = self._variable(f"{name}_dequantized"), self._unique(f"{name}_dequantize")
+        for reader, number in readers:
             self._nodes[reader].inputs[number] = result
-        own = self._unique(f"{name}_dequantize")
-        return gs.Node("DequantizeLinear", own, {"axis": apart.axis}, [integers, scale, zero], [result])
+        return gs.Node("DequantizeLinear", own, _axis_of(grid), [integers, *steps], [result])
+
+
+def _axis_of(grid: Grid) -> dict[str, int]:
+    """The nodes' attribute."""
+    return {} if grid.axis is None else {"axis": grid.axis}
 
 
 def _beside(weight: IntegerWeight, axis: int, largest: float, bias: np.ndarray) -> IntegerWeight:

@@ -11,13 +11,16 @@ such cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from onnx_spdy.pipeline.costs import Costs, Product
+
+Part = TypeVar("Part")  # what the rows of a profile are put together into
 
 ROW_NOISE = 0.1  # relative standard deviation of a row
 DENSE_NOISE = 0.002  # of the dense network's time, which is the unit
@@ -124,6 +127,43 @@ class Equations:
     noise: np.ndarray
     beliefs: np.ndarray
     dense_seconds: float
+
+    @classmethod
+    def of_parts(
+        cls,
+        trials: Sequence[Trial],
+        measured: Sequence[Mapping[Part, float]],
+        equation: Callable[[Sequence[int], Iterable[Part]], np.ndarray],
+        parts: Collection[Part],
+        beliefs: np.ndarray,
+        dense_seconds: float,
+        first_is_dense: bool = True,
+    ) -> Equations:
+        """The equations of networks whose rows were put together into parts.
+
+        Args:
+            measured: of each trial part -> seconds.
+            equation: what of the unknowns is in some parts of a network; the first unknown belongs to no part.
+            parts: all there are.
+            beliefs, dense_seconds: see `Equations`.
+            first_is_dense: see `noise_of`.
+        """
+        outside = np.eye(1, beliefs.shape[1])
+        return cls(
+            rows=[
+                np.array([*(equation(trial.choice, [part]) for part in seconds), *outside])
+                for trial, seconds in zip(trials, measured, strict=True)
+            ],
+            row_seconds=[
+                np.array([*seconds.values(), trial.unnamed_seconds])
+                for trial, seconds in zip(trials, measured, strict=True)
+            ],
+            totals=np.array([equation(trial.choice, parts) for trial in trials]) + outside,
+            relative=np.array([trial.relative for trial in trials]),
+            noise=noise_of(trials, first_is_dense),
+            beliefs=beliefs,
+            dense_seconds=dense_seconds,
+        )
 
     def solve(self) -> tuple[np.ndarray, np.ndarray]:
         """(unknowns,) the solution, and (unknowns, unknowns) its covariance."""

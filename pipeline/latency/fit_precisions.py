@@ -7,15 +7,15 @@ made, and that costs time there. What runs together in any network is one equati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Product
-from onnx_spdy.pipeline.latency.equations import LEAST_SHARE, Equations, Fit, Trial, noise_of, resolution
+from onnx_spdy.pipeline.latency.equations import LEAST_SHARE, Equations, Fit, Trial, resolution
 from onnx_spdy.pipeline.latency.places import Places, blocks
-from onnx_spdy.pipeline.latency.switches import Case, Cases, all_in_int8, both, holds, negated
+from onnx_spdy.pipeline.latency.switches import Cases, all_in_int8, both, holds, negated
+from onnx_spdy.pipeline.latency.terms import Terms
 
 CHANGE = 3.0  # of a row's typical time: how far it may be in int8 from what it is in floating point
 CONVERSION = 1.0  # and what a conversion may add
@@ -56,25 +56,30 @@ class Tensor:
         return both(negated(self.made), self.read), both(self.made, negated(self.alone))
 
 
-def fit_precisions(
-    trials: Sequence[Trial],
-    places: Places,
-    tensors: Mapping[str, Tensor],
-    layers: int,
-    predecessor: np.ndarray,
-    dense_seconds: float,
-) -> Fit:
+@dataclass(frozen=True)
+class Wiring:
+    """What of a network its time depends on, whatever was measured.
+
+    Attributes:
+        places: of the tensors of the dense network.
+        tensors: those that depend on layers.
+        predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
+    """
+
+    places: Places
+    tensors: Mapping[str, Tensor]
+    predecessor: np.ndarray
+
+
+def fit_precisions(trials: Sequence[Trial], wiring: Wiring, dense_seconds: float) -> Fit:
     """Solve for all of it at once.
 
     Args:
         trials: each layer in int8 and not, and the dense network too.
-        places: of the tensors of the dense network.
-        tensors: those that depend on layers.
-        layers: how many there are.
-        predecessor: (layers,) index of the layer that each one reads from, or NO_PREDECESSOR.
+        wiring: of the network.
         dense_seconds: of the whole dense network: the unit of `Trial.relative`.
     """
-    return _System(trials, places, tensors, layers, predecessor, dense_seconds).fit()
+    return _System(trials, wiring, dense_seconds).fit()
 
 
 @dataclass(frozen=True)
@@ -100,47 +105,31 @@ class _System:
     """The equations. Unknowns: what no tensor takes; of each block its seconds in floating point, how much more or less
     it takes when something of it is in int8, and what conversions take."""
 
-    def __init__(
-        self,
-        trials: Sequence[Trial],
-        places: Places,
-        tensors: Mapping[str, Tensor],
-        layers: int,
-        predecessor: np.ndarray,
-        dense_seconds: float,
-    ) -> None:
-        self._layers, self._predecessor = layers, np.asarray(predecessor)
-        self._least = resolution(dense_seconds)
-        measured = blocks(trials, places)
+    def __init__(self, trials: Sequence[Trial], wiring: Wiring, dense_seconds: float) -> None:
+        self._wiring, self._least = wiring, resolution(dense_seconds)
+        measured = blocks(trials, wiring.places)
         self._size = 1  # the first unknown belongs to no tensor
         self._blocks: dict[tuple[str, ...], _Block] = {}
         for names in dict.fromkeys(names for seconds in measured for names in seconds):
             typical = float(np.median([seconds.get(names, 0.0) for seconds in measured]))
-            self._add_block(names, tensors, max(typical, self._least))
-        self._equations = Equations(
-            rows=[
-                np.array([*(self._equation(trial.choice, [names]) for names in seconds), np.eye(1, self._size)[0]])
-                for trial, seconds in zip(trials, measured, strict=True)
-            ],
-            row_seconds=[
-                np.array([*seconds.values(), trial.unnamed_seconds])
-                for trial, seconds in zip(trials, measured, strict=True)
-            ],
-            totals=np.array([self._total(trial.choice) for trial in trials]),
-            relative=np.array([trial.relative for trial in trials]),
-            noise=noise_of(trials),
-            beliefs=np.array(self._beliefs()),
-            dense_seconds=dense_seconds,
+            self._add_block(names, max(typical, self._least))
+        self._equations = Equations.of_parts(
+            trials,
+            measured,
+            self._equation,
+            self._blocks,
+            np.array([*self._beliefs()]).reshape(-1, self._size),
+            dense_seconds,
         )
 
-    def _add_block(self, names: tuple[str, ...], tensors: Mapping[str, Tensor], typical: float) -> None:
-        own = [tensors[name] for name in names if name in tensors]
+    def _add_block(self, names: tuple[str, ...], typical: float) -> None:
+        own = [self._wiring.tensors[name] for name in names if name in self._wiring.tensors]
         layers = tuple(sorted({one.layer for one in own if one.layer is not None}))
         changes = [all_in_int8([layer]) for layer in layers]
         changes += [cases for one in own if one.layer is None for cases in one.changes if cases]
         conversions = [cases for one in own for cases in one.conversions if cases]
         place = self._size + 1
-        several = dict.fromkeys(changes), {cases: None for cases in conversions if cases not in changes}
+        several = dict.fromkeys(changes), dict.fromkeys(cases for cases in conversions if cases not in changes)
         numbered = []
         for some in several:
             numbered.append({cases: place + number for number, cases in enumerate(some)})
@@ -148,7 +137,7 @@ class _System:
         self._blocks[names] = _Block(typical, layers, self._size, *numbered)
         self._size = place
 
-    def _equation(self, choice: Sequence[int], several: Sequence[tuple[str, ...]]) -> np.ndarray:
+    def _equation(self, choice: Sequence[int], several: Iterable[tuple[str, ...]]) -> np.ndarray:
         equation, in_int8 = np.zeros(self._size), [bool(level) for level in choice]
         for block in map(self._blocks.__getitem__, several):
             equation[block.place] += 1
@@ -156,26 +145,19 @@ class _System:
                 equation[place] += holds(cases, in_int8)
         return equation
 
-    def _total(self, choice: Sequence[int]) -> np.ndarray:
-        equation = self._equation(choice, [*self._blocks])
-        equation[0] = 1
-        return equation
-
-    def _beliefs(self) -> list[np.ndarray]:
+    def _beliefs(self) -> Iterable[np.ndarray]:
         """What is believed before any measurement, as equations with a right side of 0."""
-        found = []
         for block in self._blocks.values():
             for places, deviation in ((block.changes, CHANGE), (block.conversions, CONVERSION)):
                 for place in places.values():
-                    found.append(np.eye(1, self._size, place)[0] / (deviation * block.typical))
-        return found
+                    yield np.eye(1, self._size, place)[0] / (deviation * block.typical)
 
     def fit(self) -> Fit:
         """The solution of all equations."""
         conversions = [place for block in self._blocks.values() for place in block.conversions.values()]
         solution, covariance = self._equations.solve_without_negative(conversions)
-        terms = _Terms(self._predecessor)
-        variance = np.zeros((self._layers, 2))
+        terms = _PairedTerms(self._wiring.predecessor)
+        variance = np.zeros_like(terms.seconds)
         rest: dict[str, float] = {}
         for names, block in self._blocks.items():
             always = float(solution[block.place])
@@ -184,7 +166,7 @@ class _System:
                 if seconds < 0:  # so that there is nothing to subtract: less in one case is more in all others
                     always += seconds
                     cases, seconds = negated(cases), -seconds
-                terms.add(cases, seconds)
+                terms.add_cases(cases, seconds)
             for layer in block.layers:
                 terms.seconds[layer] += max(0.0, always) / len(block.layers)
                 places = [block.place, block.changes[all_in_int8([layer])]]
@@ -196,46 +178,32 @@ class _System:
         return Fit(
             seconds=table,
             transition=np.maximum(terms.transition, -table),
-            predecessor=self._predecessor,
-            sparse=np.tile([False, True], (self._layers, 1)),
+            predecessor=self._wiring.predecessor,
+            sparse=np.tile([False, True], (len(table), 1)),
             spread=np.sqrt(variance) / table,
             rest=rest,
-            rest_seconds=max(0.0, float(solution[0])) + sum(rest.values()),
+            rest_seconds=max(0.0, float(solution[0]) + terms.constant) + sum(rest.values()),
             products=tuple(terms.products),
         )
 
 
-class _Terms:
-    """Seconds of layers, of pairs that follow each other, and of others together.
+class _PairedTerms(Terms):
+    """Terms of which those of a layer and the one before it are kept apart: the solver takes them exactly.
 
     Attributes:
-        seconds: (layers, 2) in floating point and in int8.
         transition: (layers, 2) more where the predecessor is in floating point.
-        products: of several layers.
     """
 
     def __init__(self, predecessor: np.ndarray) -> None:
-        self._predecessor = predecessor
-        self.seconds, self.transition = np.zeros((2, len(predecessor), 2))
-        self.products: list[Product] = []
+        super().__init__((len(predecessor), 2))
+        self._predecessor, self.transition = predecessor, np.zeros((len(predecessor), 2))
 
-    def add(self, cases: Cases, seconds: float) -> None:
+    def add_cases(self, cases: Cases, seconds: float) -> None:
         """So many seconds where one of the cases is true."""
-        for case in cases if seconds > 0 else ():
-            self._add(case, seconds)
-
-    def _add(self, case: Case, seconds: float) -> None:
-        ordered = sorted(case)
-        if len(ordered) == 1:
-            ((layer, state),) = ordered
-            self.seconds[layer, int(state)] += seconds
-            return
-        if len(ordered) == 2:
-            (before, state), (layer, own) = ordered
-            if self._predecessor[layer] == before != NO_PREDECESSOR:  # which the solver knows best
-                if state:
-                    self.seconds[layer, int(own)] += seconds
+        for case in map(sorted, cases):
+            if len(case) == 2 and self._predecessor[case[1][0]] == case[0][0]:
+                (_, state), (layer, own) = case
+                self.seconds[layer, int(own)] += seconds * state
                 self.transition[layer, int(own)] += -seconds if state else seconds
-                return
-        factors = np.array([[float(not state), float(state)] for _, state in ordered])
-        self.products.append(Product(tuple(layer for layer, _ in ordered), factors).scaled(seconds))
+            else:
+                self.add({layer: np.array([1.0 - state, state]) for layer, state in case}, seconds)

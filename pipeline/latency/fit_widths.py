@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_spdy.pipeline.costs import NO_PREDECESSOR, Product
+from onnx_spdy.pipeline.costs import NO_PREDECESSOR
 from onnx_spdy.pipeline.latency.equations import (
     LEAST_SHARE,
     Equations,
@@ -23,12 +23,12 @@ from onnx_spdy.pipeline.latency.equations import (
     Trial,
     interpolation,
     knots_of,
-    noise_of,
     non_increasing,
     resolution,
     smoothness,
 )
 from onnx_spdy.pipeline.latency.places import NOWHERE, Key, Places, blocks
+from onnx_spdy.pipeline.latency.terms import Terms
 
 PRODUCT = 3.0  # of a row's typical time: how much the product of two widths may be
 
@@ -94,20 +94,9 @@ class _System:
         for key, names in sorted(self._members().items(), key=lambda one: _order(one[0])):
             typical = float(np.median([seconds[key] for seconds in together if key in seconds]))
             self._add_part(key, names, places, max(typical, self._least))
-        self._equations = Equations(
-            rows=[
-                np.array([*(self._equation(trial.choice, [key]) for key in seconds), np.eye(1, self._size)[0]])
-                for trial, seconds in zip(trials, together, strict=True)
-            ],
-            row_seconds=[
-                np.array([*seconds.values(), trial.unnamed_seconds])
-                for trial, seconds in zip(trials, together, strict=True)
-            ],
-            totals=np.array([self._total(trial.choice) for trial in trials]),
-            relative=np.array([trial.relative for trial in trials]),
-            noise=noise_of(trials, first_is_dense),
-            beliefs=np.array([*self._beliefs()]).reshape(-1, self._size),
-            dense_seconds=dense_seconds,
+        beliefs = np.array([*self._beliefs()]).reshape(-1, self._size)
+        self._equations = Equations.of_parts(
+            trials, together, self._equation, self._parts, beliefs, dense_seconds, first_is_dense
         )
 
     def _summed(self, seconds: Mapping[tuple[str, ...], float]) -> dict[Key, float]:
@@ -162,11 +151,6 @@ class _System:
         """(levels, unknowns of the curve)"""
         return self._curves[site][:, len(self._knots[site]) - len(part.curves[site]) :]
 
-    def _total(self, choice: Sequence[int]) -> np.ndarray:
-        equation = self._equation(choice, self._parts)
-        equation[0] = 1
-        return equation
-
     def _beliefs(self) -> Iterable[np.ndarray]:
         """What is believed before any measurement, as equations with a right side of 0."""
         for part in self._parts.values():
@@ -189,7 +173,7 @@ class _System:
         places = [place for part in self._parts.values() for place in part.factors.values()]
         places += [part.left for part in self._parts.values() if part.left is not None]
         solution, covariance = self._equations.solve_without_negative(places)
-        terms = _Terms(self._kept)
+        terms = Terms(self._kept.shape)
         terms.add({}, float(solution[0]))
         for part in self._parts.values():
             gates = {gate: self._there[gate] for gate in part.gates}
@@ -242,32 +226,6 @@ class _System:
             _, first, back = np.unique(-kept, return_index=True, return_inverse=True)
             cleaned[site] = non_increasing(seconds[site, first])[back]
         return cleaned
-
-
-class _Terms:
-    """Seconds as a constant, those of each site, and products of several.
-
-    Attributes:
-        constant: seconds whatever the choice.
-        seconds: (sites, levels).
-        products: of two sites or more.
-    """
-
-    def __init__(self, kept: np.ndarray) -> None:
-        self.constant, self.seconds = 0.0, np.zeros(kept.shape)
-        self.products: list[Product] = []
-
-    def add(self, factors: Mapping[int, np.ndarray], scale: float = 1.0) -> None:
-        """Add so many times the product of a factor (levels,) of each of these sites."""
-        if not factors:
-            self.constant += scale
-        elif len(factors) == 1:
-            ((site, factor),) = factors.items()
-            self.seconds[site] += scale * factor
-        elif scale > 0 and all((factor > 0).any() for factor in factors.values()):
-            sites = tuple(sorted(factors))
-            product = Product(sites, np.maximum(0.0, [factors[site] for site in sites]))
-            self.products.append(product.scaled(scale))
 
 
 def _order(key: Key) -> tuple[int, list[int], list[int]]:

@@ -16,10 +16,11 @@ from onnx import numpy_helper
 
 from onnx_spdy.models import Prepared
 from onnx_spdy.models.graph import graph_inputs
+from onnx_spdy.models.int8.flows import Clauses, find_flows
 from onnx_spdy.models.int8.form import Form
 from onnx_spdy.models.int8.grid import Grid
 from onnx_spdy.models.int8.nearest import nearest
-from onnx_spdy.models.int8.place import Clauses, Placement, find_flows, find_placement
+from onnx_spdy.models.int8.place import Placement, find_placement
 from onnx_spdy.models.int8.write import Integers, write_int8
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.latency.fit_precisions import Tensor

@@ -11,7 +11,7 @@ import numpy as np
 from onnx_spdy.models import Prepared, save_model
 from onnx_spdy.models.int8.place import CLIPS
 from onnx_spdy.pipeline.latency.equations import Fit, Trial
-from onnx_spdy.pipeline.latency.fit_precisions import fit_precisions
+from onnx_spdy.pipeline.latency.fit_precisions import Wiring, fit_precisions
 from onnx_spdy.pipeline.latency.in_int8 import InInt8
 from onnx_spdy.pipeline.latency.kind import Profile
 from onnx_spdy.pipeline.latency.places import Places
@@ -30,11 +30,13 @@ class Precisions:
         self._network, self._levels, self._in_int8 = network, tuple(levels), in_int8
         layers = [site.layers[0] for site in find_sites(network, levels)]
         self._nodes = [layer.nodes for layer in layers]
-        self._predecessor, _ = predecessors(network.proto.graph, layers)
         self._row_of = {output: row for row, layer in enumerate(layers) for output in layer.outputs}
         clipped = {node.output[0]: node.input[0] for node in network.proto.graph.node if node.op_type in CLIPS}
-        self._places = replace(Places.of(network.proto.graph, ()), fused=clipped)
-        self._tensors = in_int8.tensors({name: row for row, nodes in enumerate(self._nodes) for name in nodes})
+        self._wiring = Wiring(
+            places=replace(Places.of(network.proto.graph, ()), fused=clipped),
+            tensors=in_int8.tensors({name: row for row, nodes in enumerate(self._nodes) for name in nodes}),
+            predecessor=predecessors(network.proto.graph, layers)[0],
+        )
         self.kernels: tuple[tuple[str, ...], ...] = ()
         self.names = tuple(layer.name for layer in layers)
 
@@ -75,4 +77,4 @@ class Precisions:
 
     def fit(self, trials: Sequence[Trial], dense_seconds: float) -> Fit:
         """See `fit_precisions`."""
-        return fit_precisions(trials, self._places, self._tensors, len(self.names), self._predecessor, dense_seconds)
+        return fit_precisions(trials, self._wiring, dense_seconds)

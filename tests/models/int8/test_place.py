@@ -11,8 +11,9 @@ import pytest
 from onnx import helper
 
 from onnx_spdy.models.graph import ModelError
+from onnx_spdy.models.int8.flows import Clauses, find_flows
 from onnx_spdy.models.int8.form import FORMS, Form
-from onnx_spdy.models.int8.place import Clauses, NothingToQuantise, Placement, find_flows, find_placement
+from onnx_spdy.models.int8.place import NothingToQuantise, Placement, find_placement
 from tests.models.int8.writing import residual
 from tests.models.narrowing import network
 
