@@ -190,21 +190,26 @@ def _transposed(model: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
     """Number -> `NAME.T` for each weight of a linear layer that the exporter stored transposed."""
     parameters = dict(module.named_parameters())
     stored = {tensor.name for tensor in model.graph.initializer}
-    by_shape: dict[tuple[int, ...], list[str]] = {}
+    alike: dict[tuple[tuple[int, ...], bytes], list[str]] = {}  # shape and first row, transposed -> parameters
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
-            by_shape.setdefault(tuple(parameter.shape)[::-1], []).append(name)
+            shape = tuple(parameter.shape)[::-1]
+            alike.setdefault((shape, _in_double(parameter[:, :1]).tobytes()), []).append(name)
     names: dict[str, str] = {}
     for tensor in model.graph.initializer:
         if tensor.name in parameters or len(tensor.dims) != 2 or tensor.data_type not in FLOATS:
             continue
-        values = numpy_helper.to_array(tensor).astype("f8")
-        for name in by_shape.get(tuple(tensor.dims), ()):
-            alike = np.array_equal(parameters[name].detach().cpu().double().numpy().T, values)
-            if alike and f"{name}.T" not in stored.union(names.values()):
+        values = numpy_helper.to_array(tensor)
+        for name in alike.get((values.shape, values[:1].astype("f8").tobytes()), ()):
+            free = f"{name}.T" not in stored.union(names.values())
+            if free and np.array_equal(_in_double(parameters[name]).T, values.astype("f8")):
                 names[tensor.name] = f"{name}.T"
                 break
     return names
+
+
+def _in_double(parameter: Tensor) -> np.ndarray:
+    return parameter.detach().cpu().double().numpy()
 
 
 @contextlib.contextmanager

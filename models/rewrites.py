@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 from onnx_spdy.models.graph import node_names, outline_of
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
+SHAPED = ("Expand", "Reshape")  # whose second input is the shape of their output
 
 
 def name_nodes(model: onnx.ModelProto) -> None:
@@ -69,14 +70,15 @@ def _pooling(node: gs.Node) -> list[gs.Node]:
 
 
 def own_shapes(graph: gs.Graph) -> None:
-    """Each Reshape gets a computed shape of its own, where a size is written into it.
+    """Each Reshape and Expand gets a computed shape of its own, where a size is written into it.
 
-    Where the length of a sequence is open, all layers of a transformer read one shape, (batch, length, heads, -1), so
-    that heads could only be removed from all of them together.
+    Where the batch or the length of a sequence is open, all layers of a transformer read one shape, (batch, length,
+    heads, -1), or (batch, heads, copies, length, width) where keys are repeated for several queries. So heads could
+    only be removed from all of them together.
     """
     nodes = []
     for node in graph.nodes:
-        made = made_by("Concat", node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+        made = made_by("Concat", node.inputs[1]) if node.op in SHAPED and len(node.inputs) > 1 else None
         if made is not None and node.inputs[1].outputs[0] is not node and _holds_sizes(node.inputs[1]):
             shape = gs.Variable(f"{node.outputs[0].name}_shape", made.outputs[0].dtype, made.outputs[0].shape)
             nodes.append(gs.Node("Concat", f"{node.name}_shape", dict(made.attrs), list(made.inputs), [shape]))
@@ -86,10 +88,10 @@ def own_shapes(graph: gs.Graph) -> None:
 
 
 def _holds_sizes(shape: gs.Tensor) -> bool:
-    """Whether a Concat makes a shape for Reshapes only, some of whose numbers are stored sizes."""
+    """Whether a Concat makes a shape for `SHAPED` only, some of whose numbers are stored sizes."""
     pieces = [one.values for one in shape.inputs[0].inputs if isinstance(one, gs.Constant)]
     return any((piece > 1).any() for piece in pieces) and all(
-        reader.op == "Reshape" and reader.inputs[1] is shape for reader in shape.outputs
+        reader.op in SHAPED and reader.inputs[1] is shape for reader in shape.outputs
     )
 
 

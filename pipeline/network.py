@@ -230,9 +230,11 @@ class Network:
         kept = samples if len(index) == len(samples) else samples.take(index)
         return list(kept.batches(self.batch_size(size)))
 
-    def advance(self, samples: Samples, start: Suspended | None, stop: int) -> Suspended:
-        """Run one batch through the dense network up to the node numbered `stop`; see `TorchGraph.advance`."""
-        self.load(DENSE_WEIGHTS)
+    def advance(
+        self, samples: Samples, start: Suspended | None, stop: int, weights: Weights = DENSE_WEIGHTS
+    ) -> Suspended:
+        """Run one batch through the network up to the node numbered `stop`; see `TorchGraph.advance`."""
+        self.load(weights)
         return self.graph.advance(as_tensors(samples), start, stop)
 
     def run_together(

@@ -156,7 +156,18 @@ class CorrectedStitcher:
                 "data_sha256": (profile.made_from["database_data_sha256"], database.made_from["data_sha256"]),
             },
         )
-        stitcher, levels = self._stitcher, profile.levels
+        return self.stitch_levels(profile.levels)
+
+    def stitch_levels(self, levels: Mapping[str, Level]) -> PrunedNetwork:
+        """The same for levels that nobody searched.
+
+        Args:
+            levels: of each site of the database, by name.
+        Raises:
+            ArtifactError: the database belongs to another network.
+        """
+        stitcher, database = self._stitcher, self._stitcher.database
+        check_same(database.folder, {"model_sha256": (database.made_from["model_sha256"], self._network.sha256)})
         if mixes_precisions(database.levels):  # weights are rounded, and biases corrected, when it is written
             return PrunedNetwork(self._network.prepared, {}, levels)
         layers = stitcher.changed(levels)

@@ -28,7 +28,7 @@ from onnx_spdy.pipeline.int8.quantise import quantise as quantise_network
 from onnx_spdy.pipeline.int8.quantise import ready_for, with_int8_opset
 from onnx_spdy.pipeline.latency.measure import measure_latency
 from onnx_spdy.pipeline.latency.table import LatencyTable
-from onnx_spdy.pipeline.level import DEFAULT_PATTERN, any_int8, levels_for, only_zeros
+from onnx_spdy.pipeline.level import DEFAULT_PATTERN, Level, any_int8, levels_for, only_zeros
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.report import Report
@@ -133,9 +133,12 @@ def database(
     pruner: PrunerName = DEFAULT_PRUNER,
     memory: Memory = None,
     cluster: ClusterAddress = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="each layer for inputs that all pruned ones before it give; one level")
+    ] = False,
 ) -> None:
     """Compress every layer to every level. Continues where it was stopped."""
-    compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory))
+    compression = Compression(levels_for(pattern), load_pruner(pruner), gib(memory), sequential=sequential)
     dense, samples = load_inputs(model, data, mapped=only_zeros(compression.levels))
     network = Network(ready_for(compression.levels, dense, samples))
     samples = shortened(network, samples)
@@ -187,8 +190,11 @@ def search(
 def deploy(
     model: ModelArgument,
     database: Annotated[Path, typer.Option("--database", metavar="DIR", parser=path)],
-    profile: Annotated[Path, typer.Option("--profile", metavar="F", parser=path)],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", parser=out_file)],
+    profile: Annotated[Path | None, typer.Option("--profile", metavar="F", parser=path)] = None,
+    level: Annotated[
+        str | None, typer.Option("--level", metavar="L", help="the same for all layers, such as 2:4: no profile then")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -204,21 +210,26 @@ def deploy(
     finetune_limit: FinetuneLimit = MINUTES,
     seed: Seed = 0,
 ) -> None:
-    """Write the pruned network of a profile."""
+    """Write the pruned network of a profile, or with all layers at one level."""
+    if (profile is None) == (level is None):
+        raise typer.BadParameter("give --profile, of a search, or --level, which all layers get")
     check_repair(finetune)
     seconds = training_seconds(finetune, train, finetune_limit)
     if finetune != NO_REPAIR and not data:
         raise typer.BadParameter(f"--finetune {finetune} needs --data")
-    chosen = Profile.load(profile)
-    is_int8 = any_int8(chosen.levels.values())
+    chosen = Profile.load(profile) if profile else None
+    weights = open_database(database)
+    levels = chosen.levels if chosen else weights.all_at(Level.parse(level or ""))
+    is_int8 = any_int8(levels.values())
     if is_int8 and not (data and runtime):
-        raise typer.BadParameter(f"{profile} is of a network in int8, which needs --data and --runtime")
+        raise typer.BadParameter("a network in int8 needs --data and --runtime")
     form = form_for(open_runtime(runtime).name) if is_int8 and runtime else None
-    mapped = only_zeros(chosen.levels.values()) and finetune == NO_REPAIR
+    mapped = only_zeros(levels.values()) and finetune == NO_REPAIR
     dense, samples = load_inputs(model, data, mapped=mapped) if data else (load_network(model, mapped=mapped), None)
-    network = Network(ready_for(chosen.levels.values(), dense, samples))
+    network = Network(ready_for(levels.values(), dense, samples))
     samples = shortened(network, samples) if samples else None
-    pruned = CorrectedStitcher(Stitcher(network, open_database(database)), samples).stitch(chosen)
+    stitcher = CorrectedStitcher(Stitcher(network, weights), samples)
+    pruned = stitcher.stitch(chosen) if chosen else stitcher.stitch_levels(levels)
     print(f"statistics correction: {pruned.corrected}")
     if samples and finetune != NO_REPAIR:
         with ProgressBars() as bars:

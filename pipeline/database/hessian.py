@@ -20,7 +20,7 @@ from onnx_spdy.models import InputPatches, Layer, Suspended
 from onnx_spdy.pipeline.data import Samples
 from onnx_spdy.pipeline.database.matmul import fast_float32
 from onnx_spdy.pipeline.database.patch_products import Part, PatchProducts
-from onnx_spdy.pipeline.network import Network
+from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.padding import Padding
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.tasks import IN_PROCESS, Tasks, in_order
@@ -63,8 +63,18 @@ class CalibrationPass:
         self._shards = [batches[start : start + SHARD] for start in range(0, len(batches), SHARD)]
         self._stopped: list[Suspended] = []  # each batch where it stopped; none where they start again
 
+    @property
+    def started(self) -> bool:
+        """Whether the samples are on their way."""
+        return bool(self._stopped)
+
     def hessians(
-        self, layers: Sequence[Layer], progress: Progress = ignore, *, goes_on: bool = False
+        self,
+        layers: Sequence[Layer],
+        progress: Progress = ignore,
+        *,
+        goes_on: bool = False,
+        behind: Weights | None = None,
     ) -> dict[str, torch.Tensor]:
         """The Hessian of each of these layers.
 
@@ -86,12 +96,16 @@ class CalibrationPass:
             layers: those of the network's layers that are wanted.
             progress: called with (samples done, samples, "").
             goes_on: whether those of later layers will be asked for.
+            behind: weights that layers between where the samples are and these have now, where the samples are to go
+                through what is pruned already: they stop before these layers, whatever room that takes, and then run
+                through them, which are dense, once more than needed. None where they go through the dense network.
         Returns:
             layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.
         """
         totals = [ShardSum() for _ in layers]
         done, count = 0, sum(len(batch) for shard in self._shards for batch in shard)
-        found = self._in_tasks(layers) if self._tasks.is_parallel else self._here(layers, goes_on)
+        parallel = self._tasks.is_parallel and behind is None
+        found = self._in_tasks(layers) if parallel else self._here(layers, goes_on, behind)
         for shard, sums in zip(self._shards, found, strict=True):
             for total in totals:
                 total.add(sums.pop(0))  # not kept while the next shard is computed
@@ -106,7 +120,7 @@ class CalibrationPass:
         collection = _Collection(self._network, tuple(layers))
         return in_order(self._tasks.map(_sums_of, collection, self._shards, lambda shard: needs))
 
-    def _here(self, layers: Sequence[Layer], goes_on: bool) -> Iterator[list[ShardSum]]:
+    def _here(self, layers: Sequence[Layer], goes_on: bool, behind: Weights | None) -> Iterator[list[ShardSum]]:
         """The same from where the samples stopped."""
         graph = self._network.graph
         steps = [graph.step_of(name) for layer in layers for name in layer.nodes]
@@ -118,6 +132,10 @@ class CalibrationPass:
             starts = repeat(None)
 
         def run(batch: Samples) -> None:
+            if behind is not None:
+                self._stopped.append(self._network.advance(batch, next(starts), first, behind))
+                self._network.advance(batch, self._stopped[-1], last, behind)
+                return
             stopped = self._network.advance(batch, next(starts), last)
             if goes_on and stopped.bytes * count <= KEPT_BYTES:
                 self._stopped.append(stopped)

@@ -8,6 +8,7 @@ continued. Reading maps the file into memory: only the level that is asked for i
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 from collections import OrderedDict
@@ -38,7 +39,7 @@ from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.eight_bits import build_rounded, rounded_at
 from onnx_spdy.pipeline.database.hessian import CalibrationPass, hessian_bytes
 from onnx_spdy.pipeline.database.widths import units_at, weights_at
-from onnx_spdy.pipeline.level import Level, mixes_precisions
+from onnx_spdy.pipeline.level import Level, LevelError, mixes_precisions
 from onnx_spdy.pipeline.network import Network, Weights
 from onnx_spdy.pipeline.progress import Progress, ignore
 from onnx_spdy.pipeline.site import Site, find_sites
@@ -78,6 +79,17 @@ class LayerDatabase:
     def errors(self, names: Sequence[str]) -> np.ndarray:
         """(sites, levels) relative squared output error on the calibration samples; of a group its consumers' sum."""
         return np.array([self.layers[name]["errors"] for name in names], np.float64)
+
+    def all_at(self, level: Level) -> dict[str, Level]:
+        """All sites at one level.
+
+        Raises:
+            LevelError: the database hasn't got it.
+        """
+        if level not in self.levels:
+            known = ", ".join(map(str, self.levels))
+            raise LevelError(f"{self.folder} has no level {level}; it has {known}")
+        return dict.fromkeys(self.layers, level)
 
     def weights(self, network: Network, site: Site, level: Level) -> Weights:
         """The weights that a site's level changes, in the shape in which the ONNX file stores them; {} for dense.
@@ -209,10 +221,18 @@ def build_database(
                 _write_index(path, levels, found, made_from)
             missing = []
         passes = _passes(missing, len(levels), compression.memory_bytes)
+        if compression.sequential:
+            passes = [one for some in passes for one in _that_read_the_same(network, some)]
         calibration = CalibrationPass(network, samples, tasks)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            hessians = calibration.hessians(_layers(some), partial(_told, progress, what), goes_on=count < len(passes))
+            behind = None
+            if compression.sequential:
+                there = sites if not calibration.started else passes[count - 2]
+                behind = _pruned(LayerDatabase(folder, levels, found, made_from), network, there)
+            hessians = calibration.hessians(
+                _layers(some), partial(_told, progress, what), goes_on=count < len(passes), behind=behind
+            )
             if tasks.is_parallel:
                 some.sort(key=_operations, reverse=True)
             building = Building(network, compression, folder.absolute() if tasks.sees(folder) else None)
@@ -226,6 +246,23 @@ def build_database(
                 _write_index(path, levels, found, made_from)
                 progress(len(found), len(sites), "layers" if some[number].group is None else "groups")
         return LayerDatabase(folder, levels, found, made_from, _verified={*found})
+
+
+def _that_read_the_same(network: Network, sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites in order, those together whose layers read one tensor, such as query, key and value."""
+    inputs = {node.name: node.input for node in network.model.graph.node}
+
+    def reads(site: Site) -> list[str]:
+        (layer,) = site.layers
+        return sorted({name for node in layer.nodes for name in inputs[node]} - {layer.weight, layer.bias})
+
+    return [[*some] for _, some in itertools.groupby(sites, reads)]
+
+
+def _pruned(database: LayerDatabase, network: Network, sites: Sequence[Site]) -> Weights:
+    """The weights of those of these sites that are in a database of one level."""
+    there = [database.weights(network, site, database.levels[1]) for site in sites if site.name in database.layers]
+    return {name: values for weights in there for name, values in weights.items()}
 
 
 def _with_hessians(

@@ -61,6 +61,14 @@ def test_layers_that_share_the_shape_of_an_open_length_have_heads_of_their_own(h
     check_at_random_widths(model, sentences(4), seeds=4)
 
 
+def test_layers_that_share_the_shape_of_repeated_keys_have_heads_of_their_own():
+    """With an open batch the shape is computed: (batch, heads of keys, queries for each, length, size)."""
+    module, inputs = made("HfLlama")
+    groups = find_groups(prepare(export_module(module, inputs)))
+    heads = [group for group in groups if group.prunable and group.kind == "heads"]
+    assert [(len(group.producers), group.units) for group in heads] == [(3, 2), (3, 2)]
+
+
 @pytest.mark.parametrize("name", OLDER)
 def test_networks_of_the_older_exporter_at_random_widths(name):
     if name in NOT_OLDER:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from onnx_spdy.models import find_layers
+from onnx_spdy.pipeline.database.layer_database import open_database
 from onnx_spdy.pipeline.level import DENSE, Level
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.tools.cli import main
@@ -331,6 +332,22 @@ def test_deploy_repairs_where_it_is_asked_to(folder: Path, cli: Cli) -> None:
     before, after = re.search(r"finetune: loss on 16 held-out samples (\S+) before, (\S+) after", done.out).groups()  # type: ignore[union-attr]
     assert float(after) <= float(before)  # labels drawn at random can be learnt by heart only
     check_deployed_zeros(onnx.load(folder / "full.onnx"), Profile.load(folder / "weak.json").levels)
+
+
+def test_all_layers_can_get_one_level_one_after_another(folder: Path, cli: Cli) -> None:
+    level = "unstructured@0.5000"
+    options = ("--data", "user.py:data", "--pattern", level, "--sequential", "--out", "one")
+    assert cli("database", "user.py:network", *options, cwd=folder).code == 0
+    arguments = ("deploy", "user.py:network", "--database", "one", "--out", "one.onnx")
+    assert cli(*arguments, "--level", level, cwd=folder).code == 0
+    names = open_database(folder / "one").layers
+    check_deployed_zeros(onnx.load(folder / "one.onnx"), dict.fromkeys(names, Level.parse(level)))
+    done = cli(*arguments, "--level", "2:4", cwd=folder)
+    assert done.code == 1 and "has no level 2:4; it has dense, unstructured@0.5000" in done.err
+    assert cli(*arguments, cwd=folder).code == cli(*arguments, "--level", level, "--profile", "p", cwd=folder).code == 2
+    options = ("--data", "user.py:data", "--sequential", "--out", "many")
+    done = cli("database", "user.py:network", *options, cwd=folder)
+    assert done.code == 1 and "--sequential needs one level" in done.err
 
 
 @pytest.mark.parametrize(

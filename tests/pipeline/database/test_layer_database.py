@@ -6,11 +6,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import Layer, Prepared, to_canonical
+from onnx_spdy.models import Layer, Prepared, export_module, prepare, to_canonical, write_weights
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.correct import StatisticsCorrection
 from onnx_spdy.pipeline.data import Samples
-from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.compression import Compression, SeveralLevels
 from onnx_spdy.pipeline.database.hessian import collect_hessians, hessian_bytes, squared_error
 from onnx_spdy.pipeline.database.layer_database import (
     LayerDatabase,
@@ -30,6 +30,7 @@ from onnx_spdy.pipeline.search.profile_loss import ProfileLoss
 from onnx_spdy.pipeline.site import Site
 from onnx_spdy.pipeline.stitch import Stitcher
 from onnx_spdy.runtimes.atomic import UNFINISHED
+from tests.encoder import encoder, sentences
 
 LEVELS = (DENSE, *levels_for("unstructured")[1::8])
 
@@ -206,6 +207,75 @@ def test_levels_of_several_patterns_live_in_one_database(network: Network, sampl
         for level in database.levels[1:]:
             weight = to_canonical(layer, weights_of(database, network, layer, level)[layer.weight])
             assert level_violation(weight.numpy(), level) is None
+
+
+ONE_LEVEL = (DENSE, Level("unstructured", 0.5))
+
+
+def sequential(prune: Pruner, name: str = "obs") -> Compression:
+    return Compression(ONE_LEVEL, NamedPruner(name, prune), sequential=True)
+
+
+def test_one_after_another_each_layer_is_pruned_for_the_inputs_that_pruned_ones_give(
+    network: Network, samples: Samples, tmp_path: Path
+) -> None:
+    given = []
+
+    def seen(weight, hessian, levels):
+        given.append(hessian.clone())
+        yield from obs(weight, hessian, levels)
+
+    database = build_database(network, samples, sequential(seen), tmp_path)
+    before: dict[str, np.ndarray] = {}
+    for layer, hessian in zip(network.layers, given, strict=True):
+        pruned = Network(Prepared(write_weights(network.model, before)))
+        expected = collect_hessians(pruned, [layer], samples)[layer.name]
+        torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+        weights = database.weights(network, Site(layer.name, (layer,)), ONE_LEVEL[1])
+        before |= {name: values.numpy() for name, values in weights.items()}
+    dense = collect_hessians(network, network.layers[-1:], samples)[network.layers[-1].name]
+    assert not torch.allclose(given[-1], dense, rtol=1e-3)
+
+
+def test_one_after_another_continues_where_it_was_stopped(network: Network, samples: Samples, tmp_path: Path) -> None:
+    calls = []
+
+    def stops_at_third(weight, hessian, levels):
+        calls.append(weight.shape)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from obs(weight, hessian, levels)
+
+    whole = build_database(network, samples, sequential(obs), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        build_database(network, samples, sequential(stops_at_third), tmp_path / "stopped")
+    continued = build_database(network, samples, sequential(obs), tmp_path / "stopped")
+    for layer in network.layers:
+        assert continued.layers[layer.name]["sha256"] == whole.layers[layer.name]["sha256"]
+    with pytest.raises(ArtifactError, match=r"its pruner is obs, sequential, this run's is obs"):
+        build_database(network, samples, compression(obs, "obs", ONE_LEVEL), tmp_path / "whole")
+
+
+def test_layers_that_read_the_same_are_pruned_for_the_same_inputs(tmp_path: Path) -> None:
+    module, example = encoder()
+    network = Network(prepare(export_module(module, example)))
+    given = {}
+
+    def seen(weight, hessian, levels):
+        given[len(given)] = hessian.clone()
+        yield from magnitude(weight, hessian, levels)
+
+    build_database(network, Samples(sentences(8)), sequential(seen, "seen"), tmp_path)
+    names = [network.model.graph.node[network.graph.step_of(layer.name)].input[0] for layer in network.layers]
+    pairs = [(one, other) for one in given for other in given if one < other and names[one] == names[other]]
+    assert pairs
+    assert all(torch.equal(given[one], given[other]) for one, other in pairs)
+
+
+@pytest.mark.parametrize("levels", [LEVELS, (DENSE, Level("int8", 0.0))])
+def test_one_after_another_takes_one_level_of_zeros(levels: tuple[Level, ...]) -> None:
+    with pytest.raises(SeveralLevels, match="needs one level of zeros"):
+        Compression(levels, sequential=True)
 
 
 def test_little_memory_takes_several_passes_and_gives_the_same(
