@@ -36,7 +36,7 @@ STARTER = (
     "import sys; sys.path.pop(0); import json; hello = json.loads(sys.stdin.buffer.readline()); "
     'exec(hello["bootstrap"]); start(hello)'
 )
-COMMON_PACKAGES = ("numpy", "onnx", "protobuf", "ml_dtypes", "psutil")
+COMMON_PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "protobuf", "ml_dtypes", "psutil")
 ENGINE_PACKAGES: dict[str, tuple[str, ...]] = {
     "cusparselt": ("torch", "onnxscript"),
     "deepsparse": (),  # its worker gets them itself

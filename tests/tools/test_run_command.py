@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx_spdy.pipeline.alternatives import DENSE, Alternative, Alternatives, Ca
 from onnx_spdy.runtimes import Environment, Measurement, open_runtime
 from onnx_spdy.tools import run_command
 from onnx_spdy.tools.cli import main
+from tests.ssh_server import SshServer
 from tests.tools.test_cli import NETWORK
 
 
@@ -108,6 +110,27 @@ def test_a_fleet_has_a_matrix_of_devices_and_targets(
     with pytest.raises(SystemExit):
         main(("report", "out"))
     assert matrix["headline"] in capsys.readouterr().out
+
+
+def test_a_fleet_of_two_machines_by_ssh(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path_factory.mktemp("keys")
+    servers = [SshServer(keys) for _ in range(2)]
+    try:
+        monkeypatch.setenv("ONNX_SPDY_SSH", servers[0].ssh)
+        monkeypatch.setenv("ONNX_SPDY_REMOTE_PYTHON", sys.executable)
+        devices = [part for server in servers for part in ("--runtime", f"{server.address}/fake")]
+        others = [part for part in FLEET if part not in ("--runtime", "near", "far")]
+        with pytest.raises(SystemExit) as caught:
+            main((*others, *devices, "--speedup", "1.1,1.05"))
+        assert not caught.value.code
+    finally:
+        for server in servers:
+            server.stop()
+    matrix = json.loads((folder / "out" / "fleet.json").read_text())
+    assert all(name.endswith(f"-{one.port}-fake") for name, one in zip(matrix["devices"], servers, strict=True))
+    assert [len(front["points"]) for front in matrix["devices"].values()] == [2, 2]
 
 
 def test_one_network_for_a_fleet(folder: Path, two_devices: None, capsys: pytest.CaptureFixture[str]) -> None:

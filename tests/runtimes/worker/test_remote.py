@@ -1,4 +1,4 @@
-"""A runtime at the other end of a pipe: a process of this machine, and a real sshd on its loopback interface."""
+"""A runtime at the other end of a pipe: a process of this machine, and one that `ssh` starts over its loopback."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from onnx_spdy.runtimes.worker.process import ERROR_KINDS
 from onnx_spdy.runtimes.worker.remote import RemoteRuntime
 from onnx_spdy.runtimes.worker.serve import error_kind
 from onnx_spdy.runtimes.worker.ssh import STARTER, Address, far_command, first_request, requirements
+from tests.ssh_server import SshServer
 
 PROFILE = {"workload": Workload(2, 1), "iterations": 1, "warmup": 0}
 ZEROS = {"w0": 0.9, "w1": 0.8}
@@ -330,81 +331,22 @@ def test_an_ssh_that_is_none_is_unavailable(monkeypatch, conv_net, ssh, message)
         runtime.open(conv_net(), Workload(1))
 
 
-class Sshd:
-    """An sshd of our own on the loopback interface."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        for name in ("host_key", "user_key"):
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", str(folder / name)]
-            subprocess.run(command, check=True)
-        kind, key, _ = (folder / "host_key.pub").read_text().split()
-        (folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {kind} {key}\n")
-        shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
-        network = " ".join(f"{name}={os.environ[name]}" for name in NETWORK if name in os.environ)
-        (folder / "config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\n"
-            f"StrictModes no\nAuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\n"
-            f"KbdInteractiveAuthentication no\nSetEnv PATH={Path(sys.executable).parent}:/usr/bin:/bin {network}\n"
-        )
-        self.ssh = (
-            f"ssh -F none -i {folder}/user_key -o IdentitiesOnly=yes -o UserKnownHostsFile={folder}/known_hosts "
-            "-o StrictHostKeyChecking=yes"
-        )
-        self.address = f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}"
-        self.log = folder / "log"
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it; a service manager makes it otherwise
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen([find("sshd"), "-D", "-e", "-f", str(folder / "config")], stderr=log)
-
-    def listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def disconnect(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """What a machine does that goes away, or that (SIGSTOP) no longer answers."""
-        for session in children(self.process.pid):
-            os.kill(session, number)
-
-
-def find(program: str) -> str | None:
-    return shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-
-
 @pytest.fixture(scope="module")
-def running_sshd(tmp_path_factory) -> Iterator[Sshd]:
-    for program in ("ssh", "ssh-keygen", "sshd"):
-        if not find(program):
-            pytest.skip(f"there is no {program} here")
-    server = Sshd(tmp_path_factory.mktemp("sshd"))
-    if (
-        not eventually(lambda: server.process.poll() is not None or server.listens())
-        or server.process.poll() is not None
-    ):
-        pytest.skip(f"sshd does not start here: {server.log.read_text().strip()}")
-    target = ["-p", str(server.port), f"{getpass.getuser()}@127.0.0.1", "true"]
-    login = subprocess.run([*server.ssh.split(), "-o", "BatchMode=yes", *target], capture_output=True, text=True)
-    if login.returncode:
-        server.process.terminate()
-        server.process.wait()
-        pytest.skip(f"this user can't log in by ssh here: {login.stderr.strip()}")
+def running_sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    server = SshServer(tmp_path_factory.mktemp("sshd"))
     yield server
-    server.process.terminate()
-    server.process.wait()
+    server.stop()
 
 
 @pytest.fixture
-def sshd(running_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Sshd:
+def sshd(running_sshd: SshServer, monkeypatch: pytest.MonkeyPatch) -> SshServer:
     """An address that `ssh` reaches without a question."""
     monkeypatch.setenv("ONNX_SPDY_SSH", running_sshd.ssh)
     return running_sshd
 
 
 @pytest.fixture
-def over_ssh(sshd: Sshd) -> Iterator[Callable[..., Runtime]]:
+def over_ssh(sshd: SshServer) -> Iterator[Callable[..., Runtime]]:
     """A maker of runtimes over ssh, whose other end takes this interpreter."""
     made = []
 
@@ -439,7 +381,7 @@ def test_a_machine_that_goes_away_is_one_line_and_the_next_connection_works(sshd
     runtime = over_ssh("onnxruntime")
     session = runtime.open(conv_net(), Workload(1))
     pid = runtime._hello["pid"]
-    killer = threading.Timer(0.5, sshd.disconnect)
+    killer = threading.Timer(0.5, sshd.start_again)
     killer.start()
     with pytest.raises(EngineCrashed) as caught:
         session.seconds(10_000_000)
@@ -458,12 +400,12 @@ def test_a_machine_that_no_longer_answers_is_noticed(sshd, conv_net, monkeypatch
     monkeypatch.setenv("ONNX_SPDY_SSH", f"{sshd.ssh} -o ServerAliveInterval=1 -o ServerAliveCountMax=1")
     with open_runtime(f"{sshd.address}/onnxruntime", python=sys.executable) as runtime:
         session = runtime.open(conv_net(), Workload(1))
-        freezer = threading.Timer(0.5, sshd.disconnect, [signal.SIGSTOP])
+        freezer = threading.Timer(0.5, sshd.freeze)
         freezer.start()
         with pytest.raises(EngineCrashed, match=r"no connection \(Timeout, server .* during 'seconds'"):
             session.seconds(10_000_000)
         freezer.join()
-        sshd.disconnect()
+        sshd.start_again()
 
 
 @pytest.mark.parametrize(
