@@ -167,7 +167,8 @@ def levels_for(pattern: str) -> tuple[Level, ...]:
         raise LevelError(f"pattern {pattern!r} names one twice; name each once")
     if {*WIDTHS, INT8} & {*names} and len(names) > 1:
         raise LevelError(
-            f"pattern {pattern!r}: a search over widths or int8 and others at once isn't built yet; name one kind"
+            f"pattern {pattern!r}: widths, int8 and zeros are searched one kind at a time; name one; for zeros in a "
+            "narrow network run again on its model.onnx"
         )
     if names == [INT8]:
         return DENSE, Level(INT8, 0.0)

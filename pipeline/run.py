@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from onnx_spdy.pipeline.metric import Evaluation, Metrics
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.profile import Profile
 from onnx_spdy.pipeline.progress import Watch
+from onnx_spdy.pipeline.ranges import RANGES
 from onnx_spdy.pipeline.report import Report, make_report
 from onnx_spdy.pipeline.search.profile_search import ProfileSearch
 from onnx_spdy.pipeline.search.settings import SearchSettings
@@ -163,13 +164,14 @@ def run(
         stitcher = CorrectedStitcher(finder.stitcher, calibration, search.loss)
         pruned = PrunedNetwork(dense, {}, {})
 
-        def finished(pruned: PrunedNetwork) -> PrunedNetwork:
+        def finished(pruned: PrunedNetwork, ranges: Collection[str] = tuple(RANGES)) -> PrunedNetwork:
             """In the precision that it is deployed in."""
             if form is None:
                 return pruned
             with clock("int8"):
                 return in_int8(
-                    pruned, calibration, form, loss=search.loss, seed=search.seed, progress=watch.stage("int8")
+                    pruned, calibration, form,
+                    ranges=ranges, loss=search.loss, seed=search.seed, progress=watch.stage("int8"),
                 )  # fmt: skip
 
         def measured() -> Together:
@@ -178,11 +180,13 @@ def run(
         def deploy_and_measure(profile: Profile) -> Together:
             nonlocal pruned
             if pruned.levels != profile.levels:  # a second look finds it deployed
-                pruned = finished(stitcher.stitch(profile))
+                pruned = finished(stitcher.stitch(profile), drafted)
                 deploy(dense, pruned, pruned_path)
             profile.save(out / "profile.json")
             return fleet.learnt(profile, measured())
 
+        # What is trained afterwards is written again, with the ranges that suit it best.
+        drafted = tuple(RANGES)[: None if finetune == NO_REPAIR else 1]
         with clock("validate"):
             outcome = meet_target(
                 target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure,

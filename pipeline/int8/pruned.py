@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from onnx_spdy.models import Prepared
@@ -11,6 +12,7 @@ from onnx_spdy.pipeline.int8.quantise import quantise
 from onnx_spdy.pipeline.loss import Loss
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.progress import Progress, ignore
+from onnx_spdy.pipeline.ranges import RANGES
 
 
 def in_int8(
@@ -18,6 +20,7 @@ def in_int8(
     samples: Samples,
     form: Form,
     *,
+    ranges: Collection[str] = tuple(RANGES),
     loss: str | Loss | None = None,
     seed: int = 0,
     progress: Progress = ignore,
@@ -27,5 +30,5 @@ def in_int8(
     if layers is not None and not layers:
         return pruned
     network = Network(Prepared(pruned.in_float()), for_pruning=False)
-    found = quantise(network, samples, form, layers=layers, loss=loss, seed=seed, progress=progress)
+    found = quantise(network, samples, form, layers=layers, ranges=ranges, loss=loss, seed=seed, progress=progress)
     return replace(pruned, int8=found)

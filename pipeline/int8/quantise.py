@@ -42,6 +42,7 @@ def quantise(
     form: Form,
     *,
     layers: Collection[str] | None = None,
+    ranges: Collection[str] = tuple(RANGES),
     loss: str | Loss | None = None,
     seed: int = 0,
     progress: Progress = ignore,
@@ -53,13 +54,14 @@ def quantise(
         samples: calibration samples.
         form: of the engine that will run it; see `FORMS`.
         layers: names of the nodes with weights that shall compute in int8; None for all that can.
+        ranges: those of `RANGES` that are tried.
         loss: see `Objective`.
         progress: called with (steps done, steps, what is done).
     Raises:
         NothingToQuantise: no layer can; the message says why for the first few.
         RangeError: activations are NaN or infinite on the samples.
     """
-    return _Quantising(network, samples, form, layers, loss, seed, progress).best()
+    return _Quantising(network, samples, form, layers, ranges, loss, seed, progress).best()
 
 
 def ready_for(levels: Iterable[Level], prepared: Prepared, samples: Samples | None = None) -> Prepared:
@@ -99,11 +101,12 @@ class _Quantising:
         samples: Samples,
         form: Form,
         layers: Collection[str] | None,
+        ranges: Collection[str],
         loss: str | Loss | None,
         seed: int,
         progress: Progress,
     ) -> None:
-        self._network, self._form, self._progress = network, form, progress
+        self._network, self._form, self._ranges, self._progress = network, form, ranges, progress
         self._model = network.model
         self._placement = find_placement(self._model, form, layers)
         self._rng = np.random.default_rng(seed)
@@ -115,21 +118,21 @@ class _Quantising:
         self._layers = [layer for layer in find_layers(self._model, minimum_weights=0) if set(layer.nodes) & used]
 
     def best(self) -> Int8Network:
-        steps = 3 + len(RANGES)
+        steps = 3 + len(self._ranges)
         self._progress(0, steps, "ranges of activations")
         by_channel = self._placement.by_channel(self._form)
         seen = observe(self._network, self._placement.points, by_channel, self._some, self._rng)
         self._progress(1, steps, "rounding weights")
         weights = self._weights()
         judge = self._judge()
-        tried = {name: Integers(grids(seen, self._form, method), weights) for name, method in RANGES.items()}
+        tried = {name: Integers(grids(seen, self._form, RANGES[name]), weights) for name in self._ranges}
         losses: dict[str, float] = {}
         for number, (name, integers) in enumerate(tried.items()):
             self._progress(2 + number, steps, f"trying {name}")
             losses[name] = judge(self._written({}, integers))
         name = min(losses, key=losses.__getitem__)
         integers = tried[name]
-        self._progress(2 + len(RANGES), steps, "correcting biases")
+        self._progress(steps - 1, steps, "correcting biases")
         biases = self._corrected_biases(integers)
         corrected = judge(self._written(biases, integers))
         if not corrected < losses[name]:

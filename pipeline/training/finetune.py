@@ -153,7 +153,9 @@ def finetune(
     network = Network(dense)
     narrow = is_narrower(pruned, dense.proto)
     if levels is not None and (narrow or any(level.is_width for level in levels.values())):
-        raise FinetuneError("widths can't be reached gradually yet; give PRUNED, the narrow network, and no profile")
+        raise FinetuneError(
+            "a profile of widths can't be reached gradually; give PRUNED, the narrow network, and no profile"
+        )
     student = Network(Prepared(pruned)) if narrow else network
     start = _start(network, student, pruned)
     saved = None

@@ -90,7 +90,8 @@ def test_widths_and_others_at_once_are_refused_in_one_line(pattern: str) -> None
     with pytest.raises(LevelError) as caught:
         levels_for(pattern)
     assert str(caught.value) == (
-        f"pattern {pattern!r}: a search over widths or int8 and others at once isn't built yet; name one kind"
+        f"pattern {pattern!r}: widths, int8 and zeros are searched one kind at a time; name one; for zeros in a "
+        "narrow network run again on its model.onnx"
     )
 
 

@@ -14,17 +14,20 @@ from onnx import TensorProto
 from onnx_spdy.models import Prepared, TorchGraph, load_model
 from onnx_spdy.models.int8.form import NoForm
 from onnx_spdy.pipeline import compare, validate
+from onnx_spdy.pipeline import run as run_module
 from onnx_spdy.pipeline.artifact import ArtifactError
 from onnx_spdy.pipeline.data import Samples, workload_of
 from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.layer_database import build_database, open_database
 from onnx_spdy.pipeline.database.pruners import pruner_named
+from onnx_spdy.pipeline.int8.pruned import in_int8
 from onnx_spdy.pipeline.latency import measure
 from onnx_spdy.pipeline.latency.table import LatencyTable, NoSpeedup
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.metric import Evaluation, top1
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.quantised.make import NOTHING
+from onnx_spdy.pipeline.ranges import RANGES
 from onnx_spdy.pipeline.run import Target, run
 from onnx_spdy.pipeline.search.settings import SearchSettings
 from onnx_spdy.pipeline.stitch import Stitcher
@@ -79,6 +82,26 @@ def test_the_promise_is_kept_in_int8(model: onnx.ModelProto, samples: Samples, t
     assert json.loads((tmp_path / "report.json").read_text())["layers"] == report["layers"]
     for row in report["layers"]:
         assert row["kept"] <= row["units"]
+
+
+def test_ranges_are_tried_where_what_they_are_of_stays(
+    model: onnx.ModelProto, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is trained after its speed was measured is written again."""
+    tried: list[int] = []
+
+    def seen(*arguments, ranges, **more):
+        tried.append(len(ranges))
+        return in_int8(*arguments, ranges=ranges, **more)
+
+    monkeypatch.setattr(run_module, "in_int8", seen)
+    with open_runtime("fake", **FAKE) as runtime:
+        do(model, samples, runtime, Target(4.0, tmp_path / "plain"))
+        assert {*tried} == {len(RANGES)}
+        tried.clear()
+        do(model, samples, runtime, Target(4.0, tmp_path / "repaired"), finetune="gap")
+    assert {*tried[:-1]} == {1}
+    assert tried[-1] == len(RANGES)
 
 
 def test_int8_alone_may_be_enough_and_then_nothing_is_removed(

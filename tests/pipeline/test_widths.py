@@ -138,7 +138,7 @@ def test_finetune_trains_a_narrow_network(
 
 
 def test_finetune_refuses_a_profile_of_widths(network: Network, narrow: PrunedNetwork, samples: Samples) -> None:
-    with pytest.raises(FinetuneError, match="widths can't be reached gradually yet"):
+    with pytest.raises(FinetuneError, match="a profile of widths can't be reached gradually"):
         finetune(network.prepared, network.model, samples, levels=narrow.levels, epochs=1)
 
 

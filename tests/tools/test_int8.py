@@ -79,8 +79,8 @@ def test_a_runtime_that_runs_no_int8(
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("channels+int8,2:4", "a search over widths or int8 and others at once isn't built yet"),
-        ("int8,unstructured", "a search over widths or int8 and others at once isn't built yet"),
+        ("channels+int8,2:4", "widths, int8 and zeros are searched one kind at a time"),
+        ("int8,unstructured", "widths, int8 and zeros are searched one kind at a time"),
         ("channels+int4", "unknown pattern 'channels+int4'"),
     ],
 )
