@@ -44,11 +44,12 @@ class StatisticsCorrection:
         network: whose dense weights are what is corrected towards.
         samples: calibration samples, of which the first `SAMPLES` are used, or as many as fit in
             `LARGEST_ACTIVATION_BYTES`.
+        layers: those that may be pruned; the network's prunable ones by default.
     Raises:
         NotCorrected: there are fewer samples than the network's batch.
     """
 
-    def __init__(self, network: Network, samples: Samples) -> None:
+    def __init__(self, network: Network, samples: Samples, layers: Sequence[Layer] | None = None) -> None:
         if len(samples) < (needed := network.batch_size(1)):
             raise NotCorrected(f"{len(samples)} samples don't fill one batch of {needed}")
         self._network = network
@@ -56,7 +57,7 @@ class StatisticsCorrection:
         self._batches = network.batches(some, len(some))
         self._paddings = [Padding(batch.samples_first) for batch in self._batches]
         self._dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._run(network.layers, DENSE_WEIGHTS, self._remember)
+        self._run(network.layers if layers is None else layers, DENSE_WEIGHTS, self._remember)
 
     def apply(self, weights: Weights, pruned: Sequence[Layer]) -> Weights:
         """These weights with the pruned layers' weights and biases corrected."""

@@ -50,7 +50,10 @@ class Network:
     """
 
     def __init__(self, prepared: Prepared, *, for_pruning: bool = True) -> None:
-        """Raises NothingToPrune where it is for pruning and no layer can be: what became of one may be too small."""
+        """Raises NothingToPrune where it is for pruning and no layer can be.
+
+        Those of a narrow network may all be too small for it.
+        """
         self.prepared = prepared
         self.graph = TorchGraph(prepared.proto).eval().requires_grad_(False)
         for tensor in (*self.graph.parameters(), *self.graph.buffers()):

@@ -134,7 +134,9 @@ class CorrectedStitcher:
         self._uncorrected = "not applied: no data was given"
         if samples is not None:
             try:
-                self._correction = StatisticsCorrection(network, samples)
+                # Those too small for zeros can lose units all the same.
+                layers = [*dict.fromkeys(layer for site in stitcher.sites for layer in site.layers)]
+                self._correction = StatisticsCorrection(network, samples, layers)
                 judged = network.last(samples, JUDGED_SAMPLES)
                 self._judge = Objective(network, judged, loss, corrected=False)
             except NotCorrected as exc:

@@ -226,13 +226,12 @@ def build_database(
         calibration = CalibrationPass(network, samples, tasks)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            behind = None
-            if compression.sequential:
+            behind, told = None, partial(_told, progress, what)
+            if compression.sequential:  # many short passes, of which the layers that are done tell enough
+                told = ignore
                 there = sites if not calibration.started else passes[count - 2]
                 behind = _pruned(LayerDatabase(folder, levels, found, made_from), network, there)
-            hessians = calibration.hessians(
-                _layers(some), partial(_told, progress, what), goes_on=count < len(passes), behind=behind
-            )
+            hessians = calibration.hessians(_layers(some), told, goes_on=count < len(passes), behind=behind)
             if tasks.is_parallel:
                 some.sort(key=_operations, reverse=True)
             building = Building(network, compression, folder.absolute() if tasks.sees(folder) else None)

@@ -156,7 +156,7 @@ def finetune(
         raise FinetuneError(
             "a profile of widths can't be reached gradually; give PRUNED, the narrow network, and no profile"
         )
-    student = Network(Prepared(pruned)) if narrow else network
+    student = Network(Prepared(pruned), for_pruning=False) if narrow else network
     start = _start(network, student, pruned)
     saved = None
     if checkpoint:

@@ -106,7 +106,7 @@ def repair(
     if not pruned.layers:
         return pruned, None
     epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch / len(samples)))
-    student = Network(pruned.base) if pruned.widths else network
+    student = Network(pruned.base, for_pruning=False) if pruned.widths else network
     trained = compared = pruned.layers
     if pruned.widths:
         trained, compared = trained_and_compared(network.prepared, pruned)

@@ -8,14 +8,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 
 from onnx_spdy.models import Prepared, load_model, write_weights
 from onnx_spdy.models.graph import ModelError
 from onnx_spdy.pipeline.data import Samples
+from onnx_spdy.pipeline.database.compression import Compression
+from onnx_spdy.pipeline.database.layer_database import build_database
+from onnx_spdy.pipeline.database.pruners import pruner_named
 from onnx_spdy.pipeline.deploy import DeployError, deploy
 from onnx_spdy.pipeline.level import Level, levels_for
 from onnx_spdy.pipeline.network import Network, PrunedNetwork
 from onnx_spdy.pipeline.site import find_sites
+from onnx_spdy.pipeline.stitch import CorrectedStitcher, Stitcher
 from onnx_spdy.pipeline.training.finetune import FinetuneError, finetune
 from onnx_spdy.pipeline.training.repair import repair
 from onnx_spdy.pipeline.widths import cut_out, is_narrower, kept_outputs, touched
@@ -135,6 +140,28 @@ def test_finetune_trains_a_narrow_network(
     assert found.training.loss_after < found.training.loss_before
     assert sizes(found.model) == sizes(measured)
     assert is_narrower(found.model, network.model)
+
+
+@pytest.mark.parametrize("level", [HALF, Level("channels", 0.9)])
+def test_layers_that_are_too_small_for_zeros_lose_units(
+    model: onnx.ModelProto, samples: Samples, tmp_path: Path, level: Level
+) -> None:
+    """Of 24 x 10 weights before, and at the higher level all of the narrow network's."""
+    small = onnx.ModelProto.FromString(model.SerializeToString())
+    for tensor in small.graph.initializer:
+        if tensor.name in ("c.weight", "c.bias", "d.weight"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:24], tensor.name))
+    network = Network(Prepared(small))
+    assert [layer.name for layer in network.layers] == ["conv_a", "conv_b", "gemm_c"]
+    compression = Compression(levels_for("channels"), pruner_named("obs"))
+    database = build_database(network, samples, compression, tmp_path / "database")
+    pruned = CorrectedStitcher(Stitcher(network, database), samples).stitch_levels(database.all_at(level))
+    assert sizes(pruned.in_float())["d.weight"][0] < 24
+    repaired, training = repair(network, pruned, samples, epochs=2, batch=16)
+    assert training is not None
+    deploy(network.prepared, repaired, tmp_path / "repaired.onnx")
+    tuned = finetune(network.prepared, load_model(tmp_path / "repaired.onnx"), samples, epochs=2, batch=16)
+    assert sizes(tuned.model) == sizes(repaired.in_float())
 
 
 def test_finetune_refuses_a_profile_of_widths(network: Network, narrow: PrunedNetwork, samples: Samples) -> None:
