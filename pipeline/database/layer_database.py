@@ -226,7 +226,8 @@ def build_database(
         calibration = CalibrationPass(network, samples, tasks)
         for count, some in enumerate(passes, start=1):
             what = "hessians" if len(passes) == 1 else f"hessians, pass {count} of {len(passes)}"
-            behind, told = None, partial(_told, progress, what)
+            behind: Weights | None = None
+            told: Progress = partial(_told, progress, what)
             if compression.sequential:  # many short passes, of which the layers that are done tell enough
                 told = ignore
                 there = sites if not calibration.started else passes[count - 2]
