@@ -39,6 +39,7 @@ class OnnxSpdyError(Exception):
     |- NoSpeedup                the runtime can't run this network faster, whatever is pruned
     |- UnknownPruner            no pruner has that name
     |- NoUnitPruner             a pruner that can't remove units
+    |- SeveralLevels            layers that are pruned one after another have one level
     |- PrunerFailed             a pruner returned weights that are not what its level says
     |- PrunerResult             a pruner returned no weights
     |- UnusableHessian          inputs of a layer that no pruner can compute with

@@ -149,6 +149,17 @@ def data():
 """
 
 
+SMOLLM2 = f"""{MINILM}
+import numpy as np
+
+def held_out():
+    return {{**sentences(16), "target": np.zeros(16)}}
+
+def negative_perplexity(outputs, target):
+    return -float(np.abs(next(iter(outputs.values()))).mean())
+"""
+
+
 def tiny_network() -> onnx.ModelProto:
     """Two convolutions and a classifier; at batch 16 most of the formula's time is in the second."""
     rng = np.random.default_rng(0)
@@ -182,6 +193,7 @@ def prepared(folder: Path) -> None:
     for name in ("sparse.log", "dense.log"):
         (folder / name).write_text(LOG)
     (folder / "minilm.py").write_text(MINILM)
+    (folder / "smollm2.py").write_text(SMOLLM2)
     (folder / "largest.py").write_text(snippet("largest.py"))
     (folder / "models" / "operators").mkdir(parents=True)
     shutil.copy(ROOT / "models/operators/README.md", folder / "models/operators/README.md")
@@ -342,10 +354,12 @@ def test_the_training_loop_that_is_shown_runs(tmp_path: Path) -> None:
     assert all((weight == 0).mean() == pytest.approx(0.75, abs=1e-3) for weight in sparse)
 
 
-def test_the_language_model_has_the_functions_that_its_command_names() -> None:
-    """It isn't run: it needs transformers and weights. Its command is, with another file of that name."""
-    names = compile(snippet("minilm.py"), "minilm.py", "exec").co_names
-    assert {"network", "data"} <= set(names)
+@pytest.mark.parametrize("file", ["minilm.py", "smollm2.py"])
+def test_language_models_have_the_functions_that_their_commands_name(file: str) -> None:
+    """They aren't run: they need transformers and weights. Their commands are, with other files of that name."""
+    names = compile(snippet(file), file, "exec").co_names
+    asked = {word.partition(":")[2] for one in CALLS for word in one.words if word.startswith(f"{file}:")}
+    assert {"network", "data"} <= asked <= set(names)
 
 
 def test_the_list_of_operators_is_the_codes() -> None:
