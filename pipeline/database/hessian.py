@@ -64,9 +64,9 @@ class CalibrationPass:
         self._stopped: list[Suspended] = []  # each batch where it stopped; none where they start again
 
     @property
-    def started(self) -> bool:
-        """Whether the samples are on their way."""
-        return bool(self._stopped)
+    def step(self) -> int:
+        """The node that comes next on their way."""
+        return self._stopped[0].step if self._stopped else 0
 
     def hessians(
         self,
@@ -96,8 +96,8 @@ class CalibrationPass:
             layers: those of the network's layers that are wanted.
             progress: called with (samples done, samples, "").
             goes_on: whether those of later layers will be asked for.
-            behind: weights that layers between where the samples are and these have now, where the samples are to go
-                through what is pruned already: they stop before these layers, whatever room that takes, and then run
+            behind: where the samples are to go through what is pruned already, the weights of all pruned layers that
+                have a node from `step` on: the samples stop before these layers, whatever room that takes, and then run
                 through them, which are dense, once more than needed. None where they go through the dense network.
         Returns:
             layer name -> H (d, d) float64, d = in * prod(kernel), in the order of `weight.flatten(1)`.

@@ -230,8 +230,9 @@ def build_database(
             told: Progress = partial(_told, progress, what)
             if compression.sequential:  # many short passes, of which the layers that are done tell enough
                 told = ignore
-                there = sites if not calibration.started else passes[count - 2]
-                behind = _pruned(LayerDatabase(folder, levels, found, made_from), network, there)
+                there = [site for site in sites if site.name in found]
+                ahead = [site for site in there if _last_step(network, site) >= calibration.step]
+                behind = _pruned(LayerDatabase(folder, levels, found, made_from), network, ahead)
             hessians = calibration.hessians(_layers(some), told, goes_on=count < len(passes), behind=behind)
             if tasks.is_parallel:
                 some.sort(key=_operations, reverse=True)
@@ -259,9 +260,15 @@ def _that_read_the_same(network: Network, sites: Sequence[Site]) -> list[list[Si
     return [[*some] for _, some in itertools.groupby(sites, reads)]
 
 
+def _last_step(network: Network, site: Site) -> int:
+    """Of the nodes that multiply by a layer's weight the last one's number."""
+    (layer,) = site.layers
+    return max(network.graph.step_of(name) for name in layer.nodes)
+
+
 def _pruned(database: LayerDatabase, network: Network, sites: Sequence[Site]) -> Weights:
-    """The weights of those of these sites that are in a database of one level."""
-    there = [database.weights(network, site, database.levels[1]) for site in sites if site.name in database.layers]
+    """The weights of these sites in a database of one level."""
+    there = [database.weights(network, site, database.levels[1]) for site in sites]
     return {name: values for weights in there for name, values in weights.items()}
 
 

@@ -8,16 +8,21 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_spdy.models import Prepared, find_layers, load_model
+from onnx_spdy.models import Prepared, find_layers, load_model, write_weights
 from onnx_spdy.pipeline.data import Samples, workload_of
+from onnx_spdy.pipeline.database.compression import Compression
 from onnx_spdy.pipeline.database.hessian import collect_hessians
+from onnx_spdy.pipeline.database.layer_database import build_database
+from onnx_spdy.pipeline.database.pruners import NamedPruner
+from onnx_spdy.pipeline.database.pruners.magnitude import magnitude
 from onnx_spdy.pipeline.latency.equations import Row
 from onnx_spdy.pipeline.latency.fit_zeros import LayersRow, together
 from onnx_spdy.pipeline.latency.measure import measure_latency
-from onnx_spdy.pipeline.level import levels_for
+from onnx_spdy.pipeline.level import DENSE, Level, levels_for
 from onnx_spdy.pipeline.network import Network
 from onnx_spdy.pipeline.run import Target, run
 from onnx_spdy.pipeline.search.settings import SearchSettings
+from onnx_spdy.pipeline.site import Site
 from onnx_spdy.runtimes import Workload
 from onnx_spdy.runtimes.fake import FakeRuntime
 
@@ -49,6 +54,44 @@ def model() -> onnx.ModelProto:
 @pytest.fixture
 def samples() -> Samples:
     return Samples({"x": np.random.default_rng(1).standard_normal((64, 3, 8, 8)).astype(np.float32)})
+
+
+def test_one_after_another_its_later_use_is_pruned_too(tmp_path):
+    """`twice` is used before and behind `middle`: what comes last sees both of its uses pruned."""
+    rng = np.random.default_rng(0)
+    used = [("x", "stem"), ("a", "twice"), ("b", "middle"), ("c", "twice"), ("d", "last")]
+    nodes = [
+        helper.make_node("Conv", [source, name], [output], f"{name}_{output}", pads=[1, 1, 1, 1])
+        for (source, name), output in zip(used, "abcdy", strict=True)
+    ]
+    shapes = {"stem": (16, 3, 3, 3)} | dict.fromkeys(("twice", "middle", "last"), (16, 16, 3, 3))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "twice", [value("x", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [value("y", TensorProto.FLOAT, ["batch", 16, 8, 8])],
+        [numpy_helper.from_array(rng.normal(0, 0.1, shape).astype("f4"), name) for name, shape in shapes.items()],
+    )  # fmt: skip
+    network = Network(Prepared(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)))
+    samples = Samples({"x": rng.standard_normal((16, 3, 8, 8)).astype(np.float32)})
+    given = []
+
+    def seen(weight, hessian, levels):
+        given.append(hessian.clone())
+        yield from magnitude(weight, hessian, levels)
+
+    level = Level("unstructured", 0.5)
+    compression = Compression((DENSE, level), NamedPruner("seen", seen), sequential=True)
+    database = build_database(network, samples, compression, tmp_path)
+    stem, twice, middle, last = network.layers
+    assert len(twice.nodes) == 2
+    before = {}
+    for layer in (stem, twice, middle):
+        before |= {
+            name: one.numpy() for name, one in database.weights(network, Site(layer.name, (layer,)), level).items()
+        }
+    pruned = Network(Prepared(write_weights(network.model, before)))
+    expected = collect_hessians(pruned, [last], samples)[last.name]
+    torch.testing.assert_close(given[-1], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_its_hessian_is_the_mean_over_what_both_uses_see(model, samples):
