@@ -164,7 +164,7 @@ def run(
         stitcher = CorrectedStitcher(finder.stitcher, calibration, search.loss)
         pruned = PrunedNetwork(dense, {}, {})
 
-        def finished(pruned: PrunedNetwork, ranges: Collection[str] = tuple(RANGES)) -> PrunedNetwork:
+        def finished(pruned: PrunedNetwork, ranges: Collection[str] = RANGES) -> PrunedNetwork:
             """In the precision that it is deployed in."""
             if form is None:
                 return pruned
@@ -186,7 +186,7 @@ def run(
             return fleet.learnt(profile, measured())
 
         # What is trained afterwards is written again, with the ranges that suit it best.
-        drafted = tuple(RANGES)[: None if finetune == NO_REPAIR else 1]
+        drafted = RANGES if finetune == NO_REPAIR else (next(iter(RANGES)),)
         with clock("validate"):
             outcome = meet_target(
                 target.speedup, first, lambda x: finder.adjusted(first, x), deploy_and_measure,

@@ -62,6 +62,12 @@ class SshServer:
         self.address = f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}"
         self._start()
 
+    def __enter__(self) -> SshServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def _start(self) -> None:
         command = [sys.executable, "-m", "tests.ssh_server", str(self._folder), str(self.port)]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

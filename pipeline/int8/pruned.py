@@ -20,7 +20,7 @@ def in_int8(
     samples: Samples,
     form: Form,
     *,
-    ranges: Collection[str] = tuple(RANGES),
+    ranges: Collection[str] = RANGES,
     loss: str | Loss | None = None,
     seed: int = 0,
     progress: Progress = ignore,

@@ -42,7 +42,7 @@ def quantise(
     form: Form,
     *,
     layers: Collection[str] | None = None,
-    ranges: Collection[str] = tuple(RANGES),
+    ranges: Collection[str] = RANGES,
     loss: str | Loss | None = None,
     seed: int = 0,
     progress: Progress = ignore,

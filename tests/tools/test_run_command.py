@@ -116,18 +116,15 @@ def test_a_fleet_of_two_machines_by_ssh(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = tmp_path_factory.mktemp("keys")
-    servers = [SshServer(keys) for _ in range(2)]
-    try:
-        monkeypatch.setenv("ONNX_SPDY_SSH", servers[0].ssh)
-        monkeypatch.setenv("ONNX_SPDY_REMOTE_PYTHON", sys.executable)
+    monkeypatch.setenv("ONNX_SPDY_REMOTE_PYTHON", sys.executable)
+    with SshServer(keys) as one, SshServer(keys) as other:
+        servers = (one, other)
+        monkeypatch.setenv("ONNX_SPDY_SSH", one.ssh)
         devices = [part for server in servers for part in ("--runtime", f"{server.address}/fake")]
         others = [part for part in FLEET if part not in ("--runtime", "near", "far")]
         with pytest.raises(SystemExit) as caught:
             main((*others, *devices, "--speedup", "1.1,1.05"))
         assert not caught.value.code
-    finally:
-        for server in servers:
-            server.stop()
     matrix = json.loads((folder / "out" / "fleet.json").read_text())
     assert all(name.endswith(f"-{one.port}-fake") for name, one in zip(matrix["devices"], servers, strict=True))
     assert [len(front["points"]) for front in matrix["devices"].values()] == [2, 2]

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,8 +87,16 @@ def test_sparse_levels_take_the_room_of_what_they_hold(network: Network, samples
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 8 * dense_bytes + headers
 
 
+ONE_LEVEL = (DENSE, Level("unstructured", 0.5))
+
+
+def sequential(prune: Pruner, name: str = "obs") -> Compression:
+    return Compression(ONE_LEVEL, NamedPruner(name, prune), sequential=True)
+
+
+@pytest.mark.parametrize("made", [compression, sequential])
 def test_work_that_was_stopped_continues_with_the_next_layer(
-    network: Network, samples: Samples, tmp_path: Path
+    network: Network, samples: Samples, tmp_path: Path, made: Callable[[Pruner, str], Compression]
 ) -> None:
     calls = []
 
@@ -102,12 +111,12 @@ def test_work_that_was_stopped_continues_with_the_next_layer(
         yield from obs(weight, hessian, levels)
 
     with pytest.raises(KeyboardInterrupt):
-        build_database(network, samples, compression(stops_at_third, "obs"), tmp_path)
+        build_database(network, samples, made(stops_at_third, "obs"), tmp_path)
     assert len(open_database(tmp_path).layers) == 2
     calls.clear()
-    continued = build_database(network, samples, compression(counts, "obs"), tmp_path)
+    continued = build_database(network, samples, made(counts, "obs"), tmp_path)
     assert len(calls) == len(network.layers) - 2
-    whole = build_database(network, samples, compression(obs, "obs"), tmp_path / "whole")
+    whole = build_database(network, samples, made(obs, "obs"), tmp_path / "whole")
     for layer in network.layers:
         assert continued.layers[layer.name]["sha256"] == whole.layers[layer.name]["sha256"]
     assert not [*tmp_path.rglob(f"*{UNFINISHED}")]
@@ -121,6 +130,9 @@ def test_a_database_of_something_else_is_refused(network: Network, samples: Samp
         build_database(network, samples.take(slice(0, 9)), compression(magnitude, "magnitude"), tmp_path)
     with pytest.raises(ArtifactError, match="levels"):
         build_database(network, samples, compression(magnitude, "magnitude", LEVELS[:-1]), tmp_path)
+    build_database(network, samples, sequential(obs), tmp_path / "sequential")
+    with pytest.raises(ArtifactError, match=r"its pruner is obs, sequential, this run's is obs"):
+        build_database(network, samples, compression(obs, "obs", ONE_LEVEL), tmp_path / "sequential")
 
 
 def test_damage_is_noticed(network: Network, samples: Samples, tmp_path: Path) -> None:
@@ -209,13 +221,6 @@ def test_levels_of_several_patterns_live_in_one_database(network: Network, sampl
             assert level_violation(weight.numpy(), level) is None
 
 
-ONE_LEVEL = (DENSE, Level("unstructured", 0.5))
-
-
-def sequential(prune: Pruner, name: str = "obs") -> Compression:
-    return Compression(ONE_LEVEL, NamedPruner(name, prune), sequential=True)
-
-
 def test_one_after_another_each_layer_is_pruned_for_the_inputs_that_pruned_ones_give(
     network: Network, samples: Samples, tmp_path: Path
 ) -> None:
@@ -235,25 +240,6 @@ def test_one_after_another_each_layer_is_pruned_for_the_inputs_that_pruned_ones_
         before |= {name: values.numpy() for name, values in weights.items()}
     dense = collect_hessians(network, network.layers[-1:], samples)[network.layers[-1].name]
     assert not torch.allclose(given[-1], dense, rtol=1e-3)
-
-
-def test_one_after_another_continues_where_it_was_stopped(network: Network, samples: Samples, tmp_path: Path) -> None:
-    calls = []
-
-    def stops_at_third(weight, hessian, levels):
-        calls.append(weight.shape)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        yield from obs(weight, hessian, levels)
-
-    whole = build_database(network, samples, sequential(obs), tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        build_database(network, samples, sequential(stops_at_third), tmp_path / "stopped")
-    continued = build_database(network, samples, sequential(obs), tmp_path / "stopped")
-    for layer in network.layers:
-        assert continued.layers[layer.name]["sha256"] == whole.layers[layer.name]["sha256"]
-    with pytest.raises(ArtifactError, match=r"its pruner is obs, sequential, this run's is obs"):
-        build_database(network, samples, compression(obs, "obs", ONE_LEVEL), tmp_path / "whole")
 
 
 def test_layers_that_read_the_same_are_pruned_for_the_same_inputs(tmp_path: Path) -> None:

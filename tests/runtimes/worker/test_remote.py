@@ -43,7 +43,6 @@ from tests.ssh_server import SshServer
 
 PROFILE = {"workload": Workload(2, 1), "iterations": 1, "warmup": 0}
 ZEROS = {"w0": 0.9, "w1": 0.8}
-NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTPS_PROXY", "UV_DEFAULT_INDEX")  # what uv may need to reach a registry
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "csh", "tcsh")
 
 
@@ -333,9 +332,8 @@ def test_an_ssh_that_is_none_is_unavailable(monkeypatch, conv_net, ssh, message)
 
 @pytest.fixture(scope="module")
 def running_sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
-    server = SshServer(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
+    with SshServer(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
 
 
 @pytest.fixture
